@@ -1,0 +1,128 @@
+"""The mathematics of STORM: thought-video targets and the two training losses (paper, section 3.3).
+
+Shape legend, used in the whole package: B batch, T tokens, K latent slots, N visual tokens, D
+    hidden size,
+A answer tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100
+TargetNormalization = Literal["none", "standardize"]
+
+
+def pool_targets(tokens: Tensor, num_slots: int) -> Tensor:
+    """Compress the visual tokens of one thought video into one target per latent slot (section 3.3,
+    Stage I).
+
+    One-dimensional adaptive average pooling over the token axis: target k is the mean of the k-th
+    of K adaptive segments of the token sequence.
+
+    Args:
+        tokens: (N, D) visual tokens of all sampled frames, in temporal order.
+        num_slots: K, at least 1.
+
+    Returns:
+        (K, D) float32.
+
+    Raises:
+        ValueError: ``tokens`` is not a non-empty (N, D) matrix, or ``num_slots`` is below 1.
+    """
+    if tokens.ndim != 2 or tokens.shape[0] == 0:
+        raise ValueError(
+            f"tokens must be a non-empty (N, D) matrix, got shape {tuple(tokens.shape)}"
+        )
+    if num_slots < 1:
+        raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+    return F.adaptive_avg_pool1d(tokens.float().T, num_slots).T.contiguous()
+
+
+def target_statistics(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-dimension mean and standard deviation, each (D,), of the training set's targets (...,
+    D)."""
+    rows = targets.float().flatten(0, -2)
+    return rows.mean(0), rows.std(0, correction=0)
+
+
+def normalize_targets(
+    targets: Tensor,
+    method: TargetNormalization,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
+    """Bring targets (..., D) to the scale the alignment loss should see; returns float32.
+
+    ``none`` is the paper. ``standardize`` subtracts ``mean`` and divides by ``std`` (both (D,),
+    from `target_statistics` over the *training* split), so that a few large visual dimensions do
+    not own the MSE.
+
+    Raises:
+        ValueError: unknown method, or ``standardize`` without statistics.
+    """
+    if method == "none":
+        return targets.float()
+    if method != "standardize":
+        raise ValueError(f"target normalization must be 'none' or 'standardize', got {method!r}")
+    if mean is None or std is None:
+        raise ValueError(
+            "'standardize' needs mean and std: pass target_statistics(training targets)"
+        )
+    return (targets.float() - mean.to(targets.device)) / std.to(targets.device).clamp_min(1e-6)
+
+
+def alignment_loss(states: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error between latent states and thought-video targets (Eq. 3, latent term), in
+    float32.
+
+    Args:
+        states: (B, K, D) latent states.
+        targets: (B, K, D) pooled targets; never receive a gradient.
+        mask: (B,) bool, False where a row has no thought video. Whatever ``targets`` holds there is
+            ignored.
+
+    Returns:
+        Scalar mean over valid rows, slots and dimensions; an exact 0 that still carries a graph if
+        no row is valid, so that every rank of a distributed run has a backward pass.
+    """
+    error = states.float() - targets.detach().float()
+    if mask is None:
+        return error.square().mean()
+    valid = mask.to(device=error.device, dtype=torch.bool)
+    # masked_fill before squaring: NaN targets of absent videos must not reach the gradient
+    error = error.masked_fill(~valid[:, None, None], 0.0)
+    return error.square().mean((1, 2)).sum() / valid.sum().clamp_min(1)
+
+
+def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the answer tokens (Eq. 3, answer term), in float32.
+
+    Args:
+        logits: (B, A, V); position a chooses answer token a (already aligned, no shift here).
+        labels: (B, A) token ids, -100 where there is no answer token.
+
+    Returns:
+        Scalar mean over all answer tokens of the batch; 0 with a graph if there are none.
+    """
+    losses = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    return losses / (labels != IGNORE_INDEX).sum().clamp_min(1)
+
+
+def storm_loss(answer: Tensor, alignment: Tensor, weight: float) -> Tensor:
+    """The Stage I objective (Eq. 4); ``weight`` 0 is Stage II, where only the answer term is
+    left."""
+    return answer + weight * alignment
+
+
+@torch.no_grad()
+def slot_cosine(states: Tensor, targets: Tensor) -> Tensor:
+    """Cosine similarity of states and targets, both (B, K, D), averaged over the batch: (K,), for
+    logs."""
+    return F.cosine_similarity(states.float(), targets.float(), dim=-1).mean(0)

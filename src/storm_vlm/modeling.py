@@ -1,0 +1,96 @@
+"""Load a stock checkpoint as a model that reasons in latent slots.
+
+transformers looks checkpoint key conversion up by class name and skips classes from outside its own
+modules: a subclass with its own ``from_pretrained`` would silently re-initialise the language
+model. So the *stock* class is loaded, and then the instance's class is swapped for a subclass that
+keeps the stock name and module. Saved checkpoints stay stock checkpoints, too.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from storm_vlm.generation import LatentRolloutMixin
+from storm_vlm.positions import TrainedPositions
+
+
+class StormForConditionalGeneration:
+    """Entry point in the manner of transformers; instances are the stock class plus
+    `LatentRolloutMixin`."""
+
+    def __init__(self) -> None:
+        raise TypeError("use StormForConditionalGeneration.from_pretrained(path)")
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str, *, dtype: Any = None, trust_remote_code: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load a Qwen2.5-VL style checkpoint, in the hub's format or saved by us.
+
+        Args:
+            path: folder or hub name.
+            dtype: a torch dtype; None takes the checkpoint's.
+            trust_remote_code: as in transformers.
+            **kwargs: for the stock ``from_pretrained`` (``device_map``, ...).
+
+        Raises:
+            ValueError: a tensor of the model is missing from the checkpoint or the other way round.
+        """
+        load: Any = AutoModelForImageTextToText.from_pretrained
+        model, report = load(
+            path,
+            dtype="auto" if dtype is None else dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **{**kwargs, "output_loading_info": True},
+        )
+        problems = {
+            kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys")
+        }
+        if any(problems.values()):
+            shown = "; ".join(
+                f"{len(keys)} {kind}: {keys[:3]}" for kind, keys in problems.items() if keys
+            )
+            raise ValueError(
+                f"{path} does not fit {type(model).__name__} ({shown}): pass a complete checkpoint"
+            )
+        return enable_latents(model)
+
+
+def enable_latents(model: Any) -> Any:
+    """Give a loaded stock model the latent rollout, in place; twice is harmless.
+
+    A Qwen2.5-VL model also gets the position rule it was trained with (`storm_vlm.positions`), with
+    or without latents.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: not a transformers model that generates.
+    """
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        raise TypeError(
+            f"enable_latents needs a transformers model with generate(), got {type(model).__name__}"
+        )
+    if not isinstance(model, LatentRolloutMixin):
+        mixin: Any = LatentRolloutMixin
+        model.__class__ = _with_mixin(type(model), mixin)
+    core = getattr(model, "model", None)
+    if (
+        model.config.model_type == "qwen2_5_vl"
+        and core is not None
+        and not isinstance(core, TrainedPositions)
+    ):
+        core.__class__ = _with_mixin(type(core), TrainedPositions)
+    return model
+
+
+@functools.cache
+def _with_mixin(stock: Any, mixin: Any) -> type:
+    """A subclass of both that still bears the stock name and module, on which transformers keys its
+    conversions."""
+    return type(stock.__name__, (mixin, stock), {"__module__": stock.__module__})

@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from storm_vlm.latent import (
+    alignment_loss,
+    answer_loss,
+    normalize_targets,
+    pool_targets,
+    slot_cosine,
+    storm_loss,
+    target_statistics,
+)
+
+
+@pytest.mark.parametrize(("tokens", "slots"), [(12, 4), (10, 4), (3, 8), (1, 4), (7, 7)])
+def test_each_target_is_the_mean_of_its_adaptive_segment(tokens: int, slots: int) -> None:
+    x = torch.randn(tokens, 5)
+    segments = [
+        x[k * tokens // slots : -(-(k + 1) * tokens // slots)].mean(0) for k in range(slots)
+    ]
+    torch.testing.assert_close(pool_targets(x, slots), torch.stack(segments))
+
+
+def test_pooling_is_float32_and_refuses_nonsense() -> None:
+    assert pool_targets(torch.ones(6, 2, dtype=torch.bfloat16), 3).dtype == torch.float32
+    for tokens, slots in [(torch.ones(0, 2), 3), (torch.ones(2, 3, 4), 3), (torch.ones(4, 2), 0)]:
+        with pytest.raises(ValueError, match=r"tokens|num_slots"):
+            pool_targets(tokens, slots)
+
+
+def test_standardized_training_targets_have_mean_0_and_deviation_1() -> None:
+    targets = torch.randn(50, 4, 3) * torch.tensor([1.0, 10.0, 100.0]) + 7
+    mean, std = target_statistics(targets)
+    rows = normalize_targets(targets, "standardize", mean, std).flatten(0, 1)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows.std(0, correction=0), torch.ones(3))
+    torch.testing.assert_close(normalize_targets(targets, "none"), targets)
+    with pytest.raises(ValueError, match="target_statistics"):
+        normalize_targets(targets, "standardize")
+    with pytest.raises(ValueError, match="none"):
+        normalize_targets(targets, "whiten")  # type: ignore[arg-type]
+
+
+def test_alignment_loss_is_the_mean_over_valid_rows_only() -> None:
+    states = torch.randn(3, 4, 5, requires_grad=True)
+    targets = torch.randn(3, 4, 5)
+    targets[1] = float("nan")  # whatever an absent thought video left behind
+    loss = alignment_loss(states, targets, torch.tensor([True, False, True]))
+    torch.testing.assert_close(loss, (states - targets)[[0, 2]].square().mean())
+    loss.backward()
+    assert states.grad is not None and states.grad.isfinite().all()
+    assert states.grad[1].abs().sum() == 0 and states.grad[0].abs().sum() > 0
+
+
+def test_alignment_loss_without_any_target_is_zero_and_has_a_graph() -> None:
+    states = torch.randn(2, 4, 5, requires_grad=True)
+    loss = alignment_loss(states, torch.full((2, 4, 5), float("nan")), torch.zeros(2).bool())
+    loss.backward()
+    assert loss.item() == 0 and states.grad is not None and states.grad.abs().sum() == 0
+
+
+def test_alignment_targets_are_detached_and_compared_in_float32() -> None:
+    targets = torch.randn(1, 2, 3, requires_grad=True)
+    states = torch.randn(1, 2, 3, dtype=torch.bfloat16, requires_grad=True)
+    loss = alignment_loss(states, targets)
+    loss.backward()
+    assert loss.dtype == torch.float32 and targets.grad is None
+
+
+def test_answer_loss_is_the_mean_over_answer_tokens() -> None:
+    logits = torch.randn(2, 3, 7)
+    labels = torch.tensor([[1, 2, -100], [3, -100, -100]])
+    chosen = [logits.log_softmax(-1)[row, i, labels[row, i]] for row, i in [(0, 0), (0, 1), (1, 0)]]
+    torch.testing.assert_close(answer_loss(logits, labels), -torch.stack(chosen).mean())
+    assert answer_loss(logits, torch.full_like(labels, -100)).item() == 0
+
+
+def test_storm_loss_and_slot_cosine() -> None:
+    assert storm_loss(torch.tensor(2.0), torch.tensor(3.0), 0.1).item() == pytest.approx(2.3)
+    states = torch.randn(4, 3, 5)
+    torch.testing.assert_close(slot_cosine(states, 2 * states), torch.ones(3))
+    torch.testing.assert_close(slot_cosine(states, -states), -torch.ones(3))

@@ -1,0 +1,139 @@
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import VIDEO, left_pad, prompt, prompts, tiny_model, tiny_stock_model
+
+from storm_vlm.positions import rope_index
+
+MERGE, TOKENS_PER_SECOND = 2, 2
+
+
+def reference(blocks: list[tuple[str, Any]]) -> list[tuple[int, ...]]:
+    """The training rule (as vLLM has it) in plain Python: (time, height, width) per token."""
+    out: list[tuple[int, ...]] = []
+    for kind, block in blocks:
+        start = max(max(p) for p in out) + 1 if out else 0
+        if kind == "text":
+            out += [(start + i,) * 3 for i in range(block)]
+            continue
+        (time, height, width), seconds = block
+        axes = range(time), range(height // MERGE), range(width // MERGE)
+        out += [
+            (start + int(t * seconds * TOKENS_PER_SECOND), start + h, start + w)
+            for t, h, w in itertools.product(*axes)
+        ]
+    return out
+
+
+def types_of(blocks: list[tuple[str, Any]]) -> list[int]:
+    out: list[int] = []
+    for kind, block in blocks:
+        if kind == "text":
+            out += [0] * block
+        else:
+            time, height, width = block[0]
+            kind_id = {"image": 1, "video": 2}[kind]
+            out += [kind_id] * (time * height * width // MERGE**2)
+    return out
+
+
+def ours(rows: list[list[tuple[str, Any]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Left-padded batch of rows through the code under test: positions, deltas, mask."""
+    types = [types_of(row) for row in rows]
+    length = max(map(len, types))
+    mask = torch.tensor([[0] * (length - len(t)) + [1] * len(t) for t in types])
+    blocks = [block for row in rows for block in row]
+    positions, deltas = rope_index(
+        torch.tensor([[0] * (length - len(t)) + t for t in types]),
+        mask,
+        image_grids=[list(block[0]) for kind, block in blocks if kind == "image"],
+        video_grids=[list(block[0]) for kind, block in blocks if kind == "video"],
+        seconds_per_grid=[block[1] for kind, block in blocks if kind == "video"],
+        merge_size=MERGE,
+        tokens_per_second=TOKENS_PER_SECOND,
+    )
+    return positions, deltas, mask
+
+
+@pytest.mark.parametrize("seconds", [0.0625, 0.25, 0.3, 0.5, 0.625, 0.7, 1.0, 3.75, 11.25])
+def test_video_at_many_frame_rates(seconds: float) -> None:
+    row = [("text", 4), ("video", ((16, 24, 42), seconds)), ("text", 7)]
+    positions, deltas, _ = ours([row])
+    expected = reference(row)
+    assert positions[:, 0].T.tolist() == [list(p) for p in expected]
+    # generate goes on from the last position, cached decoding from length + delta: the same
+    assert positions.max() + 1 == len(expected) + deltas[0, 0] == positions[0, 0, -1] + 1
+
+
+def test_mixed_images_and_videos_with_left_padding() -> None:
+    rows = [
+        [
+            ("text", 3),
+            ("image", ((1, 4, 8), 0)),
+            ("text", 1),
+            ("video", ((4, 4, 4), 0.75)),
+            ("text", 5),
+        ],
+        [("text", 2)],
+        [("video", ((2, 8, 4), 2.0)), ("video", ((6, 4, 4), 1.5)), ("text", 2)],
+    ]
+    positions, deltas, mask = ours(rows)
+    for i, row in enumerate(rows):
+        keep = mask[i].bool()
+        assert positions[:, i, keep].T.tolist() == [list(p) for p in reference(row)]
+        assert (positions[:, i, ~keep] == 0).all()
+        assert deltas[i, 0] == positions[:, i].max() + 1 - keep.sum()
+
+
+def test_grids_that_do_not_fit_the_tokens_are_named() -> None:
+    with pytest.raises(ValueError, match="video_grid_thw"):
+        rope_index(
+            torch.tensor([[0, 2, 2, 2]]),
+            None,
+            image_grids=[],
+            video_grids=[[1, 4, 4]],
+            seconds_per_grid=[1.0],
+            merge_size=MERGE,
+            tokens_per_second=TOKENS_PER_SECOND,
+        )
+
+
+def test_enabled_model_uses_the_rule_in_forward_and_in_generate() -> None:
+    model, seen = tiny_model(), []
+    model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"][-3:]), with_kwargs=True
+    )
+    rows = [prompt(3, 4, (8, 4, 4), 3.75), prompt(4, 6, (2, 4, 4), 0.5)]
+    batch = left_pad(rows)
+    with torch.no_grad():
+        model(**batch)
+    model.generate(**batch, max_new_tokens=3)
+    for i, (grid, seconds, text) in enumerate([((8, 4, 4), 3.75, 4), ((2, 4, 4), 0.5, 6)]):
+        expected = torch.tensor(
+            reference([("text", 4), ("video", (grid, seconds)), ("text", text + 2)])
+        ).T
+        for positions in seen[:2]:
+            assert torch.equal(positions[:, i, -expected.shape[1] :], expected)
+        following = torch.cat([p[:, i] for p in seen[2:]], 1)  # two decoding steps
+        assert following.tolist() == [[int(expected.max()) + 1, int(expected.max()) + 2]] * 3
+
+
+def test_the_rule_differs_from_the_stock_one_where_it_must() -> None:
+    row = prompt(3, 4, (8, 4, 4), 3.75)
+    wanted = {
+        n: row[n]
+        for n in ("input_ids", "mm_token_type_ids", "video_grid_thw", "second_per_grid_ts")
+    }
+    stock, _ = tiny_stock_model().model.get_rope_index(**wanted)
+    trained, _ = tiny_model().model.get_rope_index(**wanted)
+    last_video = int((row["input_ids"][0] == VIDEO).nonzero()[-1])
+    assert trained[0, 0, last_video + 1] == trained[:, 0, : last_video + 1].max() + 1
+    assert stock[0, 0, last_video + 1] < trained[0, 0, last_video + 1]
+
+
+def test_text_only_prompts_count_from_zero() -> None:
+    ids = prompts()[0]["input_ids"][:, :3]
+    positions, deltas = tiny_model().model.get_rope_index(ids)
+    assert positions.tolist() == [[[0, 1, 2]]] * 3 and deltas.tolist() == [[0]]
