@@ -1,0 +1,180 @@
+"""Rows to model inputs. Shapes: B batch, T prompt tokens, A answer tokens, K slots, D hidden.
+
+Prompts are padded on the left, as ``generate`` needs them; answers on the right, as a separate
+tensor, because the latent segment comes between the two and holds no token of the input.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from storm_vlm.data.prompt import LatentMode, answer_text, build_messages, render_prompt
+from storm_vlm.data.schema import Row
+from storm_vlm.data.video import Clip, read_video, video_metadata
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to ask about which video; a :class:`Row` serves as well. No video: text alone."""
+
+    video: str | Clip | None
+    question: str
+    options: tuple[str, ...] = ()
+    start: float | None = None
+    end: float | None = None
+
+
+class VideoInputs:
+    """The stock processor's tensors for a clip, the most recently used kept in memory.
+
+    ``cache_bytes`` bounds what is kept (0: nothing). Files are taken not to change. The tensors
+    are shared between calls: do not write to them.
+    """
+
+    def __init__(self, processor: Any, num_frames: int, cache_bytes: int = 0) -> None:
+        self.processor, self.num_frames, self.cache_bytes = processor, num_frames, cache_bytes
+        self._kept: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
+        self._kept_bytes = 0
+
+    def get(
+        self, path: str, start: float | None = None, end: float | None = None
+    ) -> dict[str, Tensor]:
+        """``num_frames`` of the file's window, processed. Raises ``VideoError``."""
+        key = (path, start, end)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        inputs = self.process(read_video(path, self.num_frames, start, end))
+        size = _num_bytes(inputs)
+        if size <= self.cache_bytes:
+            self._kept[key] = inputs
+            self._kept_bytes += size
+            while self._kept_bytes > self.cache_bytes:
+                self._kept_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
+        return inputs
+
+    def process(self, clip: Clip) -> dict[str, Tensor]:
+        """pixel_values_videos (patches, values), video_grid_thw (1, 3), second_per_grid_ts (1,)."""
+        outputs = self.processor(
+            text=[self.processor.video_token],
+            videos=[clip.frames],
+            video_metadata=[video_metadata(clip)],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+        names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+        return {name: torch.as_tensor(outputs[name]) for name in names}
+
+
+class StormCollator:
+    """Builds training batches (call it) and prompts for ``generate`` (:meth:`collate_prompts`).
+
+    ``latent_budget`` is the model's K; 0 trains the baseline without a latent segment.
+    """
+
+    def __init__(
+        self, processor: Any, num_frames: int, latent_budget: int, cache_bytes: int = 0
+    ) -> None:
+        self.processor, self.latent_budget = processor, latent_budget
+        self.videos = VideoInputs(processor, num_frames, cache_bytes)
+
+    def __call__(
+        self, rows: Sequence[Row], targets: Sequence[Tensor | None] | Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The prompts of :meth:`collate_prompts` plus what is to be learned.
+
+        ``labels`` (B, A): answer and end-of-turn tokens, then -100. With ``targets``, one (K, D)
+        per row or None where it has no thought video (paper eq. 4): ``targets`` (B, K, D) float32,
+        zero where absent, and ``target_mask`` (B,) bool. ``targets`` is left out if none has one.
+        Raises ``ValueError`` for targets that do not fit rows and budget, ``VideoError``.
+        """
+        batch = self.collate_prompts(rows, "force" if self.latent_budget else "off")
+        batch["labels"] = self._labels(rows)
+        if targets is not None:
+            batch |= self._stack_targets(targets, len(rows))
+        return batch
+
+    def collate_prompts(
+        self, questions: Sequence[Row | Question], latent_mode: LatentMode
+    ) -> dict[str, Tensor]:
+        """Inputs of ``generate``: ``input_ids``, ``attention_mask`` and ``mm_token_type_ids``.
+
+        Each is (B, T), padded on the left; with videos also ``pixel_values_videos``,
+        ``video_grid_thw`` (videos, 3) and ``second_per_grid_ts`` (videos,), in row order. Equal to
+        what the stock processor returns for the same text and clips.
+        """
+        prompts, videos = [], []
+        for item in questions:
+            num_videos = 0 if item.video is None else 1
+            messages = build_messages(item.question, item.options, num_videos)
+            prompt = render_prompt(self.processor, messages, latent_mode)
+            if item.video is not None:
+                video = self._video(item)
+                prompt = expand_video(self.processor, prompt, video["video_grid_thw"][0])
+                videos.append(video)
+            prompts.append(prompt)
+        tokens = self._tokenize(prompts, padding_side="left")
+        input_ids: Tensor = tokens["input_ids"]
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": tokens["attention_mask"],
+            "mm_token_type_ids": 2 * (input_ids == self.processor.video_token_id).long(),
+        }
+        for name in videos[0] if videos else ():
+            batch[name] = torch.cat([video[name] for video in videos])
+        return batch
+
+    def _tokenize(self, texts: list[str], padding_side: Literal["left", "right"]) -> Any:
+        return self.processor.tokenizer(
+            texts, padding=True, padding_side=padding_side, return_tensors="pt"
+        )
+
+    def _video(self, item: Row | Question) -> dict[str, Tensor]:
+        if isinstance(item.video, Clip):
+            return self.videos.process(item.video)
+        return self.videos.get(str(item.video), item.start, item.end)
+
+    def _labels(self, rows: Sequence[Row]) -> Tensor:
+        end_of_turn = self.processor.tokenizer.eos_token
+        texts = [answer_text(row) + end_of_turn for row in rows]
+        tokens = self._tokenize(texts, padding_side="right")
+        return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED_LABEL)
+
+    def _stack_targets(
+        self, targets: Sequence[Tensor | None] | Tensor, num_rows: int
+    ) -> dict[str, Tensor]:
+        if len(targets) != num_rows:
+            raise ValueError(f"{len(targets)} targets for {num_rows} rows: pass one, or None, each")
+        mask = torch.tensor([target is not None for target in targets])
+        present = [target for target in targets if target is not None]
+        if not present:
+            return {"target_mask": mask}
+        shapes = {tuple(target.shape) for target in present}
+        if len(shapes) > 1 or present[0].ndim != 2 or len(present[0]) != self.latent_budget:
+            raise ValueError(
+                f"targets must all be (K, D) with K = latent_budget = {self.latent_budget}, got "
+                f"{sorted(shapes)}: compute them again for this budget"
+            )
+        stacked = torch.zeros(num_rows, *present[0].shape)
+        stacked[mask] = torch.stack(present).float()
+        return {"targets": stacked, "target_mask": mask}
+
+
+def expand_video(processor: Any, prompt: str, grid_thw: Tensor) -> str:
+    """The prompt with its one ``<|video_pad|>`` repeated once per visual token of the grid.
+
+    What the stock processor does when given text and video together; done apart so that a cached
+    video needs no second processing.
+    """
+    count = int(grid_thw.prod()) // processor.video_processor.merge_size**2
+    return prompt.replace(processor.video_token, processor.video_token * count, 1)
+
+
+def _num_bytes(inputs: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in inputs.values())

@@ -1,0 +1,116 @@
+"""From a question to the text the model reads, and from the text it writes back to an answer.
+
+Training, evaluation and serving all build their prompts here, so they cannot drift apart.
+"""
+
+import re
+from collections.abc import Sequence
+from string import ascii_uppercase
+from typing import Any, Literal
+
+from storm_vlm.data.schema import Row
+
+LatentMode = Literal["force", "auto", "off"]
+LATENT_MODES: tuple[LatentMode, ...] = ("force", "auto", "off")
+LATENT_START = "<|latent_start|>"
+
+OPTIONS_INSTRUCTION = "Answer with the option's letter."
+
+_CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]+\|>")
+# A capital that is a word of its own: not "A-list", not "A's"; and none of several ("A or B").
+_LETTER = r"\(?([A-Z])\b\)?(?![\w'\u2019-])"
+_SEVERAL = r"(?!\s*(?:,|/|&|or\b|and\b)\s*(?i:option\s+){0,%d}\(?[A-Z]\b)"
+_LONE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?:[.):](?!\S)|[ \t]*(?:\n|$))")
+_STATED = re.compile(
+    r"(?i:\banswer(?:\s+is\b\s*:?|\s*:)\s*(?:option\s+)?)" + _LETTER + _SEVERAL % 1
+)
+_NAMED = re.compile(r"(?i:\boption\s+(?:is\s+)?)" + _LETTER + _SEVERAL % 0)
+
+
+def option_letter(index: int) -> str:
+    """0 -> "A", 1 -> "B", ... Raises ``ValueError`` beyond "Z"."""
+    if not 0 <= index < len(ascii_uppercase):
+        raise ValueError(f"option {index}: a question can have at most 26 options")
+    return ascii_uppercase[index]
+
+
+def build_messages(
+    question: str, options: Sequence[str] = (), num_videos: int = 1
+) -> list[dict[str, Any]]:
+    """One user turn in the chat format of transformers: the videos, then the question.
+
+    No system message: the model's own chat template adds the one it was trained with. Raises
+    ``ValueError`` for text that holds control tokens such as ``<|im_end|>``, which would otherwise
+    end the turn or claim a video that is not there.
+    """
+    lines = [question.strip()]
+    lines += [f"{option_letter(i)}. {option}" for i, option in enumerate(options)]
+    if options:
+        lines.append(OPTIONS_INSTRUCTION)
+    text = _plain("\n".join(lines))
+    videos: list[dict[str, Any]] = [{"type": "video"} for _ in range(num_videos)]
+    return [{"role": "user", "content": [*videos, {"type": "text", "text": text}]}]
+
+
+def answer_text(row: Row) -> str:
+    """What the model must write: the letter of the right option, else the answer itself."""
+    if row.options:
+        return option_letter(row.options.index(row.answer))
+    return _plain(row.answer.strip())
+
+
+def render_prompt(processor: Any, messages: list[dict[str, Any]], latent_mode: LatentMode) -> str:
+    """The prompt up to where the model starts writing.
+
+    "force" opens the latent segment by ending in ``<|latent_start|>``; in "auto" the model may
+    open it itself; in "off" it may not (both end where the assistant's turn starts).
+    """
+    if latent_mode not in LATENT_MODES:
+        raise ValueError(f"latent_mode must be one of {LATENT_MODES}, got {latent_mode!r}")
+    prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return prompt + LATENT_START if latent_mode == "force" else prompt
+
+
+def parse_answer(text: str, options: Sequence[str]) -> int | None:
+    """The index of the option that ``text`` chooses, None if it does not clearly choose one.
+
+    Looks inside the last ``<answer>`` only, if there is one. Then takes a letter that stands alone
+    at the start ("C", "(C)", "C. red"), else the last "answer is C", else the one "option C" that
+    is named. Never guesses: "A man walks" is no answer, nor is a letter without an option.
+    """
+    if "<answer>" in text:
+        text = text.rsplit("<answer>", 1)[1].split("</answer>", 1)[0]
+    text = text.replace("*", "").strip()
+    if lone := _LONE.match(text):
+        letter = lone[1] or lone[2]
+    elif stated := _STATED.findall(text):
+        letter = stated[-1]
+    elif len(named := set(_NAMED.findall(text))) == 1:
+        letter = named.pop()
+    else:
+        return None
+    index = ascii_uppercase.index(letter.upper())
+    return index if index < len(options) else None
+
+
+def is_correct(text: str, row: Row) -> bool | None:
+    """Whether ``text`` answers the row; None if it cannot be parsed (which counts as wrong).
+
+    Free-text answers must be equal up to case, white space and a trailing period.
+    """
+    if row.options:
+        index = parse_answer(text, row.options)
+        return None if index is None else row.options[index] == row.answer
+    if "<answer>" in text:
+        text = text.rsplit("<answer>", 1)[1].split("</answer>", 1)[0]
+    return _normalised(text) == _normalised(row.answer) if text.strip() else None
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+
+
+def _plain(text: str) -> str:
+    if found := _CONTROL_TOKEN.search(text):
+        raise ValueError(f"text holds the control token {found[0]!r}: remove it from {text!r}")
+    return text

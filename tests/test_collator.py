@@ -1,0 +1,187 @@
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_processor
+
+from storm_vlm.data.collator import Question, StormCollator, VideoInputs
+from storm_vlm.data.prompt import build_messages, render_prompt
+from storm_vlm.data.schema import Row
+from storm_vlm.data.video import VideoError, read_video, video_metadata, write_video
+
+NUM_FRAMES, BUDGET, HIDDEN = 6, 4, 8
+VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """Three rows that differ in picture size, rate, window, question and answer length."""
+    folder = tmp_path_factory.mktemp("clips")
+    random = np.random.default_rng(0)
+    for name, shape, fps in (
+        ("a", (12, 56, 56), 4),
+        ("b", (20, 28, 112), 10),
+        ("c", (5, 84, 56), 2),
+    ):
+        frames = random.integers(0, 255, (*shape, 3), dtype=np.uint8)
+        write_video(folder / f"{name}.mp4", frames, fps)
+
+    def row(name: str, question: str, answer: str, **more: Any) -> Row:
+        path = str(folder / f"{name}.mp4")
+        return Row(id=name, video=path, question=question, answer=answer, split="train", **more)
+
+    return [
+        row("a", "Q?", "y", options=("x", "y")),
+        row("b", "And?", "ten é", start=0.5),
+        row("c", "A longer one?", "no"),
+    ]
+
+
+def stock_batch(processor, rows: Sequence[Row], mode) -> dict[str, torch.Tensor]:
+    """The same batch by one call of the stock processor on text and videos together."""
+    clips = [read_video(row.video, NUM_FRAMES, row.start, row.end) for row in rows]
+    texts = [render_prompt(processor, build_messages(r.question, r.options), mode) for r in rows]
+    outputs = processor(
+        text=texts,
+        videos=[clip.frames for clip in clips],
+        video_metadata=[video_metadata(clip) for clip in clips],
+        do_sample_frames=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    return {name: torch.as_tensor(value) for name, value in outputs.items()}
+
+
+@pytest.mark.parametrize("mode", ["force", "auto", "off"])
+def test_prompts_equal_the_stock_processor(processor, rows, mode):
+    batch = StormCollator(processor, NUM_FRAMES, BUDGET).collate_prompts(rows, mode)
+    expected = stock_batch(processor, rows, mode)
+    assert batch.keys() == expected.keys()
+    for name, value in expected.items():
+        assert batch[name].dtype == value.dtype, name
+        assert torch.equal(batch[name], value), name
+    # the rows do differ, and the tokens fit the grids
+    assert len({tuple(grid) for grid in batch["video_grid_thw"].tolist()}) == 3
+    assert (batch["mm_token_type_ids"] == 2).sum() == batch["video_grid_thw"].prod(1).sum() // 4
+    assert batch["second_per_grid_ts"].tolist() == pytest.approx([1.1, 2 * 1.4 / 5, 1.0])
+
+
+def test_a_batch_is_its_rows_padded_on_the_left(processor, rows):
+    collator = StormCollator(processor, NUM_FRAMES, BUDGET)
+    batch = collator(rows)
+    patches = 0
+    for index, row in enumerate(rows):
+        alone = collator([row])
+        length = alone["input_ids"].shape[1]
+        assert torch.equal(batch["input_ids"][index, -length:], alone["input_ids"][0])
+        assert (
+            batch["attention_mask"][index].tolist()
+            == [0] * (batch["input_ids"].shape[1] - length) + [1] * length
+        )
+        count = len(alone["pixel_values_videos"])
+        both = (
+            batch["pixel_values_videos"][patches : patches + count],
+            alone["pixel_values_videos"],
+        )
+        assert torch.equal(*both)
+        patches += count
+    assert patches == len(batch["pixel_values_videos"])
+
+
+def test_labels_are_the_answer_and_the_end_of_turn(processor, rows):
+    labels = StormCollator(processor, NUM_FRAMES, BUDGET)(rows)["labels"]
+    for ids, answer in zip(labels, ("B", "ten é", "no"), strict=True):
+        kept = ids[ids != -100]
+        assert processor.tokenizer.decode(kept) == answer + "<|im_end|>"
+        assert torch.equal(ids[: len(kept)], kept)  # padded on the right
+    assert labels.shape[1] == len("ten é".encode()) + 1
+
+
+@pytest.mark.parametrize("budget", [0, BUDGET])
+def test_the_budget_decides_whether_the_latent_segment_is_open(processor, rows, budget):
+    last = StormCollator(processor, NUM_FRAMES, budget)(rows)["input_ids"][:, -1]
+    start = processor.tokenizer.convert_tokens_to_ids("<|latent_start|>")
+    assert (last == start).tolist() == [budget > 0] * 3
+
+
+def test_targets_are_stacked_and_masked(processor, rows):
+    collator = StormCollator(processor, NUM_FRAMES, BUDGET)
+    given = [torch.randn(BUDGET, HIDDEN, dtype=torch.bfloat16), None, torch.ones(BUDGET, HIDDEN)]
+    batch = collator(rows, given)
+    assert batch["targets"].dtype == torch.float32
+    assert batch["target_mask"].tolist() == [True, False, True]
+    assert given[0] is not None and torch.equal(batch["targets"][0], given[0].float())
+    assert batch["targets"][1].abs().sum() == 0
+    assert batch["targets"][2].sum() == BUDGET * HIDDEN
+
+    whole = collator(rows, torch.ones(3, BUDGET, HIDDEN))
+    assert whole["targets"].shape == (3, BUDGET, HIDDEN) and whole["target_mask"].all()
+    none = collator(rows, [None, None, None])
+    assert "targets" not in none and not none["target_mask"].any()
+    assert "target_mask" not in collator(rows)
+
+
+def test_targets_that_do_not_fit_are_refused(processor, rows):
+    collator = StormCollator(processor, NUM_FRAMES, BUDGET)
+    with pytest.raises(ValueError, match="2 targets for 3 rows"):
+        collator(rows, [None, None])
+    with pytest.raises(ValueError, match="latent_budget = 4"):
+        collator(rows, torch.ones(3, BUDGET + 1, HIDDEN))
+    with pytest.raises(ValueError, match="compute them again"):
+        collator(rows, [torch.ones(BUDGET, 2), None, torch.ones(BUDGET, 3)])
+
+
+def test_questions_serve_as_rows_with_a_clip_or_without_video(processor, rows):
+    collator = StormCollator(processor, NUM_FRAMES, BUDGET)
+    row = rows[1]
+    clip = read_video(row.video, NUM_FRAMES, row.start)
+    asked = collator.collate_prompts([Question(clip, row.question)], "force")
+    expected = collator.collate_prompts([row], "force")
+    assert asked.keys() == expected.keys()
+    assert all(torch.equal(asked[name], expected[name]) for name in expected)
+
+    text = collator.collate_prompts([Question(None, "Why?")], "off")
+    assert text.keys() == {"input_ids", "attention_mask", "mm_token_type_ids"}
+    mixed = collator.collate_prompts([Question(None, "Why?"), row], "off")
+    assert mixed["video_grid_thw"].shape == (1, 3)
+    assert mixed["mm_token_type_ids"][0].sum() == 0
+
+
+def test_cached_videos_are_not_read_again_and_stay_within_the_bound(processor, tmp_path: Path):
+    paths = [str(tmp_path / f"{name}.mp4") for name in "abc"]
+    for level, path in enumerate(paths):
+        write_video(path, np.full((4, 28, 28, 3), 60 * level, np.uint8), 4)
+    size = sum(tensor.nbytes for tensor in VideoInputs(processor, 4).get(paths[0]).values())
+    videos = VideoInputs(processor, 4, cache_bytes=2 * size)
+    first = videos.get(paths[0])
+    assert set(first) == set(VIDEO_KEYS)
+    videos.get(paths[1])
+    videos.get(paths[0])  # now b is the one used longest ago
+    videos.get(paths[2])
+    for path in paths:
+        Path(path).unlink()
+    assert videos.get(paths[0]) is first
+    videos.get(paths[2])
+    with pytest.raises(VideoError, match=r"b\.mp4"):
+        videos.get(paths[1])
+    with pytest.raises(VideoError):
+        videos.get(paths[0], 0.25)  # another window is another clip
+
+
+def test_without_a_cache_nothing_is_kept(processor, tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, np.zeros((4, 28, 28, 3), np.uint8), 4)
+    videos = VideoInputs(processor, 4)
+    videos.get(str(path))
+    path.unlink()
+    with pytest.raises(VideoError):
+        videos.get(str(path))
