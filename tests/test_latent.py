@@ -28,12 +28,14 @@ def test_pooling_is_float32_and_refuses_nonsense() -> None:
             pool_targets(tokens, slots)
 
 
-def test_standardized_training_targets_have_mean_0_and_deviation_1() -> None:
+def test_standardized_targets_have_one_scale_in_every_dimension_and_length_1() -> None:
     targets = torch.randn(50, 4, 3) * torch.tensor([1.0, 10.0, 100.0]) + 7
     mean, std = target_statistics(targets)
-    rows = normalize_targets(targets, "standardize", mean, std).flatten(0, 1)
-    torch.testing.assert_close(rows.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(rows.std(0, correction=0), torch.ones(3))
+    rows = normalize_targets(targets, "standardize", mean, std)
+    torch.testing.assert_close(rows.square().mean(-1), torch.ones(50, 4))
+    standard = (targets - targets.mean((0, 1))) / targets.flatten(0, 1).std(0, correction=0)
+    cosine = torch.nn.functional.cosine_similarity(rows, standard, dim=-1)
+    torch.testing.assert_close(cosine, torch.ones(50, 4))
     torch.testing.assert_close(normalize_targets(targets, "none"), targets)
     with pytest.raises(ValueError, match="target_statistics"):
         normalize_targets(targets, "standardize")
@@ -47,6 +49,8 @@ def test_alignment_loss_is_the_mean_over_valid_rows_only() -> None:
     targets[1] = float("nan")  # whatever an absent thought video left behind
     loss = alignment_loss(states, targets, torch.tensor([True, False, True]))
     torch.testing.assert_close(loss, (states - targets)[[0, 2]].square().mean())
+    distance = alignment_loss(states, targets, torch.tensor([True, False, True]), "sum")
+    torch.testing.assert_close(distance, 5 * loss)
     loss.backward()
     assert states.grad is not None and states.grad.isfinite().all()
     assert states.grad[1].abs().sum() == 0 and states.grad[0].abs().sum() > 0

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 TargetNormalization = Literal["none", "standardize"]
+AlignmentReduction = Literal["mean", "sum"]
 
 
 def pool_targets(tokens: Tensor, num_slots: int) -> Tensor:
@@ -58,9 +59,9 @@ def normalize_targets(
 ) -> Tensor:
     """Bring targets (..., D) to the scale the alignment loss should see; returns float32.
 
-    ``none`` is the paper. ``standardize`` subtracts ``mean`` and divides by ``std`` (both (D,),
-    from `target_statistics` over the *training* split), so that a few large visual dimensions do
-    not own the MSE.
+    ``none`` is the paper. ``standardize`` subtracts ``mean`` and divides by ``std`` (both (D,), from
+    `target_statistics` over the *training* split), so that what all targets share does not own the MSE, and
+    scales each target to root mean square 1: a state leaves an RMSNorm, so it has about that length, too.
 
     Raises:
         ValueError: unknown method, or ``standardize`` without statistics.
@@ -73,10 +74,16 @@ def normalize_targets(
         raise ValueError(
             "'standardize' needs mean and std: pass target_statistics(training targets)"
         )
-    return (targets.float() - mean.to(targets.device)) / std.to(targets.device).clamp_min(1e-6)
+    standard = (targets.float() - mean.to(targets.device)) / std.to(targets.device).clamp_min(1e-6)
+    return standard * standard.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
-def alignment_loss(states: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+def alignment_loss(
+    states: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    reduction: AlignmentReduction = "mean",
+) -> Tensor:
     """Mean squared error between latent states and thought-video targets (Eq. 3, latent term), in
     float32.
 
@@ -86,17 +93,21 @@ def alignment_loss(states: Tensor, targets: Tensor, mask: Tensor | None = None) 
         mask: (B,) bool, False where a row has no thought video. Whatever ``targets`` holds there is
             ignored.
 
+        reduction: over D: ``mean`` is what "MSE" means in most code, ``sum`` the squared distance. Our copy of the
+            paper lacks the formula; they differ by a factor of D in what the weight 0.1 amounts to.
+
     Returns:
-        Scalar mean over valid rows, slots and dimensions; an exact 0 that still carries a graph if
+        Scalar mean over valid rows, slots (and dimensions); an exact 0 that still carries a graph if
         no row is valid, so that every rank of a distributed run has a backward pass.
     """
     error = states.float() - targets.detach().float()
+    scale = error.shape[-1] if reduction == "sum" else 1
     if mask is None:
-        return error.square().mean()
+        return error.square().mean() * scale
     valid = mask.to(device=error.device, dtype=torch.bool)
     # masked_fill before squaring: NaN targets of absent videos must not reach the gradient
     error = error.masked_fill(~valid[:, None, None], 0.0)
-    return error.square().mean((1, 2)).sum() / valid.sum().clamp_min(1)
+    return error.square().mean((1, 2)).sum() / valid.sum().clamp_min(1) * scale
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:

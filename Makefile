@@ -1,0 +1,32 @@
+# Everything a newcomer needs: `make quickstart` and `make test`, on a machine with Python 3.11 or 3.12.
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || echo python3)
+BIN := .venv/bin
+# glibc gives freed memory back to the system at once; keeping it halves the time of small CPU steps.
+export MALLOC_TRIM_THRESHOLD_ ?= 1000000000
+export MALLOC_MMAP_THRESHOLD_ ?= 1000000000
+
+.PHONY: install quickstart test lint types clean
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 13); sys.exit(not ok and "storm needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+quickstart: install
+	$(BIN)/storm quickstart
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: lint types
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --durations 5
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,90 @@
+"""Write README's results and pictures from docs/results/*.json: `python dev/tables.py` (`--check` only compares)."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from storm_vlm.report import ARM_NAMES, INTERVENTIONS, accuracy_bars
+from storm_vlm.world.build import HORIZON
+from storm_vlm.world.questions import sample_reasoning
+from storm_vlm.world.render import clip_frames, thought_frames
+from storm_vlm.world.simulator import REASONING
+
+ROOT = Path(__file__).resolve().parent.parent
+START, END = "<!-- results -->\n", "<!-- /results -->"
+
+
+def results(micro: dict[str, Any]) -> str:
+    """The results section, in Markdown."""
+    lines = [
+        f"Micro world, {micro['n_test']} test questions about the unseen part, {len(micro['seeds'])} seeds, every arm with the same "
+        f"rows and the same number of optimizer steps (`{micro['command']}`, [figures](docs/results/micro.json)):",
+        "",
+        "| model | accuracy | 95% interval | harder split |",
+        "|---|---|---|---|",
+    ]
+    for arm, name in ARM_NAMES.items():
+        if arm in micro:
+            low, high = micro[f"{arm}_interval"]
+            bold = "**" if arm == "full" else ""
+            lines.append(
+                f"| {bold}{name}{bold} | {bold}{micro[arm]:.1%}{bold} | {low:.1%} – {high:.1%} | {micro[f'{arm}_ood']:.1%} |"
+            )
+    lines += [
+        f"| best shortcut ({max(micro['shortcuts'], key=micro['shortcuts'].get).replace('_', ' ')}) | {micro['shortcut_best']:.1%} | | |",
+        f"| uniform guess | {micro['chance']:.1%} | | |",
+        "",
+    ]
+    gain = micro["full_minus_sft"]
+    lines += [
+        f"STORM minus SFT: {100 * gain['mean']:+.1f} points (95% interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}). "
+        "Are the latents used? Accuracy of the same STORM models when",
+        "",
+        *(f"- {text}: {micro[f'full_{kind}']:.1%}" for kind, text in INTERVENTIONS.items()),
+        "",
+        "![Accuracy of each arm](docs/images/micro.svg)",
+        "",
+        "Perception of the shipped backbone: "
+        + ", ".join(f"{family} {score:.1%}" for family, score in micro["perception"].items())
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(micro: dict[str, Any], folder: Path) -> None:
+    """`micro.svg`, the arms, and `world.png`, a clip and its thought video."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "storm"}):
+        accuracy_bars(micro).savefig(folder / "micro.svg", metadata={"Date": None})
+    scene, question = next(iter(sample_reasoning(random.Random(4), REASONING, 1, HORIZON)))
+    gap = np.full((128, 10, 3), 255, np.uint8)
+    shown = clip_frames(scene)[1::2]
+    unseen = thought_frames(scene, question.steps, question.steps + 1)[3::2]
+    Image.fromarray(np.concatenate([*shown, gap, *unseen], 1)).save(folder / "world.png")
+
+
+def main() -> None:
+    micro = json.loads((ROOT / "docs/results/micro.json").read_text())
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    head, rest = text.split(START)
+    tail = rest.split(END)[1]
+    wanted = head + START + results(micro) + END + tail
+    if "--check" in sys.argv:
+        sys.exit(
+            "README.md is not what docs/results says: run dev/tables.py" if wanted != text else 0
+        )
+    readme.write_text(wanted)
+    draw(micro, ROOT / "docs/images")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m storm_vlm` is `storm`."""
+
+from storm_vlm.cli import main
+
+main()

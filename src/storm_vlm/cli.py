@@ -1,0 +1,171 @@
+"""The `storm` command. Each verb imports what it needs, so that `storm --help` is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Latent video reasoning with STORM."
+)
+console = Console()
+errors = Console(stderr=True)
+
+Checkpoint = Annotated[
+    str,
+    typer.Option(help="Folder or hub name; by default the trained micro model that is shipped."),
+]
+
+
+@app.command()
+def answer(
+    video: Annotated[str, typer.Argument(help="A video file.")],
+    question: str,
+    option: Annotated[
+        list[str] | None, typer.Option("--options", help="An option; repeat for each.")
+    ] = None,
+    checkpoint: Checkpoint = "",
+    latent_mode: Annotated[
+        str | None, typer.Option(help="force, auto or off; by default what the checkpoint is for.")
+    ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames read from the clip.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print slots used, forced end, timings.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run code that the checkpoint brings.")
+    ] = False,
+) -> None:
+    """Answer a question about a video."""
+    from storm_vlm.pipeline import StormPipeline
+    from storm_vlm.world.checkpoints import shipped
+
+    pipeline = StormPipeline.from_pretrained(
+        checkpoint or str(shipped("storm")),
+        num_frames=num_frames,
+        latent_mode=latent_mode,  # type: ignore[arg-type]  # checked where the prompt is built
+        trust_remote_code=trust_remote_code,
+    )
+    result = pipeline.answer(video, question, option or ())
+    if as_json:
+        typer.echo(json.dumps(asdict(result)))
+    else:
+        typer.echo(result.option or result.text)
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a shipped one: stage1, stage2, sft …")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, e.g. training.max_steps=100")
+    ] = None,
+) -> None:
+    """Train one stage."""
+    from storm_vlm.training.config import load_config
+    from storm_vlm.training.train import train as run
+
+    console.print(f"saved {run(load_config(config, overrides))}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: str,
+    rows: Annotated[str, typer.Argument(help="A JSONL file of rows.")],
+    out: Annotated[Path | None, typer.Option(help="Write every answer to this JSONL file.")] = None,
+    batch_size: int = 16,
+    latent_mode: str | None = None,
+) -> None:
+    """Accuracy on a file of rows, with intervals, and what happens when the latents are tampered with."""
+    from storm_vlm.data.schema import read_rows
+    from storm_vlm.evaluation.evaluate import evaluate as run
+    from storm_vlm.evaluation.evaluate import evaluate_interventions, summarize
+    from storm_vlm.pipeline import StormPipeline
+
+    pipeline = StormPipeline.from_pretrained(checkpoint, latent_mode=latent_mode)  # type: ignore[arg-type]
+    questions = read_rows(rows)
+    results = run(pipeline, questions, batch_size)
+    summary = summarize(results)
+    if pipeline.latent_mode != "off":
+        right = evaluate_interventions(pipeline, questions, batch_size)
+        summary["interventions"] = {kind: sum(hits) / len(hits) for kind, hits in right.items()}
+    if out:
+        out.write_text("".join(json.dumps(result.to_dict()) + "\n" for result in results))
+    console.print_json(data=summary)
+
+
+@app.command()
+def world(
+    out: Annotated[Path, typer.Argument(help="Folder to write clips, thought videos and rows to.")],
+    count: int = 100,
+    kind: str = "reasoning",
+    split: str = "train",
+    seed: int = 0,
+) -> None:
+    """Write clips of the micro world, with questions, plans and thought videos."""
+    from storm_vlm.world.build import build_world
+
+    console.print(f"wrote {build_world(out, kind, split, count, seed)}")  # type: ignore[arg-type]
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Argument(help="Where to save the backbone.")],
+    data: Annotated[Path, typer.Option(help="Where to keep the clips.")] = Path("runs/perception"),
+    clips: int = 6000,
+    steps: int = 3000,
+    seed: int = 0,
+) -> None:
+    """Make the micro backbone again: Qwen2.5-VL in small, trained from scratch on perception questions."""
+    from storm_vlm.world.pretrain import pretrain as run
+
+    run(out, data, clips, steps, seed)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Argument(help="Folder for data, checkpoints and report.")] = Path(
+        "runs/quickstart"
+    ),
+) -> None:
+    """The whole method on the micro world, in minutes on a CPU; safe to interrupt and run again."""
+    from storm_vlm.world.quickstart import quickstart as run
+
+    run(out, console)
+
+
+@app.command()
+def micro(
+    out: Annotated[Path, typer.Argument(help="Folder for data and checkpoints.")] = Path(
+        "runs/micro"
+    ),
+    results: Annotated[Path, typer.Option(help="Where to write the figures.")] = Path(
+        "docs/results/micro.json"
+    ),
+    seeds: int = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+) -> None:
+    """Every arm of the micro experiment over several seeds; writes the figures for the record."""
+    from storm_vlm.world.experiment import run_experiment
+
+    run_experiment(out, results, range(seeds), jobs)
+
+
+def main() -> None:
+    """Entry point: expected errors become one line; STORM_DEBUG=1 shows where they came from."""
+    try:
+        app()
+    except (OSError, ValueError) as error:
+        if os.environ.get("STORM_DEBUG"):
+            raise
+        errors.print(f"[red]storm:[/red] {error}", highlight=False)
+        raise SystemExit(1) from error

@@ -1,0 +1,168 @@
+"""Ask a model every row, score with the one scorer, and say how sure the figure is."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from storm_vlm.data.collator import Question
+from storm_vlm.data.prompt import is_correct
+from storm_vlm.data.schema import Row
+from storm_vlm.data.video import Clip, read_video
+from storm_vlm.interventions import Intervention, latent_interventions
+from storm_vlm.pipeline import StormPipeline
+
+Control = Literal["text_only", "one_frame", "shuffled_frames"]
+CONTROLS: tuple[Control, ...] = ("text_only", "one_frame", "shuffled_frames")
+SWAPS: tuple[Intervention, ...] = ("none", "swap_inputs", "swap_keys_values", "drop")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row's outcome; `correct` is None where the answer could not be parsed (it counts as wrong)."""
+
+    id: str
+    family: str
+    prediction: str
+    answer: str
+    correct: bool | None
+    slots_used: int
+    forced_end: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    pipeline: StormPipeline,
+    rows: Sequence[Row],
+    batch_size: int = 32,
+    control: Control | None = None,
+    **generate_kwargs: Any,
+) -> list[Result]:
+    """Answer each row; `control` takes away what a model that watches the video would need.
+
+    Raises VideoError for a clip that cannot be read.
+    """
+    results: list[Result] = []
+    for first in tqdm(range(0, len(rows), batch_size), f"evaluate {control or ''}", leave=False):
+        batch = rows[first : first + batch_size]
+        asked = [_controlled(row, control, pipeline.collator.videos.num_frames) for row in batch]
+        answers = pipeline.answer_batch(asked, **generate_kwargs)
+        for row, answer in zip(batch, answers, strict=True):
+            results.append(
+                Result(
+                    row.id,
+                    str(row.meta.get("family", "all")),
+                    answer.text,
+                    row.answer,
+                    is_correct(answer.text, row),
+                    answer.slots_used,
+                    answer.forced_end,
+                )
+            )
+    return results
+
+
+def _controlled(row: Row, control: Control | None, num_frames: int) -> Row | Question:
+    if control is None:
+        return row
+    if control == "text_only":
+        return Question(None, row.question, row.options)
+    clip = read_video(row.video, num_frames, row.start, row.end)
+    if control == "one_frame":
+        order = np.full(len(clip.frames), len(clip.frames) - 1)
+    else:
+        order = np.array(random.Random(row.id).sample(range(len(clip.frames)), len(clip.frames)))
+    return Question(Clip(clip.frames[order], clip.timestamps, clip.path), row.question, row.options)
+
+
+@torch.no_grad()
+def evaluate_interventions(
+    pipeline: StormPipeline, rows: Sequence[Row], batch_size: int = 32
+) -> dict[Intervention, list[bool]]:
+    """Whether each row is answered right when its latent segment is tampered with.
+
+    Answers are teacher-forced (right means: every answer token is the most likely one, which is what greedy
+    decoding would write). Rows trade latents with another clip that was asked a question of the same
+    family and has another answer, as far as a batch allows.
+    """
+    right: dict[Intervention, list[bool]] = {kind: [] for kind in SWAPS}
+    families: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        families[str(row.meta.get("family", "all"))].append(row)
+    budget = pipeline.collator.latent_budget
+    for family in families.values():
+        # Sorted by answer and shifted by half a batch: donors mostly have another answer.
+        ordered = sorted(family, key=lambda row: (row.id[-1], row.answer))
+        for first in range(0, len(ordered), batch_size):
+            batch = ordered[first : first + batch_size]
+            if len(batch) < 2:
+                continue
+            inputs = {k: v.to(pipeline.model.device) for k, v in pipeline.collator(batch).items()}
+            donors = torch.arange(len(batch), device=pipeline.model.device).roll(len(batch) // 2)
+            labels = inputs["labels"]
+            for kind, logits in latent_interventions(
+                pipeline.model, inputs, budget, donors, SWAPS
+            ).items():
+                hit = (logits.argmax(-1) == labels) | (labels == -100)
+                right[kind] += hit.all(1).tolist()
+    return right
+
+
+def summarize(results: Sequence[Result]) -> dict[str, Any]:
+    """Accuracy with its interval, by family too; unparsed, slots used, forced ends."""
+    families = sorted({result.family for result in results})
+    return {
+        "n": len(results),
+        "accuracy": accuracy([result.correct for result in results]),
+        "interval": confidence_interval([bool(result.correct) for result in results]),
+        "unparsed": sum(result.correct is None for result in results),
+        "slots_used": sum(result.slots_used for result in results) / len(results),
+        "forced_end": accuracy([result.forced_end for result in results]),
+        "families": {
+            family: accuracy([r.correct for r in results if r.family == family])
+            for family in families
+        },
+    }
+
+
+def accuracy(outcomes: Sequence[bool | None]) -> float:
+    """Share of right answers; unparsed ones stay in the denominator."""
+    return sum(bool(outcome) for outcome in outcomes) / len(outcomes) if outcomes else float("nan")
+
+
+def confidence_interval(
+    values: Sequence[float], resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95% percentile bootstrap of the mean."""
+    data = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(seed).integers(0, len(data), (resamples, len(data)))
+    low, high = np.percentile(data[picks].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def paired_difference(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], resamples: int = 4000
+) -> dict[str, float]:
+    """Mean difference of two methods over seeds and rows, with a 95% interval.
+
+    Both are (seeds, rows) outcomes on the same rows. Seeds and rows are resampled together (a two-level
+    bootstrap), so that the interval covers a new seed as well as new questions.
+    """
+    difference = np.asarray(ours, float) - np.asarray(theirs, float)  # (seeds, rows)
+    rng = np.random.default_rng(0)
+    seeds, rows = difference.shape
+    means = [
+        difference[rng.integers(0, seeds, seeds)][:, rng.integers(0, rows, rows)].mean()
+        for _ in range(resamples)
+    ]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(difference.mean()), "low": float(low), "high": float(high)}

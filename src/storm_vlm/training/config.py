@@ -1,0 +1,102 @@
+"""A training run as a YAML file. A stage of the paper is such a file, not a class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from storm_vlm.latent import AlignmentReduction, TargetNormalization
+
+
+class ConfigError(ValueError):
+    """A config file that cannot be used; names the file, the key and the mend."""
+
+
+class Method(BaseModel):
+    """What the paper fixes, with its values as defaults, and what it leaves open, with our choice.
+
+    The reason for each choice is in `docs/paper_map.md`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    latent_budget: int = Field(
+        8, ge=0, description="K (sec. 4.1). 0: no latent segment, plain SFT."
+    )
+    alignment_weight: float = Field(
+        0.1, ge=0, description="Weight of the alignment loss (Eq. 4). Stage I 0.1, Stage II 0."
+    )
+    slot_input: Literal["target", "rollout", "scheduled", "pause"] = Field(
+        "rollout",
+        description="What slots are fed with in training: the thought video's targets, the model's own states, "
+        "targets first and ever more own states (`target_share`), or, as a control, the <|latent_pad|> embedding.",
+    )
+    target_normalization: TargetNormalization = Field(
+        "standardize", description="`none` is raw visual tokens; see `latent.normalize_targets`."
+    )
+    alignment_reduction: AlignmentReduction = Field(
+        "mean",
+        description="Over the hidden size: `mean` is the usual MSE, `sum` the squared distance.",
+    )
+    boundary_weight: float = Field(
+        1.0, ge=0, description="Weight of the cross-entropy on <|latent_start|> and <|latent_end|>."
+    )
+    detach_feedback: bool = Field(
+        False, description="Cut the gradient through states that are fed back."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Method:
+        if self.slot_input == "pause" and self.alignment_weight:
+            raise ValueError("pause slots have no state to align: set alignment_weight to 0")
+        return self
+
+
+class TrainConfig(BaseModel):
+    """One run: which model, on which rows, by which method.
+
+    `training` holds the fields of transformers' TrainingArguments, under their own names.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    data: str
+    output_dir: str
+    num_frames: int = Field(32, ge=1)
+    freeze_vision: bool = True
+    video_cache_gb: float = Field(1.0, ge=0)
+    method: Method = Method()
+    training: dict[str, Any] = {}
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Read a YAML file; `overrides` are `key=value` with dots for nesting (`training.max_steps=10`).
+
+    Raises:
+        ConfigError: unreadable, an unknown key, or a value of the wrong kind.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from error
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ConfigError(f"an override is key=value, got {override!r}")
+        *parents, last = key.split(".")
+        place = raw
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = yaml.safe_load(value)
+    try:
+        return TrainConfig.model_validate(raw)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'config'}: {fault['msg']}"
+            for fault in error.errors()
+        )
+        raise ConfigError(f"{path}: {faults}") from error

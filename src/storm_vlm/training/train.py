@@ -1,0 +1,85 @@
+"""Run one training config: load, build targets, fit, save."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoProcessor, TrainingArguments
+
+from storm_vlm.data.collator import StormCollator
+from storm_vlm.data.schema import Row, read_rows
+from storm_vlm.modeling import StormForConditionalGeneration
+from storm_vlm.tokens import add_latent_tokens
+from storm_vlm.training.config import ConfigError, TrainConfig
+from storm_vlm.training.targets import thought_targets
+from storm_vlm.training.trainer import RowDataset, StormTrainer, collate_items
+from storm_vlm.versions import versions
+
+
+def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
+    """Train and save; returns the folder, a stock checkpoint that also knows its latent tokens.
+
+    Beside the weights: `train_config.yaml` as resolved, `log_history.json`, `versions.json`. `rows` stands in
+    for reading `config.data` (whose `train` split is used).
+
+    Raises:
+        ConfigError: no training rows, or arguments that transformers refuses.
+        RowError, VideoError: bad data; names the file.
+    """
+    rows = rows if rows is not None else read_rows(config.data)
+    rows = [row for row in rows if row.split == "train"]
+    if not rows:
+        raise ConfigError(f"{config.data} has no row of the split 'train'")
+    model = StormForConditionalGeneration.from_pretrained(config.model)
+    processor = AutoProcessor.from_pretrained(config.model)
+    method = config.method
+    if method.latent_budget:
+        add_latent_tokens(model, processor, method.latent_budget)
+    elif getattr(model.config, "latent_start_token_id", None) is not None:
+        model.config.latent_budget = 0
+    model.config.num_frames = config.num_frames
+    if config.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    targets = None
+    if method.alignment_weight or method.slot_input in ("target", "scheduled"):
+        targets = thought_targets(
+            model, processor, rows, method.latent_budget, method.target_normalization
+        )
+    collator = StormCollator(
+        processor, config.num_frames, method.latent_budget, int(config.video_cache_gb * 2**30)
+    )
+    trainer = StormTrainer(
+        model=model,
+        args=training_arguments(config),
+        train_dataset=RowDataset(rows, targets),
+        data_collator=functools.partial(collate_items, collator),
+        method=method,
+    )
+    trainer.train()
+    output = Path(config.output_dir)
+    trainer.save_model(str(output))
+    processor.save_pretrained(output)
+    (output / "train_config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (output / "log_history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+    (output / "versions.json").write_text(json.dumps(versions(), indent=1))
+    return output
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """TrainingArguments with the defaults that this data needs; the config's own values win."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(Path(config.output_dir) / "trainer"),
+        "remove_unused_columns": False,  # the collator takes rows, not columns
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 10,
+        **config.training,
+    }
+    try:
+        return TrainingArguments(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"training: {error}") from error

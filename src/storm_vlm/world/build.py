@@ -1,0 +1,148 @@
+"""Write the micro world to disk: MP4 clips, thought videos and rows."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from tqdm.auto import tqdm
+
+from storm_vlm.data.schema import Row, Split, ThoughtVideo, write_rows
+from storm_vlm.data.video import write_video
+from storm_vlm.world.questions import (
+    PERCEPTION_FAMILIES,
+    Question,
+    ask_perception,
+    plan,
+    sample_reasoning,
+)
+from storm_vlm.world.render import FPS, FRAMES_PER_STEP, clip_frames, thought_frames
+from storm_vlm.world.simulator import (
+    OUT_OF_DISTRIBUTION,
+    PERCEPTION,
+    REASONING,
+    Scene,
+    cell_name,
+    sample_scene,
+    simulate,
+)
+
+NUM_FRAMES = REASONING.shown_steps * FRAMES_PER_STEP  # what a model must be shown to see it all
+HORIZON = (3, 7)  # hidden steps that a question is about; 7 after the first fill K = 8 slots
+FAR_HORIZON = (8, 10)
+CRF = 12  # near-lossless, so that the world and not the codec sets the difficulty
+ASKED = (*PERCEPTION_FAMILIES, "tile", "tile", "position")  # these three need the most practice
+Kind = Literal["reasoning", "perception"]
+
+
+def build_world(folder: str | Path, kind: Kind, split: Split, count: int, seed: int = 0) -> Path:
+    """Write `count` scenes of one split and their rows; returns the path of the row file.
+
+    A reasoning scene has one question and a thought video; a perception scene has a question of every
+    family that fits it. Splits never share a scene: each draws from a random stream of its own. Files that
+    are there are kept, so an interrupted call can be repeated.
+    """
+    folder = Path(folder)
+    rng = random.Random(f"{kind}/{split}/{seed}")
+    if kind == "reasoning":
+        far = split == "ood"
+        difficulty, horizon = (OUT_OF_DISTRIBUTION, FAR_HORIZON) if far else (REASONING, HORIZON)
+        asked: Iterable[tuple[Scene, list[Question]]] = (
+            (scene, [question])
+            for scene, question in sample_reasoning(rng, difficulty, count, horizon)
+        )
+    else:
+        asked = sample_perception(rng, count)
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    (folder / "thoughts").mkdir(exist_ok=True)
+    rows: list[Row] = []
+    for i, (scene, questions) in enumerate(tqdm(asked, f"{split} clips", total=count, leave=False)):
+        name = f"{kind}-{split}-{seed}-{i:05d}"
+        clip = folder.absolute() / "clips" / f"{name}.mp4"
+        if not clip.exists():
+            write_video(clip, clip_frames(scene), FPS, crf=CRF)
+        for j, question in enumerate(questions):
+            thought = _thought_video(folder, name, scene, question) if question.steps else None
+            rows.append(
+                Row(
+                    id=f"{name}-{j}",
+                    video=str(clip),
+                    question=question.text,
+                    answer=question.answer,
+                    keyframes=(scene.now * FRAMES_PER_STEP / FPS,),
+                    plan=plan(scene, question) if question.steps else None,
+                    thought_video=thought,
+                    split=split,
+                    meta={
+                        "family": question.family,
+                        "steps": question.steps,
+                        "shortcuts": shortcuts(scene, question) if question.steps else {},
+                    },
+                )
+            )
+    path = folder / f"{kind}-{split}-{seed}.jsonl"
+    write_rows(path, rows)
+    return path
+
+
+def sample_perception(rng: random.Random, count: int) -> Iterable[tuple[Scene, list[Question]]]:
+    """`count` scenes, each with questions of every family that fits it; most scenes have one ball."""
+    for number in range(count):
+        questions: list[Question] = []
+        while not questions:
+            scene = sample_scene(rng, rng.choice((REASONING, REASONING, REASONING, PERCEPTION)))
+            asking = random.Random(number)
+            asked = [ask_perception(scene, asking, family) for family in ASKED]
+            questions = [question for question in dict.fromkeys(asked) if question is not None]
+        yield scene, questions
+
+
+def shortcuts(scene: Scene, question: Question) -> dict[str, str]:
+    """What two ways to answer without simulating would say.
+
+    `last_seen`: what holds when the clip ends still holds. `straight_line`: the ball rolls on between the walls
+    and over pads, as if there were no mirrors and no blocks.
+    """
+    pads = {cell: tile for cell, tile in scene.tiles.items() if tile.kind == "pad"}
+    now = scene.after(0, question.ball)
+    straight = simulate(pads, now, question.steps + 1)
+    blocks = sorted(tile.name for tile in scene.tiles.values() if tile.kind == "block")
+    without_mirrors = {c: tile for c, tile in scene.tiles.items() if tile.kind == "block"}
+    hits = [ball.hit for ball in simulate(without_mirrors, now, 8) if ball.hit in blocks]
+    out = next(
+        (
+            b
+            for a, b in itertools.pairwise(straight)
+            if a.cell in scene.cover and b.cell not in scene.cover
+        ),
+        straight[-1],
+    )
+    return {
+        "where": {"last_seen": cell_name(now.cell), "straight_line": cell_name(straight[-1].cell)},
+        "emerge": {"last_seen": cell_name(now.cell), "straight_line": cell_name(out.cell)},
+        "heading": {"last_seen": now.heading, "straight_line": straight[-1].heading},
+        "paint": {"last_seen": now.colour, "straight_line": straight[-1].colour},
+        "first_hit": {
+            "last_seen": blocks[0] if blocks else "",
+            "straight_line": str((hits or blocks)[0]),
+        },
+    }[question.family]
+
+
+def _thought_video(folder: Path, name: str, scene: Scene, question: Question) -> ThoughtVideo:
+    path = folder.absolute() / "thoughts" / f"{name}.mp4"
+    length = max(HORIZON[1], question.steps) + 1
+    if not path.exists():
+        write_video(
+            path, thought_frames(scene, question.steps, length, question.ball), FPS, crf=CRF
+        )
+    return ThoughtVideo(
+        path=str(path),
+        source="oracle",
+        generator=f"storm_vlm.world {version('storm-vlm')}",
+        provenance={"hidden_steps": question.steps, "length": length},
+    )

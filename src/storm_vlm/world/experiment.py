@@ -1,0 +1,219 @@
+"""The micro experiment: every arm at equal data and equal optimizer steps, over several seeds.
+
+An arm is a list of stages; a stage is a shipped YAML file. Each run leaves a `result.json`; a run that has
+one is not repeated, so the experiment can be interrupted and continued.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from storm_vlm.data.files import write_json
+from storm_vlm.data.schema import Row, read_rows
+from storm_vlm.evaluation.evaluate import (
+    CONTROLS,
+    accuracy,
+    confidence_interval,
+    evaluate,
+    evaluate_interventions,
+    paired_difference,
+)
+from storm_vlm.pipeline import StormPipeline
+from storm_vlm.training.config import load_config
+from storm_vlm.training.train import train
+from storm_vlm.versions import commit, versions
+from storm_vlm.world.build import build_world
+from storm_vlm.world.checkpoints import shipped
+from storm_vlm.world.questions import REASONING_SHARE, answers
+
+# Every arm sees the same rows for the same number of optimizer steps. A stage's share of them is its second entry.
+ARMS: dict[str, list[tuple[str, float]]] = {
+    "base": [],
+    "sft": [("sft", 1.0)],
+    "pause": [("pause", 1.0)],
+    "stage1_only": [("stage1", 1.0)],
+    "stage2_only": [("stage2", 1.0)],
+    "full": [("stage1", 0.5), ("stage2", 0.5)],
+}
+MICRO_CONFIGS = Path(__file__).parent / "configs"
+LATENT_ARMS = ("stage1_only", "stage2_only", "full")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much data and how many optimizer steps (in all, whatever the arm)."""
+
+    train_rows: int = 4000
+    test_rows: int = 1000
+    ood_rows: int = 500
+    steps: int = 1200
+
+
+def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size) -> dict[str, Any]:
+    """Train and evaluate one arm with one seed; returns (and keeps) its outcomes."""
+    result_file = folder / f"{arm}-{seed}" / "result.json"
+    if result_file.exists():
+        return json.loads(result_file.read_text())
+    checkpoint = shipped("backbone")
+    for number, (stage, share) in enumerate(ARMS[arm]):
+        output = result_file.parent / f"{number}-{stage}"
+        if not (output / "versions.json").exists():  # the last file that training writes
+            config = load_config(
+                MICRO_CONFIGS / f"{stage}.yaml",
+                [
+                    f"model={checkpoint}",
+                    f"data={data['train']}",
+                    f"output_dir={output}",
+                    f"training.max_steps={round(share * size.steps)}",
+                    f"training.seed={seed}",
+                ],
+            )
+            train(config)
+        checkpoint = output
+    pipeline = StormPipeline.from_pretrained(str(checkpoint), device="cpu")
+    pipeline.collator.videos.cache_bytes = 2**30
+    result: dict[str, Any] = {"arm": arm, "seed": seed, "checkpoint": str(checkpoint)}
+    for split in ("test", "ood"):
+        rows = read_rows(data[split])
+        result[split] = [outcome.to_dict() for outcome in evaluate(pipeline, rows, 100)]
+        if arm in LATENT_ARMS:
+            result[f"{split}_interventions"] = evaluate_interventions(pipeline, rows, 100)
+    if arm == "sft":
+        rows = read_rows(data["test"])
+        for control in CONTROLS:
+            outcomes = evaluate(pipeline, rows, 100, control)
+            result[control] = [bool(outcome.correct) for outcome in outcomes]
+    write_json(result_file, result)
+    return result
+
+
+def build_data(folder: Path, size: Size) -> dict[str, Path]:
+    """The reasoning rows of all splits."""
+    counts = {"train": size.train_rows, "test": size.test_rows, "ood": size.ood_rows}
+    return {
+        split: build_world(folder, "reasoning", split, count)  # type: ignore[arg-type]
+        for split, count in counts.items()
+    }
+
+
+def run_arms(
+    folder: Path, arms: Iterable[str], seeds: Iterable[int], size: Size, jobs: int
+) -> list[dict[str, Any]]:
+    """All arms and seeds, `jobs` at a time, each on one thread."""
+    data = build_data(folder / "data", size)
+    work = [(folder, data, arm, seed, size) for seed in seeds for arm in arms]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        jobs, context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        futures = [pool.submit(run_arm, *job) for job in work]
+        return [
+            future.result() for future in tqdm(as_completed(futures), "runs", total=len(futures))
+        ]
+
+
+def shortcut_accuracies(
+    rows: Sequence[Row], train_rows: Sequence[Row], sft: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """Accuracy of ways to answer that simulate nothing; the last three ask the SFT models without the evidence."""
+    counts: dict[str, dict[str, int]] = {}
+    for row in train_rows:
+        family = counts.setdefault(row.meta["family"], {})
+        family[row.answer] = family.get(row.answer, 0) + 1
+    majority = {
+        family: max(count, key=lambda answer: count[answer]) for family, count in counts.items()
+    }
+    found = {"majority": accuracy([majority[row.meta["family"]] == row.answer for row in rows])}
+    for name in ("last_seen", "straight_line"):
+        found[name] = accuracy([row.meta["shortcuts"][name] == row.answer for row in rows])
+    for control in CONTROLS:
+        found[control] = accuracy([hit for result in sft for hit in result[control]])
+    return found
+
+
+def chance() -> float:
+    """Accuracy of a uniform guess among a family's answers."""
+    return sum(share / len(answers(family)) for family, share in REASONING_SHARE.items())
+
+
+def summarize(
+    results: Sequence[dict[str, Any]], data: dict[str, Path], command: str
+) -> dict[str, Any]:
+    """The figures for the record."""
+    test = read_rows(data["test"])
+    by_arm: dict[str, list[dict[str, Any]]] = {}
+    for result in sorted(results, key=lambda result: result["seed"]):
+        by_arm.setdefault(result["arm"], []).append(result)
+    hits = {
+        arm: [[float(bool(o["correct"])) for o in run["test"]] for run in runs]
+        for arm, runs in by_arm.items()
+    }
+    summary: dict[str, Any] = {
+        "command": command,
+        "commit": commit(),
+        "versions": versions(),
+        "seeds": sorted({result["seed"] for result in results}),
+        "n_test": len(test),
+        "chance": chance(),
+    }
+    summary["shortcuts"] = shortcut_accuracies(
+        test, read_rows(data["train"]), by_arm.get("sft", [])
+    )
+    summary["shortcut_best"] = max(summary["shortcuts"].values())
+    for arm, outcomes in hits.items():
+        summary[arm] = _mean(outcomes)
+        summary[f"{arm}_interval"] = confidence_interval([x for run in outcomes for x in run])
+        summary[f"{arm}_ood"] = accuracy([o["correct"] for run in by_arm[arm] for o in run["ood"]])
+        summary[f"{arm}_by_family"] = {
+            family: accuracy(
+                [o["correct"] for run in by_arm[arm] for o in run["test"] if o["family"] == family]
+            )
+            for family in REASONING_SHARE
+        }
+        if arm in LATENT_ARMS:
+            runs = [run["test_interventions"] for run in by_arm[arm]]
+            for kind in runs[0]:
+                summary[f"{arm}_{kind}"] = _mean(
+                    [[float(hit) for hit in run[kind]] for run in runs]
+                )
+            counts = [o["slots_used"] for run in by_arm[arm] for o in run["test"]]
+            summary[f"{arm}_slots_used"] = sum(counts) / len(counts)
+            ends = [o["forced_end"] for run in by_arm[arm] for o in run["test"]]
+            summary[f"{arm}_forced_end"] = accuracy(ends)
+    if "full" in hits and "sft" in hits:
+        summary["full_swapped_latents"] = summary["full_swap_inputs"]
+        for other in hits:
+            if other != "full":
+                theirs = (
+                    hits[other]
+                    if len(hits[other]) == len(hits["full"])
+                    else hits[other] * len(hits["full"])
+                )
+                summary[f"full_minus_{other}"] = paired_difference(hits["full"], theirs)
+    summary["perception"] = json.loads((shipped("backbone") / "perception.json").read_text())
+    return summary
+
+
+def run_experiment(folder: Path, results: Path, seeds: Iterable[int], jobs: int) -> None:
+    """All arms over `seeds`; writes the figures to `results`."""
+    size = Size()
+    seeds = list(seeds)
+    outcomes = run_arms(folder, ["base"], seeds[:1], size, 1)  # it has no seed
+    outcomes += run_arms(folder, [arm for arm in ARMS if arm != "base"], seeds, size, jobs)
+    data = build_data(folder / "data", size)
+    command = f"storm micro --seeds {len(seeds)}"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    write_json(results, summarize(outcomes, data, command))
+
+
+def _mean(outcomes: Sequence[Sequence[float]]) -> float:
+    return sum(map(sum, outcomes)) / sum(map(len, outcomes))

@@ -1,0 +1,24 @@
+"""A small data set of the micro world and the shipped backbone, made once for all tests."""
+
+from pathlib import Path
+
+import pytest
+
+from storm_vlm.data.schema import Row, read_rows
+from storm_vlm.world.build import build_world
+from storm_vlm.world.checkpoints import shipped
+
+
+@pytest.fixture(scope="session")
+def reasoning_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_world(tmp_path_factory.mktemp("world"), "reasoning", "train", 12)
+
+
+@pytest.fixture(scope="session")
+def reasoning_rows(reasoning_file: Path) -> list[Row]:
+    return read_rows(reasoning_file)
+
+
+@pytest.fixture(scope="session")
+def backbone() -> str:
+    return str(shipped("backbone"))

@@ -1,0 +1,73 @@
+"""Evaluation: scores, intervals, controls and interventions."""
+
+import numpy as np
+import pytest
+import torch
+
+from storm_vlm import StormPipeline
+from storm_vlm.evaluation.evaluate import (
+    CONTROLS,
+    accuracy,
+    confidence_interval,
+    evaluate,
+    evaluate_interventions,
+    paired_difference,
+)
+from storm_vlm.world.checkpoints import shipped
+
+
+@pytest.fixture(scope="module")
+def storm() -> StormPipeline:
+    return StormPipeline.from_pretrained(str(shipped("storm")))
+
+
+def test_results_do_not_depend_on_the_batch_size(storm, reasoning_rows) -> None:
+    assert evaluate(storm, reasoning_rows, 5) == evaluate(storm, reasoning_rows, 1)
+
+
+def test_teacher_forced_score_is_the_greedy_score(storm, reasoning_rows) -> None:
+    """Unless the model closes its segment early, which the fixed-length rollout does not."""
+    greedy = evaluate(storm, reasoning_rows)
+    full = [result for result in greedy if result.slots_used == 8]
+    assert len(full) == len(greedy)
+    right = evaluate_interventions(storm, reasoning_rows, 32)
+    assert sum(right["none"]) == sum(bool(result.correct) for result in greedy)
+    assert all(len(hits) == len(reasoning_rows) for hits in right.values())
+
+
+def test_controls_take_the_evidence_away(storm, reasoning_rows) -> None:
+    for control in CONTROLS:
+        results = evaluate(storm, reasoning_rows, 8, control)
+        assert [r.id for r in results] == [row.id for row in reasoning_rows]
+    seen = storm.collator.collate_prompts(reasoning_rows[:1], "force")
+    blind = evaluate(storm, reasoning_rows[:4], 4, "text_only")
+    assert "pixel_values_videos" in seen and len({r.prediction for r in blind}) <= 4
+
+
+def test_unparsed_answers_stay_in_the_denominator() -> None:
+    assert accuracy([True, None, False, True]) == 0.5
+
+
+def test_interval_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        low, high = confidence_interval(rng.random(80) < 0.4, resamples=300)
+        covered += low <= 0.4 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_paired_difference_is_sharper_than_an_unpaired_one() -> None:
+    rng = np.random.default_rng(0)
+    theirs = (rng.random((3, 300)) < 0.5).astype(float)
+    ours = np.maximum(theirs, rng.random((3, 300)) < 0.2)
+    found = paired_difference(ours, theirs)
+    assert found["low"] < found["mean"] < found["high"]
+    assert found["mean"] == pytest.approx((ours - theirs).mean())
+    assert found["low"] > 0.03
+
+
+def test_evaluation_leaves_the_model_as_it_was(storm, reasoning_rows) -> None:
+    before = {n: p.clone() for n, p in storm.model.state_dict().items()}
+    evaluate_interventions(storm, reasoning_rows, 4)
+    assert all(torch.equal(p, before[n]) for n, p in storm.model.state_dict().items())

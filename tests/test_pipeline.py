@@ -1,0 +1,105 @@
+"""Answering from a checkpoint: the shipped one, a stock one, files of other software, the command."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storm_vlm import StormPipeline
+from storm_vlm.data.collator import Question
+from storm_vlm.data.video import read_video, write_video
+from storm_vlm.world.build import NUM_FRAMES
+from storm_vlm.world.checkpoints import shipped
+
+QUESTION = "Where will the ball be after 5 more steps?"
+
+
+@pytest.fixture(scope="module")
+def storm() -> StormPipeline:
+    return StormPipeline.from_pretrained(str(shipped("storm")))
+
+
+def test_the_shipped_model_reasons_in_latent_slots(storm, reasoning_rows) -> None:
+    answers = storm.answer_batch(reasoning_rows)
+    budget = storm.model.config.latent_budget
+    assert budget == 8 and all(0 < answer.slots_used <= budget for answer in answers)
+    assert all(answer.text and answer.seconds["total"] > 0 for answer in answers)
+
+
+def test_a_batch_answers_as_each_row_alone(storm, reasoning_rows) -> None:
+    together = storm.answer_batch(reasoning_rows)
+    alone = [storm.answer_batch([row])[0] for row in reasoning_rows]
+    assert [(a.text, a.slots_used, a.forced_end) for a in together] == [
+        (a.text, a.slots_used, a.forced_end) for a in alone
+    ]
+
+
+def test_answer_equals_plain_generate(storm, reasoning_rows) -> None:
+    row = reasoning_rows[0]
+    inputs = storm.collator.collate_prompts([row], "force")
+    output = storm.model.generate(**inputs, max_new_tokens=42)
+    text = storm.processor.decode(
+        output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert storm.answer(row.video, row.question).text == text.strip()
+
+
+def test_the_backbone_answers_without_slots(backbone, reasoning_rows) -> None:
+    pipeline = StormPipeline.from_pretrained(backbone)
+    answer = pipeline.answer(reasoning_rows[0].video, "Where is the ball now?")
+    assert pipeline.latent_mode == "off" and answer.slots_used == 0 and answer.text
+    with pytest.raises(ValueError, match="no latent slots"):
+        StormPipeline.from_pretrained(backbone, latent_mode="force")
+
+
+def test_off_mode_uses_no_slots(reasoning_rows) -> None:
+    pipeline = StormPipeline.from_pretrained(str(shipped("storm")), latent_mode="off")
+    assert pipeline.answer(reasoning_rows[0].video, QUESTION).slots_used == 0
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "size"),
+    [("mp4", "libx264", 96), ("webm", "libvpx-vp9", 160), ("mkv", "libsvtav1", 256)],
+)
+def test_other_codecs_sizes_and_rates(storm, reasoning_rows, tmp_path, suffix, codec, size) -> None:
+    frames = read_video(reasoning_rows[0].video, NUM_FRAMES).frames
+    index = np.arange(size) * frames.shape[1] // size
+    resized = np.repeat(frames[:, index][:, :, index], 4, axis=0)  # 16 frames a second
+    path = tmp_path / f"clip.{suffix}"
+    write_video(path, resized, 16.0, codec=codec)
+    answer = storm.answer(str(path), QUESTION, options=("a1", "b2"))
+    assert answer.text and answer.slots_used > 0
+
+
+def test_frames_in_memory_serve_as_a_video(storm, reasoning_rows) -> None:
+    row = reasoning_rows[0]
+    clip = read_video(row.video, NUM_FRAMES)
+    from_clip = storm.answer_batch([Question(clip, row.question)])[0]
+    assert from_clip.text == storm.answer(row.video, row.question).text
+
+
+def run_storm(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "storm_vlm", *arguments], capture_output=True, text=True
+    )
+
+
+def test_the_command_prints_what_python_returns(storm, reasoning_rows) -> None:
+    video = reasoning_rows[0].video
+    done = run_storm("answer", video, QUESTION, "--json")
+    assert done.returncode == 0, done.stderr
+    printed, expected = json.loads(done.stdout), asdict(storm.answer(video, QUESTION))
+    assert printed.pop("seconds").keys() == expected.pop("seconds").keys()
+    assert printed == expected
+
+
+def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    done = run_storm("answer", str(tmp_path / "broken.mp4"), QUESTION)
+    assert done.returncode == 1 and "broken.mp4" in done.stderr and "Traceback" not in done.stderr
+    done = run_storm("answer", str(tmp_path / "absent.mp4"), QUESTION)
+    assert done.returncode == 1 and "absent.mp4" in done.stderr

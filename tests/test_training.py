@@ -1,0 +1,250 @@
+"""Training: the losses are the paper's, what should move moves, and every shipped config runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoProcessor
+
+from storm_vlm.data.collator import StormCollator, VideoInputs
+from storm_vlm.data.schema import Row
+from storm_vlm.latent import alignment_loss, pool_targets
+from storm_vlm.modeling import StormForConditionalGeneration
+from storm_vlm.rollout import rollout
+from storm_vlm.tokens import add_latent_tokens
+from storm_vlm.training.config import ConfigError, Method, TrainConfig, load_config
+from storm_vlm.training.targets import thought_targets
+from storm_vlm.training.train import train, training_arguments
+from storm_vlm.training.trainer import StormTrainer, boundary_loss, storm_rollout
+from storm_vlm.world.experiment import MICRO_CONFIGS
+
+K = 4
+STAGES = {
+    "sft": Method(latent_budget=0, alignment_weight=0),
+    "pause": Method(latent_budget=K, alignment_weight=0, slot_input="pause"),
+    "target": Method(latent_budget=K, slot_input="target"),
+    "scheduled": Method(latent_budget=K, slot_input="scheduled"),
+    "rollout": Method(latent_budget=K, slot_input="rollout"),
+    "stage2": Method(latent_budget=K, alignment_weight=0),
+}
+
+
+@pytest.fixture(scope="module")
+def processor(backbone: str):
+    return AutoProcessor.from_pretrained(backbone)
+
+
+@pytest.fixture
+def model(backbone: str, processor):
+    model = StormForConditionalGeneration.from_pretrained(backbone)
+    add_latent_tokens(model, processor, K)
+    return model.train()
+
+
+@pytest.fixture
+def batch(model, processor, reasoning_rows: list[Row]) -> dict:
+    rows = reasoning_rows[:3]
+    targets = thought_targets(model, processor, rows, K, "standardize")
+    model.train()
+    return StormCollator(processor, 6, K)(rows, targets)
+
+
+def losses(model, method: Method, batch: dict) -> torch.Tensor:
+    trainer = StormTrainer(model=model, method=method, args=quiet_arguments())
+    return trainer.compute_loss(model, batch)
+
+
+def quiet_arguments():
+    return training_arguments(
+        TrainConfig(model="", data="", output_dir="unused", training={"use_cpu": True})
+    )
+
+
+def test_targets_are_the_pooled_tokens_of_the_vision_tower(
+    model, processor, reasoning_rows
+) -> None:
+    rows = reasoning_rows[:3]
+    raw = thought_targets(model, processor, rows, K, "none")
+    for row, target in zip(rows, raw, strict=True):
+        video = VideoInputs(processor, 2 * K).get(row.thought_video.path)  # type: ignore[union-attr]
+        with torch.no_grad():
+            (tokens,) = model.model.get_video_features(
+                video["pixel_values_videos"], video["video_grid_thw"]
+            ).pooler_output
+        assert torch.allclose(target, pool_targets(tokens, K), atol=1e-5)
+        # With two frames a slot and whole grids, slot k is the mean over grid k: step k of the world.
+        assert torch.allclose(target, tokens.view(K, -1, tokens.shape[-1]).mean(1), atol=1e-5)
+    standard = torch.stack(thought_targets(model, processor, rows, K, "standardize"))  # type: ignore[arg-type]
+    assert torch.allclose(standard.square().mean(-1), torch.ones(()), atol=1e-4)
+
+
+def test_rows_without_thought_video_have_no_target(model, processor, reasoning_rows) -> None:
+    rows = [reasoning_rows[0], reasoning_rows[1].model_copy(update={"thought_video": None})]
+    targets = thought_targets(model, processor, rows, K, "none")
+    assert targets[0] is not None and targets[1] is None
+    batch = StormCollator(processor, 6, K)(rows, targets)
+    assert batch["target_mask"].tolist() == [True, False]
+    model.train()
+    for slot_input in ("target", "scheduled", "rollout"):
+        losses(model, Method(latent_budget=K, slot_input=slot_input), batch).backward()  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no row has a thought video"):
+        thought_targets(model, processor, rows[1:], K, "none")
+
+
+def test_stage_one_is_answer_plus_a_tenth_of_alignment(model, batch) -> None:
+    method = Method(latent_budget=K, slot_input="target", boundary_weight=0)
+    output = rollout(model, batch, K, batch["targets"])
+    answer = F.cross_entropy(output.logits.flatten(0, 1), batch["labels"].flatten())
+    alignment = (output.states - batch["targets"]).square().mean()
+    expected = answer + 0.1 * alignment
+    assert losses(model, method, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    both = losses(model, method.model_copy(update={"boundary_weight": 1.0}), batch)
+    assert both.item() == pytest.approx((expected + boundary_loss(model, output)).item(), rel=1e-5)
+
+
+def test_without_slots_the_loss_is_the_stock_model_s(model, processor, reasoning_rows) -> None:
+    rows = reasoning_rows[:1]
+    batch = StormCollator(processor, 6, 0)(rows)
+    ids = torch.cat([batch["input_ids"], batch["labels"]], 1)
+    types = F.pad(batch["mm_token_type_ids"], (0, batch["labels"].shape[1]))
+    labels = F.pad(batch["labels"], (batch["input_ids"].shape[1], 0), value=-100)
+    pixels = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+    stock = model(
+        input_ids=ids,
+        mm_token_type_ids=types,
+        labels=labels,
+        **{name: batch[name] for name in pixels},
+    ).loss
+    ours = losses(model, Method(latent_budget=0, alignment_weight=0), batch)
+    assert ours.item() == pytest.approx(stock.item(), rel=1e-5)
+
+
+def test_what_slots_are_fed_with(model, batch) -> None:
+    """`target` and `rollout` differ, `scheduled` goes from the one to the other; pause slots see no target."""
+    out = {
+        name: storm_rollout(model, batch, method)
+        for name, method in STAGES.items()
+        if name != "sft"
+    }
+    assert torch.allclose(out["rollout"].logits, out["stage2"].logits)
+    assert not torch.allclose(out["rollout"].logits, out["target"].logits, atol=1e-3)
+    assert not torch.allclose(out["pause"].logits, out["rollout"].logits, atol=1e-3)
+    assert torch.allclose(out["scheduled"].logits, out["target"].logits)
+    late = storm_rollout(model, batch, STAGES["scheduled"], progress=0.9)
+    assert torch.allclose(late.logits, out["rollout"].logits, atol=1e-4)
+    changed = {**batch, "targets": batch["targets"] + 1}
+    again = storm_rollout(model, changed, STAGES["target"])
+    assert not torch.allclose(again.logits, out["target"].logits, atol=1e-3)
+    assert torch.allclose(
+        storm_rollout(model, changed, STAGES["pause"]).logits, out["pause"].logits
+    )
+
+
+def test_detached_feedback_is_another_gradient(model, batch) -> None:
+    def gradient(detach: bool) -> torch.Tensor:
+        model.zero_grad()
+        method = Method(latent_budget=K, alignment_weight=0, detach_feedback=detach)
+        losses(model, method, batch).backward()
+        return model.model.language_model.layers[0].self_attn.q_proj.weight.grad.clone()
+
+    assert not torch.allclose(gradient(True), gradient(False), rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_what_should_move_moves(
+    name: str, tmp_path: Path, backbone: str, reasoning_file: Path
+) -> None:
+    method = STAGES[name]
+    output = train(tiny_run(tmp_path, backbone, reasoning_file, method, max_steps=2))
+    before = StormForConditionalGeneration.from_pretrained(backbone).state_dict()
+    after = StormForConditionalGeneration.from_pretrained(str(output))
+    moved = {n for n, p in after.state_dict().items() if not torch.equal(p, before[n])}
+    frozen = {n for n in before if n.startswith("model.visual.")}
+    assert moved == set(before) - frozen, moved ^ (set(before) - frozen)
+    assert after.config.latent_budget == method.latent_budget if method.latent_budget else True
+    history = json.loads((output / "log_history.json").read_text())
+    assert any("answer_loss" in entry for entry in history)
+    if method.alignment_weight:
+        assert any(
+            {"alignment_loss", f"slot_cosine/{K}", f"slot_norm/{K}"} <= set(e) for e in history
+        )
+
+
+def tiny_run(
+    folder: Path, backbone: str, rows: Path, method: Method, max_steps: int
+) -> TrainConfig:
+    return TrainConfig(
+        model=backbone,
+        data=str(rows),
+        output_dir=str(folder / "out"),
+        num_frames=6,
+        method=method,
+        training={
+            "max_steps": max_steps,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "weight_decay": 0.01,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+    )
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path, backbone, reasoning_file) -> None:
+    runs = [
+        train(tiny_run(tmp_path / name, backbone, reasoning_file, STAGES["scheduled"], max_steps=2))
+        for name in ("a", "b")
+    ]
+    weights = [(run / "model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1]
+
+
+def test_alignment_is_learned(tmp_path, backbone, reasoning_file) -> None:
+    """A few steps on a handful of rows bring the states nearer to their targets."""
+    output = train(tiny_run(tmp_path, backbone, reasoning_file, STAGES["target"], max_steps=25))
+    history = json.loads((output / "log_history.json").read_text())
+    aligned = [entry["alignment_loss"] for entry in history if "alignment_loss" in entry]
+    assert aligned[-1] < 0.7 * aligned[0]
+
+
+@pytest.mark.parametrize("path", sorted(MICRO_CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_trains(path: Path, tmp_path, backbone, reasoning_file) -> None:
+    overrides = [
+        f"model={backbone}",
+        f"data={reasoning_file}",
+        f"output_dir={tmp_path / 'out'}",
+        "training.max_steps=1",
+        "training.per_device_train_batch_size=2",
+        "training.disable_tqdm=true",
+        "training.use_cpu=true",
+        "training.bf16=false",
+        "training.gradient_accumulation_steps=1",
+        "num_frames=6",
+    ]
+    train(load_config(path, overrides))
+
+
+def test_bad_configs_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("model: m\ndata: d\noutput_dir: o\nmethod: {latent_bugdet: 8}\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: method\.latent_bugdet"):
+        load_config(path)
+    path.write_text("model: m\ndata: d\noutput_dir: o\ntraining: {lerning_rate: 1}\n")
+    with pytest.raises(ConfigError, match="lerning_rate"):
+        training_arguments(load_config(path))
+    with pytest.raises(ConfigError, match="key=value"):
+        load_config(path, ["oops"])
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ValueError, match="pause slots"):
+        Method(slot_input="pause")
+
+
+def test_alignment_of_no_row_is_zero_with_a_graph() -> None:
+    states = torch.randn(2, K, 3, requires_grad=True)
+    loss = alignment_loss(states, torch.zeros(2, K, 3), torch.zeros(2, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and states.grad is not None

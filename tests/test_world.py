@@ -1,0 +1,179 @@
+"""The micro world: its physics against an independent restatement, and what makes it a fair test."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storm_vlm.data.schema import read_rows
+from storm_vlm.data.video import read_video
+from storm_vlm.world.build import FAR_HORIZON, HORIZON, NUM_FRAMES, build_world, shortcuts
+from storm_vlm.world.questions import (
+    PERCEPTION_FAMILIES,
+    REASONING_FAMILIES,
+    answers,
+    ask_perception,
+    plan,
+    sample_reasoning,
+)
+from storm_vlm.world.render import CELL, PAINT, clip_frames, thought_frames
+from storm_vlm.world.simulator import (
+    OUT_OF_DISTRIBUTION,
+    PERCEPTION,
+    REASONING,
+    SIZE,
+    Ball,
+    Tile,
+    sample_scene,
+    simulate,
+)
+
+
+def restated(tiles: dict, position: complex, velocity: complex, colour: str, steps: int) -> list:
+    """The rules again, in complex numbers: x + iy with y downwards; a mirror is a reflection."""
+    track = [(position, velocity, colour)]
+    for _ in range(steps):
+        target = position + velocity
+        kind, paint = tiles.get(target, ("", ""))
+        inside = 0 <= target.real < SIZE and 0 <= target.imag < SIZE
+        if not inside or kind == "block":
+            velocity = -velocity
+        else:
+            position = target
+            if kind == "slash":
+                velocity = -1j * velocity.conjugate()
+            elif kind == "backslash":
+                velocity = 1j * velocity.conjugate()
+            elif kind == "pad":
+                colour = paint
+        track.append((position, velocity, colour))
+    return track
+
+
+def test_physics_follow_the_rules() -> None:
+    velocities = {"right": 1, "left": -1, "down": 1j, "up": -1j}
+    for seed in range(200):
+        scene = sample_scene(random.Random(seed), REASONING)
+        tiles = {complex(c, r): (t.kind, t.colour) for (r, c), t in scene.tiles.items()}
+        (track,) = scene.tracks
+        row, column = track[0].cell
+        expected = restated(
+            tiles,
+            complex(column, row),
+            velocities[track[0].heading],
+            track[0].colour,
+            len(track) - 1,
+        )
+        for ball, (position, velocity, colour) in zip(track, expected, strict=True):
+            assert complex(ball.cell[1], ball.cell[0]) == position
+            assert (velocities[ball.heading], ball.colour) == (velocity, colour)
+
+
+def test_a_slow_ball_takes_the_same_way_in_twice_the_time() -> None:
+    tiles = {(0, 3): Tile("backslash"), (2, 3): Tile("block", "red")}
+    fast = simulate(tiles, Ball((0, 0), "right", "blue", came="right"), 7)
+    slow = simulate(tiles, Ball((0, 0), "right", "blue", came="right", period=2), 14)
+    assert [b.cell for b in slow[::2]] == [b.cell for b in fast]
+    assert [b.heading for b in slow[::2]] == [b.heading for b in fast]
+    assert fast[4].cell == (1, 3) and fast[5].hit == "red block" and fast[5].heading == "up"
+
+
+@pytest.fixture(scope="module")
+def asked() -> list:
+    return list(sample_reasoning(random.Random(3), REASONING, 2000, HORIZON))
+
+
+def test_reasoning_answers_are_balanced_and_shortcuts_fail(asked: list) -> None:
+    for family in REASONING_FAMILIES:
+        counts = Counter(q.answer for _, q in asked if q.family == family)
+        assert set(counts) <= set(answers(family))
+        assert max(counts.values()) / sum(counts.values()) < 1.6 / len(answers(family))
+    for way in ("last_seen", "straight_line"):
+        right = [shortcuts(scene, q)[way] == q.answer for scene, q in asked]
+        assert sum(right) / len(right) < 0.3, way
+
+
+def test_answers_are_hidden_until_the_last_step_asked_about(asked: list) -> None:
+    """The clip ends before anything the question is about, and the oracle's plan ends in the answer."""
+    for scene, question in asked[:300]:
+        assert HORIZON[0] <= question.steps <= HORIZON[1]
+        assert plan(scene, question).endswith(f"The answer is {question.answer}.")
+        assert f"step {question.steps}:" in plan(scene, question)
+        assert len(clip_frames(scene)) == NUM_FRAMES == 2 * scene.shown_steps
+
+
+def test_every_perception_family_asks_and_is_not_about_the_future() -> None:
+    found: Counter = Counter()
+    for seed in range(150):
+        scene = sample_scene(random.Random(seed), PERCEPTION)
+        for family in PERCEPTION_FAMILIES:
+            question = ask_perception(scene, random.Random(seed), family)
+            if question is not None:
+                found[family] += 1
+                assert question.steps == 0
+    assert all(found[family] > 20 for family in PERCEPTION_FAMILIES), found
+
+
+def test_thought_video_starts_where_the_clip_ends_and_holds_the_end() -> None:
+    scene = next(
+        scene
+        for scene, _ in sample_reasoning(random.Random(0), REASONING, 50, HORIZON)
+        if not scene.cover
+    )
+    frames = thought_frames(scene, hidden_steps=5, length=8)
+    assert np.array_equal(frames[:2], clip_frames(scene)[-2:])
+    assert np.array_equal(frames[10:12], frames[14:16]) and not np.array_equal(
+        frames[8:10], frames[10:12]
+    )
+    for k in range(
+        6
+    ):  # temporal grid k shows step k: the ball's colour fills the middle of its cell
+        ball = scene.after(k)
+        row, column = ball.cell
+        middle = frames[2 * k + 1, row * CELL + CELL // 2, column * CELL + CELL // 2]
+        assert tuple(middle) == PAINT[ball.colour]
+
+
+def test_the_cover_hides_tiles_after_the_first_step_but_not_in_the_thought_video() -> None:
+    scene = next(s for i in range(500) if (s := sample_scene(random.Random(i), REASONING)).cover)
+    row, column = next(iter(scene.cover))
+    place = (slice(row * CELL, (row + 1) * CELL), slice(column * CELL, (column + 1) * CELL))
+    clip = clip_frames(scene)
+    assert not np.array_equal(clip[0][place], clip[2][place])
+    assert np.array_equal(clip[2][place], clip[-1][place])
+
+
+def test_splits_share_no_scene_and_a_second_build_changes_nothing(tmp_path: Path) -> None:
+    seen: dict[bytes, str] = {}
+    for split in ("train", "validation", "test", "ood"):
+        path = build_world(tmp_path, "reasoning", split, 12)  # type: ignore[arg-type]
+        for row in read_rows(path):
+            clip = Path(row.video).read_bytes()
+            assert seen.setdefault(clip, split) == split
+            assert row.thought_video is not None and Path(row.thought_video.path).exists()
+            assert row.split == split
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*.mp4")}
+    rows = path.read_bytes()
+    next(iter(before)).unlink()  # as if interrupted
+    build_world(tmp_path, "reasoning", "ood", 12)
+    build_world(tmp_path, "reasoning", "train", 12)
+    for split in ("validation", "test"):
+        build_world(tmp_path, "reasoning", split, 12)  # type: ignore[arg-type]
+    after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*.mp4")}
+    assert path.read_bytes() == rows
+    assert {p: data for p, (_, data) in after.items()} == {p: d for p, (_, d) in before.items()}
+    assert sum(after[p] != before[p] for p in before) == 1
+
+
+def test_ood_scenes_are_longer_and_fuller() -> None:
+    far = list(sample_reasoning(random.Random(1), OUT_OF_DISTRIBUTION, 40, FAR_HORIZON))
+    assert all(q.steps > HORIZON[1] and len(scene.tracks) == 2 for scene, q in far)
+
+
+def test_clips_survive_encoding(tmp_path: Path) -> None:
+    row = read_rows(build_world(tmp_path, "perception", "test", 1))[0]
+    clip = read_video(row.video, NUM_FRAMES)
+    assert clip.frames.shape == (NUM_FRAMES, SIZE * CELL, SIZE * CELL, 3)
+    assert np.allclose(np.diff(clip.timestamps), 0.25)
