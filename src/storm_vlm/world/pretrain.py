@@ -1,8 +1,9 @@
 """Pretrain the micro backbone from scratch, on perception questions only.
 
 Two things make it learn in minutes. Several questions about a clip are one conversation, so that each clip
-is supervised densely; and one of them asks what lies in every cell, which teaches to look a cell up by its
-name. With one question per clip it stays at chance.
+is supervised densely; and one of them asks what lies in many cells. First these are listed in order, which is
+easy and teaches to read a visual token; then in any order, which can only be done by looking a cell up by its
+name. With one question per clip, or with the second list alone, it stays at chance for long.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,20 @@ from storm_vlm.world.build import HORIZON, NUM_FRAMES, build_world, sample_perce
 from storm_vlm.world.questions import plan, sample_reasoning
 from storm_vlm.world.simulator import REASONING
 
-ALWAYS = ("board", "cells", "track")  # the densest questions are in every conversation
-OTHERS = 4  # how many more a conversation has
+
+@dataclass(frozen=True)
+class Phase:
+    """`always` are the families in every conversation; `others` is how many more questions one has."""
+
+    always: tuple[str, ...]
+    others: int
+    share: float  # of all steps
+
+
+PHASES = (Phase(("board", "track"), 3, 0.2), Phase(("cells", "track"), 4, 0.8))
 TEST_CLIPS = 400
 HYPERPARAMETERS = {
-    "per_device_train_batch_size": 12,
+    "per_device_train_batch_size": 10,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 100,
@@ -57,23 +68,24 @@ def pretrain(out: Path, data: Path, clips: int, steps: int, seed: int) -> Path:
     by_clip: defaultdict[str, list[Row]] = defaultdict(list)
     for row in train_rows:
         by_clip[row.video].append(row)
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(data / "trainer"),
-            max_steps=steps,
-            seed=seed,
-            save_steps=500,
-            save_only_model=True,
-            report_to="none",
-            logging_steps=50,
-            remove_unused_columns=False,
-            **HYPERPARAMETERS,
-        ),
-        train_dataset=list(by_clip.values()),  # type: ignore[arg-type]  # a list of items is a dataset
-        data_collator=ConversationCollator(processor),
-    )
-    trainer.train()
+    videos = VideoInputs(processor, NUM_FRAMES, cache_bytes=4 * 2**30)
+    for phase in PHASES:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(data / "trainer"),
+                max_steps=round(phase.share * steps),
+                seed=seed,
+                save_strategy="no",
+                report_to="none",
+                logging_steps=50,
+                remove_unused_columns=False,
+                **HYPERPARAMETERS,
+            ),
+            train_dataset=list(by_clip.values()),  # type: ignore[arg-type]  # a list is a dataset
+            data_collator=ConversationCollator(processor, videos, phase),
+        )
+        trainer.train()
     model.save_pretrained(out)
     processor.save_pretrained(out)
     results = evaluate(StormPipeline(model, processor, NUM_FRAMES), test_rows, max_new_tokens=100)
@@ -86,9 +98,8 @@ def pretrain(out: Path, data: Path, clips: int, steps: int, seed: int) -> Path:
 class ConversationCollator:
     """Rows about one clip -> one conversation, with a loss on every answer."""
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-        self.videos = VideoInputs(processor, NUM_FRAMES, cache_bytes=4 * 2**30)
+    def __init__(self, processor: Any, videos: VideoInputs, phase: Phase) -> None:
+        self.processor, self.videos, self.phase = processor, videos, phase
 
     def __call__(self, clips: Sequence[Sequence[Row]]) -> dict[str, Tensor]:
         videos = [self.videos.get(rows[0].video) for rows in clips]
@@ -112,9 +123,9 @@ class ConversationCollator:
         }
 
     def _conversation(self, rows: Sequence[Row], grid: Tensor) -> tuple[list[int], list[int]]:
-        dense = [row for row in rows if row.meta["family"] in ALWAYS]
-        rest = [row for row in rows if row.meta["family"] not in ALWAYS]
-        turns = dense + random.sample(rest, min(OTHERS, len(rest)))
+        dense = [row for row in rows if row.meta["family"] in self.phase.always]
+        rest = [row for row in rows if row.meta["family"] not in ("board", "cells", "track")]
+        turns = dense + random.sample(rest, min(self.phase.others, len(rest)))
         random.shuffle(turns)
         tokenizer = self.processor.tokenizer
         messages: list[dict[str, Any]] = []
@@ -162,7 +173,7 @@ Stock `Qwen2_5_VLForConditionalGeneration` with about a million parameters, trai
 questions about clips of STORM's micro world. It has never been asked about anything that its frames do not show.
 
 - Data: {clips} clips (`storm world --kind perception --split train --seed {seed}`), up to
-  {OTHERS + len(ALWAYS)} questions about a clip in one conversation
+  {max(phase.others + len(phase.always) for phase in PHASES)} questions about a clip in one conversation
 - Training: {steps} steps; {", ".join(f"{k} {v}" for k, v in HYPERPARAMETERS.items())}; seed {seed}
 - Made again by `storm pretrain OUT --clips {clips} --steps {steps} --seed {seed}`
 - {made_with}

@@ -121,21 +121,30 @@ def clip_frames(scene: Scene) -> np.ndarray:
     )
 
 
+def _in_the_light(ball: Ball) -> list[tuple[int, int]]:
+    """The ball's cell, and the block that it hits."""
+    if ball.hit in (None, "wall"):
+        return [ball.cell]
+    rows, columns = HEADINGS[ball.came]
+    return [ball.cell, (ball.cell[0] + rows, ball.cell[1] + columns)]
+
+
 def thought_frames(scene: Scene, hidden_steps: int, length: int, ball: int = 0) -> np.ndarray:
     """The oracle's thought video, (2 * length, H, W, 3) uint8: the unseen part, with a spotlight on the ball.
 
     As an image-to-video model would, it starts from the last step shown; then come the hidden steps that
     the question asks about, and the last of them is held until `length` steps are filled. Only the cell of
-    the ball asked about is lit: a thought video is there to show what matters to the question, and a pooled
-    target should not be about the rest of the board.
+    the ball asked about (and a block that it hits) is lit: a thought video is there to show what matters to
+    the question, and a pooled target should not be about the rest of the board.
     """
     board, frames = _board(scene), []
     for k in range(length):
         index = scene.now + min(k, hidden_steps)
-        lit = scene.tracks[ball][index].cell
+        lit = _in_the_light(scene.tracks[ball][index])
         for late in (False, True):
             frame = _draw(board, scene, index, late, covered=False)
             dark = np.full_like(frame, DARK)
-            _cell(dark, *lit)[:] = _cell(frame, *lit)
+            for row, column in lit:
+                _cell(dark, row, column)[:] = _cell(frame, row, column)
             frames.append(dark)
     return np.stack(frames)
