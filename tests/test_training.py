@@ -132,7 +132,7 @@ def test_what_slots_are_fed_with(model, batch) -> None:
     assert not torch.allclose(out["rollout"].logits, out["target"].logits, atol=1e-3)
     assert not torch.allclose(out["pause"].logits, out["rollout"].logits, atol=1e-3)
     assert torch.allclose(out["scheduled"].logits, out["target"].logits)
-    late = storm_rollout(model, batch, STAGES["scheduled"], progress=0.9)
+    late = storm_rollout(model, batch, STAGES["scheduled"], progress=1.0)
     assert torch.allclose(late.logits, out["rollout"].logits, atol=1e-4)
     changed = {**batch, "targets": batch["targets"] + 1}
     again = storm_rollout(model, changed, STAGES["target"])

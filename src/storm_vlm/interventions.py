@@ -23,7 +23,7 @@ def latent_interventions(
     budget: int,
     permutation: Tensor,
     kinds: Sequence[Intervention] = ("none", "drop", "swap_keys_values", "swap_inputs"),
-) -> dict[str, Tensor]:
+) -> dict[Intervention, Tensor]:
     """Answer logits (B, A, V) when the latent segment is tampered with; the prompt is read once for
     all kinds.
 
@@ -48,7 +48,7 @@ def latent_interventions(
     for _ in range(budget):  # slot K is fed, too: all keys and values must be in the cache
         states.append(prompt.extend(states[-1]))
     slots = torch.cat(states[:budget], 1)
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[Intervention, Tensor] = {}
     if "none" in kinds:
         outputs["none"] = prompt.peek(tail)
     if "drop" in kinds:

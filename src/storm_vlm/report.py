@@ -105,7 +105,7 @@ def loss_curves(results: Sequence[dict[str, Any]]) -> Figure:
 
 def _svg(figure: Figure) -> str:
     """A figure as a data URI, with text as text."""
-    style = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "storm"}
+    style: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "storm"}
     buffer = io.BytesIO()
     with matplotlib.rc_context(style):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -41,6 +41,9 @@ class VideoInputs:
         self.processor, self.num_frames, self.cache_bytes = processor, num_frames, cache_bytes
         self._kept: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
         self._kept_bytes = 0
+        # Unset, it means different things in different versions; True is what the model was trained with.
+        if getattr(processor.video_processor, "cap_pixels_per_frame", True) is None:
+            processor.video_processor.cap_pixels_per_frame = True
 
     def get(
         self, path: str, start: float | None = None, end: float | None = None

@@ -139,6 +139,7 @@ def write_video(
                 raise ValueError("not a video codec")
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = pixel_format
+            stream.codec_context.thread_count = 1  # starting threads costs more than a short clip
             for pixels in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             container.mux(stream.encode())

@@ -69,7 +69,7 @@ class TrainConfig(BaseModel):
     num_frames: int = Field(32, ge=1)
     freeze_vision: bool = True
     video_cache_gb: float = Field(1.0, ge=0)
-    method: Method = Method()
+    method: Method = Field(default_factory=lambda: Method.model_validate({}))
     training: dict[str, Any] = {}
 
 

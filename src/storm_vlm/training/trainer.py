@@ -87,14 +87,14 @@ class StormTrainer(Trainer):
         )
 
     def _note(self, name: str, value: Tensor) -> None:
-        if self.model.training:
+        if torch.is_grad_enabled():
             self._metrics[name].append(value.item())
 
 
 def target_share(progress: float) -> float:
-    """Share of slots fed with targets under `scheduled`: all of them in the first quarter of a stage, then ever
-    fewer, none in the last quarter. `progress` is 0 … 1."""
-    return min(1.0, max(0.0, 1.5 - 2 * progress))
+    """Share of slots fed with targets under `scheduled`: all of them in the first half of a stage, then ever
+    fewer, none at the end. `progress` is 0 … 1."""
+    return min(1.0, 2 - 2 * progress)
 
 
 def storm_rollout(
@@ -127,6 +127,7 @@ def boundary_loss(model: Any, output: RolloutOutput) -> Tensor:
     ("once <|latent_start|> is generated") relies on.
     """
     tokens = latent_tokens(model.config)
+    assert output.start_logits is not None and output.end_logits is not None  # there are slots
     logits = torch.stack([output.start_logits, output.end_logits], 1)  # (B, 2, V)
     wanted = torch.tensor([tokens.start, tokens.end], device=logits.device).expand(len(logits), -1)
     return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten())

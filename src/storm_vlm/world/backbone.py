@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -62,7 +63,7 @@ def micro_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
     )
     # The smallest and the largest size are one: every clip becomes IMAGE_SIDE squared (or that area).
     size = {"shortest_edge": IMAGE_SIDE**2, "longest_edge": IMAGE_SIDE**2}
-    vision = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
+    vision: dict[str, Any] = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size, **vision),
         tokenizer=fast,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -32,8 +33,9 @@ from storm_vlm.world.simulator import (
 )
 
 NUM_FRAMES = REASONING.shown_steps * FRAMES_PER_STEP  # what a model must be shown to see it all
-HORIZON = (3, 7)  # hidden steps that a question is about; 7 after the first fill K = 8 slots
-FAR_HORIZON = (8, 10)
+HORIZON = (3, 5)  # hidden steps that a question is about
+FAR_HORIZON = (6, 7)
+THOUGHT_STEPS = 8  # of a thought video, the last shown step included; one for each of K = 8 slots
 CRF = 12  # near-lossless, so that the world and not the codec sets the difficulty
 ASKED = (*PERCEPTION_FAMILIES, "tile", "tile", "position")  # these three need the most practice
 Kind = Literal["reasoning", "perception"]
@@ -59,34 +61,45 @@ def build_world(folder: str | Path, kind: Kind, split: Split, count: int, seed: 
         asked = sample_perception(rng, count)
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     (folder / "thoughts").mkdir(exist_ok=True)
-    rows: list[Row] = []
-    for i, (scene, questions) in enumerate(tqdm(asked, f"{split} clips", total=count, leave=False)):
-        name = f"{kind}-{split}-{seed}-{i:05d}"
-        clip = folder.absolute() / "clips" / f"{name}.mp4"
-        if not clip.exists():
-            write_video(clip, clip_frames(scene), FPS, crf=CRF)
-        for j, question in enumerate(questions):
-            thought = _thought_video(folder, name, scene, question) if question.steps else None
-            rows.append(
-                Row(
-                    id=f"{name}-{j}",
-                    video=str(clip),
-                    question=question.text,
-                    answer=question.answer,
-                    keyframes=(scene.now * FRAMES_PER_STEP / FPS,),
-                    plan=plan(scene, question) if question.steps else None,
-                    thought_video=thought,
-                    split=split,
-                    meta={
-                        "family": question.family,
-                        "steps": question.steps,
-                        "shortcuts": shortcuts(scene, question) if question.steps else {},
-                    },
-                )
-            )
+    names = (f"{kind}-{split}-{seed}-{i:05d}" for i in range(count))
+    with ThreadPoolExecutor() as pool:  # encoding leaves Python's lock alone
+        written = pool.map(
+            lambda name, scene: _write_scene(folder, name, split, *scene), names, asked
+        )
+        rows = [
+            row
+            for rows in tqdm(written, f"{split} clips", total=count, leave=False)
+            for row in rows
+        ]
     path = folder / f"{kind}-{split}-{seed}.jsonl"
     write_rows(path, rows)
     return path
+
+
+def _write_scene(
+    folder: Path, name: str, split: Split, scene: Scene, questions: Sequence[Question]
+) -> list[Row]:
+    clip = folder.absolute() / "clips" / f"{name}.mp4"
+    if not clip.exists():
+        write_video(clip, clip_frames(scene), FPS, crf=CRF)
+    return [
+        Row(
+            id=f"{name}-{j}",
+            video=str(clip),
+            question=question.text,
+            answer=question.answer,
+            keyframes=(scene.now * FRAMES_PER_STEP / FPS,),
+            plan=plan(scene, question) if question.steps else None,
+            thought_video=_thought_video(folder, name, scene, question) if question.steps else None,
+            split=split,
+            meta={
+                "family": question.family,
+                "steps": question.steps,
+                "shortcuts": shortcuts(scene, question) if question.steps else {},
+            },
+        )
+        for j, question in enumerate(questions)
+    ]
 
 
 def sample_perception(rng: random.Random, count: int) -> Iterable[tuple[Scene, list[Question]]]:
@@ -135,14 +148,13 @@ def shortcuts(scene: Scene, question: Question) -> dict[str, str]:
 
 def _thought_video(folder: Path, name: str, scene: Scene, question: Question) -> ThoughtVideo:
     path = folder.absolute() / "thoughts" / f"{name}.mp4"
-    length = max(HORIZON[1], question.steps) + 1
     if not path.exists():
         write_video(
-            path, thought_frames(scene, question.steps, length, question.ball), FPS, crf=CRF
+            path, thought_frames(scene, question.steps, THOUGHT_STEPS, question.ball), FPS, crf=CRF
         )
     return ThoughtVideo(
         path=str(path),
         source="oracle",
         generator=f"storm_vlm.world {version('storm-vlm')}",
-        provenance={"hidden_steps": question.steps, "length": length},
+        provenance={"hidden_steps": question.steps, "steps": THOUGHT_STEPS},
     )

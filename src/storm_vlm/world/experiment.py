@@ -42,7 +42,7 @@ ARMS: dict[str, list[tuple[str, float]]] = {
     "pause": [("pause", 1.0)],
     "stage1_only": [("stage1", 1.0)],
     "stage2_only": [("stage2", 1.0)],
-    "full": [("stage1", 0.5), ("stage2", 0.5)],
+    "full": [("stage1", 0.7), ("stage2", 0.3)],
 }
 MICRO_CONFIGS = Path(__file__).parent / "configs"
 LATENT_ARMS = ("stage1_only", "stage2_only", "full")
@@ -53,14 +53,15 @@ class Size:
     """How much data and how many optimizer steps (in all, whatever the arm)."""
 
     train_rows: int = 4000
-    test_rows: int = 1000
-    ood_rows: int = 500
-    steps: int = 1200
+    test_rows: int = 600
+    ood_rows: int = 300
+    steps: int = 2000
 
 
 def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size) -> dict[str, Any]:
     """Train and evaluate one arm with one seed; returns (and keeps) its outcomes."""
     result_file = folder / f"{arm}-{seed}" / "result.json"
+    result_file.parent.mkdir(parents=True, exist_ok=True)
     if result_file.exists():
         return json.loads(result_file.read_text())
     checkpoint = shipped("backbone")

@@ -89,7 +89,8 @@ def pretrain(out: Path, data: Path, clips: int, steps: int, seed: int) -> Path:
     model.save_pretrained(out)
     processor.save_pretrained(out)
     results = evaluate(StormPipeline(model, processor, NUM_FRAMES), test_rows, max_new_tokens=100)
-    families = sorted({result.family for result in results})
+    # Which cells `cells` names, and in which order, is the model's choice: no one answer is right.
+    families = sorted({result.family for result in results} - {"cells"})
     scores = {f: accuracy([r.correct for r in results if r.family == f]) for f in families}
     write_model_card(out, clips, steps, seed, scores, len(test_rows))
     return out

@@ -66,8 +66,7 @@ def _order(scene: Scene, rng: random.Random, ball: int) -> tuple[str, str] | Non
     path = list(dict.fromkeys(b.cell for b in scene.tracks[ball][: scene.shown_steps]))
     if len(path) < 2:
         return None
-    first, second = sorted(rng.sample(range(len(path)), 2))
-    names = [cell_name(path[first]), cell_name(path[second])]
+    names = [cell_name(path[i]) for i in sorted(rng.sample(range(len(path)), 2))]
     asked = " or ".join(rng.sample(names, 2))
     return f"Where was {_the_ball(scene, ball)} first, {asked}?", names[0]
 
@@ -82,7 +81,7 @@ def _change(scene: Scene, rng: random.Random, ball: int) -> tuple[str, str] | No
 
 
 def _colour(scene: Scene, rng: random.Random, ball: int) -> tuple[str, str] | None:
-    if len(scene.tracks) > 1:
+    if len(scene.tracks) != 1:
         return None
     when, index = rng.choice((("now", scene.now), ("at the start", 0)))
     return f"What colour is the ball {when}?", scene.tracks[0][index].colour

@@ -131,7 +131,7 @@ REASONING = Difficulty()
 PERCEPTION = replace(
     REASONING, mirrors=(0, 6), pads=(0, 2), blocks=(0, 3), balls=(1, 3), slow_chance=0.4
 )
-OUT_OF_DISTRIBUTION = replace(REASONING, mirrors=(5, 7), balls=(2, 2), hidden_steps=10)
+OUT_OF_DISTRIBUTION = replace(REASONING, mirrors=(5, 7), balls=(2, 2))
 
 
 def sample_scene(rng: random.Random, difficulty: Difficulty) -> Scene:
