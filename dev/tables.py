@@ -32,7 +32,9 @@ def results(micro: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for arm, name in ARM_NAMES.items():
-        if arm in micro:
+        if micro.get(arm) is None:
+            lines.append(f"| {name} | not measured | | |")
+        else:
             low, high = micro[f"{arm}_interval"]
             bold = "**" if arm == "full" else ""
             lines.append(

@@ -152,12 +152,19 @@ def micro(
         "docs/results/micro.json"
     ),
     seeds: int = 3,
+    arms: Annotated[
+        list[str] | None, typer.Option("--arm", help="Repeat for each; all by default.")
+    ] = None,
+    train_rows: int = 4000,
+    test_rows: int = 400,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of every arm.")] = 3000,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
 ) -> None:
     """Every arm of the micro experiment over several seeds; writes the figures for the record."""
-    from storm_vlm.world.experiment import run_experiment
+    from storm_vlm.world.experiment import ARMS, Size, run_experiment
 
-    run_experiment(out, results, range(seeds), jobs)
+    size = Size(train_rows, test_rows, test_rows // 2, steps)
+    run_experiment(out, results, arms or list(ARMS), range(seeds), size, jobs)
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def write_report(
     )
     page = environment.get_template("report.html").render(
         summary=summary,
-        arms=[(arm, name) for arm, name in ARM_NAMES.items() if arm in summary],
+        arms=[(arm, name) for arm, name in ARM_NAMES.items() if summary.get(arm) is not None],
         interventions=[(f"full_{kind}", text) for kind, text in INTERVENTIONS.items()],
         bars=_svg(accuracy_bars(summary)),
         curves=_svg(loss_curves(results)),
@@ -61,7 +61,7 @@ def write_report(
 
 def accuracy_bars(summary: dict[str, Any]) -> Figure:
     """Accuracy of every arm with its interval, over lines for the best shortcut and for chance."""
-    arms = [arm for arm in ARM_NAMES if arm in summary]
+    arms = [arm for arm in ARM_NAMES if summary.get(arm) is not None]
     values = [summary[arm] for arm in arms]
     lows, highs = zip(*(summary[f"{arm}_interval"] for arm in arms), strict=True)
     errors = [

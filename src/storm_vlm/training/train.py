@@ -61,7 +61,7 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
     )
     trainer.train()
     output = Path(config.output_dir)
-    trainer.save_model(str(output))
+    model.save_pretrained(output)  # not Trainer's: that adds a pickle
     processor.save_pretrained(output)
     (output / "train_config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     (output / "log_history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
@@ -72,7 +72,7 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """TrainingArguments with the defaults that this data needs; the config's own values win."""
     arguments: dict[str, Any] = {
-        "output_dir": str(Path(config.output_dir) / "trainer"),
+        "output_dir": config.output_dir,
         "remove_unused_columns": False,  # the collator takes rows, not columns
         "save_strategy": "no",
         "report_to": "none",

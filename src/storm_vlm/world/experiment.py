@@ -53,9 +53,9 @@ class Size:
     """How much data and how many optimizer steps (in all, whatever the arm)."""
 
     train_rows: int = 4000
-    test_rows: int = 600
-    ood_rows: int = 300
-    steps: int = 2000
+    test_rows: int = 400
+    ood_rows: int = 200
+    steps: int = 3000
 
 
 def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size) -> dict[str, Any]:
@@ -200,18 +200,27 @@ def summarize(
                     else hits[other] * len(hits["full"])
                 )
                 summary[f"full_minus_{other}"] = paired_difference(hits["full"], theirs)
+    summary |= {arm: None for arm in ARMS if arm not in hits}  # not measured
     summary["perception"] = json.loads((shipped("backbone") / "perception.json").read_text())
     return summary
 
 
-def run_experiment(folder: Path, results: Path, seeds: Iterable[int], jobs: int) -> None:
-    """All arms over `seeds`; writes the figures to `results`."""
-    size = Size()
+def run_experiment(
+    folder: Path, results: Path, arms: Sequence[str], seeds: Iterable[int], size: Size, jobs: int
+) -> None:
+    """The named arms over `seeds`; writes the figures to `results`."""
+    if unknown := set(arms) - set(ARMS):
+        raise ValueError(
+            f"no arm is called {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}"
+        )
     seeds = list(seeds)
-    outcomes = run_arms(folder, ["base"], seeds[:1], size, 1)  # it has no seed
-    outcomes += run_arms(folder, [arm for arm in ARMS if arm != "base"], seeds, size, jobs)
+    trained = [arm for arm in arms if ARMS[arm]]
+    outcomes = run_arms(folder, trained, seeds, size, jobs)
+    if "base" in arms:  # untrained: it has no seed
+        outcomes += run_arms(folder, ["base"], seeds[:1], size, 1)
     data = build_data(folder / "data", size)
-    command = f"storm micro --seeds {len(seeds)}"
+    command = f"storm micro --seeds {len(seeds)} --train-rows {size.train_rows} --test-rows {size.test_rows} "
+    command += f"--steps {size.steps} " + " ".join(f"--arm {arm}" for arm in arms)
     results.parent.mkdir(parents=True, exist_ok=True)
     write_json(results, summarize(outcomes, data, command))
 

@@ -12,7 +12,7 @@ from storm_vlm.report import write_report
 from storm_vlm.world.experiment import Size, build_data, run_arms, summarize
 
 ARMS = ("sft", "full")
-SIZE = Size(train_rows=4000, test_rows=400, ood_rows=200, steps=1600)
+SIZE = Size(train_rows=2500, test_rows=400, ood_rows=200, steps=1000)
 
 
 def quickstart(folder: Path, console: Console, size: Size = SIZE) -> None:
