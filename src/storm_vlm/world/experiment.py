@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -106,6 +109,18 @@ def build_data(folder: Path, size: Size) -> dict[str, Path]:
     }
 
 
+def _start_worker() -> None:
+    """One thread for each run; and none outlives its parent, or a second call would meet it at work."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def run_arms(
     folder: Path, arms: Iterable[str], seeds: Iterable[int], size: Size, jobs: int
 ) -> list[dict[str, Any]]:
@@ -113,9 +128,7 @@ def run_arms(
     data = build_data(folder / "data", size)
     work = [(folder, data, arm, seed, size) for seed in seeds for arm in arms]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        jobs, context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(jobs, context, initializer=_start_worker) as pool:
         futures = [pool.submit(run_arm, *job) for job in work]
         return [
             future.result() for future in tqdm(as_completed(futures), "runs", total=len(futures))
