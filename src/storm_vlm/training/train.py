@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from transformers import AutoProcessor, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.schema import Row, read_rows
@@ -16,7 +17,7 @@ from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.tokens import add_latent_tokens
 from storm_vlm.training.config import ConfigError, TrainConfig
 from storm_vlm.training.targets import thought_targets
-from storm_vlm.training.trainer import RowDataset, StormTrainer, collate_items
+from storm_vlm.training.trainer import LossBar, RowDataset, StormTrainer, collate_items
 from storm_vlm.versions import versions
 
 
@@ -59,6 +60,9 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
         data_collator=functools.partial(collate_items, collator),
         method=method,
     )
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossBar)
     trainer.train()
     output = Path(config.output_dir)
     model.save_pretrained(output)  # not Trainer's: that adds a pickle

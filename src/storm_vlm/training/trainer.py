@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
 
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.schema import Row
@@ -89,6 +90,15 @@ class StormTrainer(Trainer):
     def _note(self, name: str, value: Tensor) -> None:
         if torch.is_grad_enabled():
             self._metrics[name].append(value.item())
+
+
+class LossBar(ProgressCallback):
+    """The progress bar with the losses at its end, instead of a line for every log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        losses = {name: value for name, value in (logs or {}).items() if name.endswith("_loss")}
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(losses)
 
 
 def target_share(progress: float) -> float:

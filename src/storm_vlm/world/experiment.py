@@ -124,9 +124,11 @@ def _leave_with_parent(parent: int) -> None:
 def run_arms(
     folder: Path, arms: Iterable[str], seeds: Iterable[int], size: Size, jobs: int
 ) -> list[dict[str, Any]]:
-    """All arms and seeds, `jobs` at a time, each on one thread."""
+    """All arms and seeds: one after the other on all cores, or `jobs` at a time on one core each."""
     data = build_data(folder / "data", size)
     work = [(folder, data, arm, seed, size) for seed in seeds for arm in arms]
+    if jobs == 1:
+        return [run_arm(*job) for job in work]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=_start_worker) as pool:
         futures = [pool.submit(run_arm, *job) for job in work]
