@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Latent video reasoning with STORM."
@@ -174,5 +175,5 @@ def main() -> None:
     except (OSError, ValueError) as error:
         if os.environ.get("STORM_DEBUG"):
             raise
-        errors.print(f"[red]storm:[/red] {error}", highlight=False)
+        errors.print(f"[red]storm:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error

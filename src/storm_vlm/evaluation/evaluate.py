@@ -95,17 +95,12 @@ def evaluate_interventions(
     family and has another answer, as far as a batch allows.
     """
     right: dict[Intervention, list[bool]] = {kind: [] for kind in SWAPS}
-    families: defaultdict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        families[str(row.meta.get("family", "all"))].append(row)
     budget = pipeline.collator.latent_budget
-    for family in families.values():
+    for family in _groups_with_donors(rows):
         # Sorted by answer and shifted by half a batch: donors mostly have another answer.
         ordered = sorted(family, key=lambda row: (row.id[-1], row.answer))
-        for first in range(0, len(ordered), batch_size):
-            batch = ordered[first : first + batch_size]
-            if len(batch) < 2:
-                continue
+        for part in np.array_split(np.arange(len(ordered)), max(1, len(ordered) // batch_size)):
+            batch = [ordered[i] for i in part]
             inputs = {k: v.to(pipeline.model.device) for k, v in pipeline.collator(batch).items()}
             donors = torch.arange(len(batch), device=pipeline.model.device).roll(len(batch) // 2)
             labels = inputs["labels"]
@@ -115,6 +110,22 @@ def evaluate_interventions(
                 hit = (logits.argmax(-1) == labels) | (labels == -100)
                 right[kind] += hit.all(1).tolist()
     return right
+
+
+def _groups_with_donors(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows by family; those alone in theirs go together, so that each has another to trade with."""
+    families: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        families[str(row.meta.get("family", "all"))].append(row)
+    groups = [family for family in families.values() if len(family) > 1]
+    alone = [family[0] for family in families.values() if len(family) == 1]
+    if len(alone) == 1 and groups:
+        groups[0] = groups[0] + alone
+    elif len(alone) > 1:
+        groups.append(alone)
+    elif alone:
+        raise ValueError("interventions trade latents between rows: give at least two rows")
+    return groups
 
 
 def summarize(results: Sequence[Result]) -> dict[str, Any]:
