@@ -13,7 +13,7 @@ from storm_vlm.data.schema import Row
 from storm_vlm.latent import alignment_loss, pool_targets
 from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.rollout import rollout
-from storm_vlm.tokens import add_latent_tokens
+from storm_vlm.tokens import add_latent_tokens, latent_tokens
 from storm_vlm.training.config import ConfigError, Method, TrainConfig, load_config
 from storm_vlm.training.targets import thought_targets
 from storm_vlm.training.train import train, training_arguments
@@ -102,6 +102,16 @@ def test_stage_one_is_answer_plus_a_tenth_of_alignment(model, batch) -> None:
     assert losses(model, method, batch).item() == pytest.approx(expected.item(), rel=1e-5)
     both = losses(model, method.model_copy(update={"boundary_weight": 1.0}), batch)
     assert both.item() == pytest.approx((expected + boundary_loss(model, output)).item(), rel=1e-5)
+
+
+def test_boundary_loss_teaches_to_open_to_go_on_and_to_close(model, batch) -> None:
+    tokens = latent_tokens(model.config)
+    output = rollout(model, batch, K)
+    p_start = output.start_logits.softmax(-1)[:, tokens.start]
+    p_end = output.end_logits.softmax(-1)[:, tokens.end]
+    p_stop = model.lm_head(output.states[:, 1:]).softmax(-1)[..., tokens.end]
+    expected = -(p_start.log() + p_end.log()).mean() / 2 - torch.log1p(-p_stop).mean()
+    torch.testing.assert_close(boundary_loss(model, output), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_without_slots_the_loss_is_the_stock_model_s(model, processor, reasoning_rows) -> None:

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.schema import Row
 from storm_vlm.latent import alignment_loss, answer_loss, slot_cosine, storm_loss
-from storm_vlm.rollout import RolloutOutput, rollout
+from storm_vlm.rollout import RolloutOutput, head, rollout, unwrap
 from storm_vlm.tokens import latent_tokens
 from storm_vlm.training.config import Method
 
@@ -131,13 +131,19 @@ def storm_rollout(
 
 
 def boundary_loss(model: Any, output: RolloutOutput) -> Tensor:
-    """Mean cross-entropy of opening the segment and of closing it after slot K.
+    """Cross-entropy of the segment's visible choices: open it, go on K - 1 times, close it after slot K.
 
     The answer-only loss of the paper would never teach the model to open a segment, which its inference
-    ("once <|latent_start|> is generated") relies on.
+    ("once <|latent_start|> is generated") relies on; and with a loss on the end alone the model closes the
+    segment after a slot or two, because nothing tells it not to. "Go on" is any token but the end.
     """
     tokens = latent_tokens(model.config)
     assert output.start_logits is not None and output.end_logits is not None  # there are slots
-    logits = torch.stack([output.start_logits, output.end_logits], 1)  # (B, 2, V)
+    logits = torch.stack([output.start_logits, output.end_logits], 1).float()  # (B, 2, V)
     wanted = torch.tensor([tokens.start, tokens.end], device=logits.device).expand(len(logits), -1)
-    return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten())
+    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+    if output.states.shape[1] > 1:  # the state after slot k is the one fed into slot k + 1
+        between = head(unwrap(model), output.states[:, 1:]).float()  # (B, K - 1, V)
+        others = between.index_fill(-1, wanted[0, 1:], float("-inf"))
+        loss = loss + (between.logsumexp(-1) - others.logsumexp(-1)).mean()
+    return loss
