@@ -25,7 +25,7 @@ START, END = "<!-- results -->\n", "<!-- /results -->"
 def results(micro: dict[str, Any]) -> str:
     """The results section, in Markdown."""
     lines = [
-        f"Micro world, {micro['n_test']} test questions about the unseen part, {len(micro['seeds'])} seeds, every arm with the same "
+        f"Micro world, {micro['n_test']} test questions about the unseen part, {len(micro['seeds'])} seed{'s' if len(micro['seeds']) != 1 else ''}, every arm with the same "
         f"rows and the same number of optimizer steps (`{micro['command']}`, [figures](docs/results/micro.json)):",
         "",
         "| model | accuracy | 95% interval | harder split |",
