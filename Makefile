@@ -23,6 +23,7 @@ quickstart: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python dev/tables.py --check  # README says what docs/results says
 
 types: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
