@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -33,7 +33,8 @@ def answer(
     ] = None,
     checkpoint: Checkpoint = "",
     latent_mode: Annotated[
-        str | None, typer.Option(help="force, auto or off; by default what the checkpoint is for.")
+        Literal["force", "auto", "off"] | None,
+        typer.Option(help="force, auto or off; by default what the checkpoint is for."),
     ] = None,
     num_frames: Annotated[
         int | None, typer.Option(min=1, help="Frames read from the clip.")
@@ -52,7 +53,7 @@ def answer(
     pipeline = StormPipeline.from_pretrained(
         checkpoint or str(shipped("storm")),
         num_frames=num_frames,
-        latent_mode=latent_mode,  # type: ignore[arg-type]  # checked where the prompt is built
+        latent_mode=latent_mode,
         trust_remote_code=trust_remote_code,
     )
     result = pipeline.answer(video, question, option or ())
@@ -84,7 +85,7 @@ def evaluate(
     rows: Annotated[str, typer.Argument(help="A JSONL file of rows.")],
     out: Annotated[Path | None, typer.Option(help="Write every answer to this JSONL file.")] = None,
     batch_size: int = 16,
-    latent_mode: str | None = None,
+    latent_mode: Literal["force", "auto", "off"] | None = None,
 ) -> None:
     """Accuracy on a file of rows, with intervals, and what happens when the latents are tampered with."""
     from storm_vlm.data.schema import read_rows
@@ -92,7 +93,7 @@ def evaluate(
     from storm_vlm.evaluation.evaluate import evaluate_interventions, summarize
     from storm_vlm.pipeline import StormPipeline
 
-    pipeline = StormPipeline.from_pretrained(checkpoint, latent_mode=latent_mode)  # type: ignore[arg-type]
+    pipeline = StormPipeline.from_pretrained(checkpoint, latent_mode=latent_mode)
     questions = read_rows(rows)
     results = run(pipeline, questions, batch_size)
     summary = summarize(results)
@@ -108,14 +109,14 @@ def evaluate(
 def world(
     out: Annotated[Path, typer.Argument(help="Folder to write clips, thought videos and rows to.")],
     count: int = 100,
-    kind: str = "reasoning",
-    split: str = "train",
+    kind: Literal["reasoning", "perception"] = "reasoning",
+    split: Literal["train", "validation", "test", "ood"] = "train",
     seed: int = 0,
 ) -> None:
     """Write clips of the micro world, with questions, plans and thought videos."""
     from storm_vlm.world.build import build_world
 
-    console.print(f"wrote {build_world(out, kind, split, count, seed)}")  # type: ignore[arg-type]
+    console.print(f"wrote {build_world(out, kind, split, count, seed)}")
 
 
 @app.command()
