@@ -8,28 +8,9 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from storm_vlm.world.backbone import CHAT_TEMPLATE, SPECIAL
+
 LATENT_TOKENS = ("<|latent_start|>", "<|latent_pad|>", "<|latent_end|>")
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-# Qwen2.5-VL's rules in fewer words: a default system turn, vision tokens around the placeholder.
-CHAT_TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if loop.first and m.role != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ m.role }}\n"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
-    "{% if c.type in ('image', 'video') %}<|vision_start|><|{{ c.type }}_pad|><|vision_end|>"
-    "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def tiny_processor(with_latent_tokens: bool = True) -> Qwen2_5_VLProcessor:
@@ -38,7 +19,7 @@ def tiny_processor(with_latent_tokens: bool = True) -> Qwen2_5_VLProcessor:
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = SPECIAL_TOKENS + (LATENT_TOKENS if with_latent_tokens else ())
+    special = SPECIAL + (LATENT_TOKENS if with_latent_tokens else ())
     backend.add_special_tokens([AddedToken(token, special=True) for token in special])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"

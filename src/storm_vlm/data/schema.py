@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from storm_vlm.data.files import write_text
+
 Split = Literal["train", "validation", "test", "ood"]
 Seconds = Annotated[float, Field(ge=0)]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
@@ -107,15 +109,9 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
         inside = Path(name).is_relative_to(path.parent)
         return Path(name).relative_to(path.parent).as_posix() if inside else name
 
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            for row in rows:
-                dumped = _with_paths(row, shorten).model_dump()
-                file.write(json.dumps(dumped, ensure_ascii=False, allow_nan=False) + "\n")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    dumped = (_with_paths(row, shorten).model_dump() for row in rows)
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in dumped)
+    write_text(path, "".join(lines))
 
 
 def _with_paths(row: Row, change: Callable[[str], str]) -> Row:
