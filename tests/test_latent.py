@@ -4,11 +4,11 @@ import torch
 from storm_vlm.latent import (
     alignment_loss,
     answer_loss,
-    normalize_targets,
     pool_targets,
     slot_cosine,
     storm_loss,
-    target_statistics,
+    target_whitening,
+    whiten_targets,
 )
 
 
@@ -28,19 +28,26 @@ def test_pooling_is_float32_and_refuses_nonsense() -> None:
             pool_targets(tokens, slots)
 
 
-def test_standardized_targets_have_one_scale_in_every_dimension_and_length_1() -> None:
-    targets = torch.randn(50, 4, 3) * torch.tensor([1.0, 10.0, 100.0]) + 7
-    mean, std = target_statistics(targets)
-    rows = normalize_targets(targets, "standardize", mean, std)
-    torch.testing.assert_close(rows.square().mean(-1), torch.ones(50, 4))
-    standard = (targets - targets.mean((0, 1))) / targets.flatten(0, 1).std(0, correction=0)
-    cosine = torch.nn.functional.cosine_similarity(rows, standard, dim=-1)
-    torch.testing.assert_close(cosine, torch.ones(50, 4))
-    torch.testing.assert_close(normalize_targets(targets, "none"), targets)
-    with pytest.raises(ValueError, match="target_statistics"):
-        normalize_targets(targets, "standardize")
-    with pytest.raises(ValueError, match="none"):
-        normalize_targets(targets, "whiten")  # type: ignore[arg-type]
+def test_whitened_targets_vary_equally_in_every_direction_and_have_length_1() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(3, 3, generator=generator) @ torch.diag(torch.tensor([1.0, 10.0, 100.0]))
+    targets = torch.randn(5000, 4, 3, generator=generator) @ mixing + 7
+    mean, matrix = target_whitening(targets, ridge=0)
+    flat = ((targets - mean) @ matrix).flatten(0, 1)
+    torch.testing.assert_close(flat.T @ flat / len(flat), torch.eye(3), atol=2e-3, rtol=0)
+    rows = whiten_targets(targets, mean, matrix)
+    torch.testing.assert_close(rows.square().mean(-1), torch.ones(5000, 4))
+    cosine = torch.nn.functional.cosine_similarity(rows.flatten(0, 1), flat, dim=-1)
+    torch.testing.assert_close(cosine, torch.ones(20000))
+
+
+def test_ridge_keeps_noise_small_and_constant_targets_finite() -> None:
+    targets = torch.randn(1000, 2) * torch.tensor([1.0, 1e-4])
+    mean, matrix = target_whitening(targets)
+    first, second = ((targets - mean) @ matrix).std(0)
+    assert first > 0.9 and second < 0.01
+    same = torch.ones(5, 4, 3)
+    assert whiten_targets(same, *target_whitening(same)).isfinite().all()
 
 
 def test_alignment_loss_is_the_mean_over_valid_rows_only() -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoProcessor
 
 from storm_vlm.data.collator import StormCollator, VideoInputs
+from storm_vlm.data.decode import VideoError
 from storm_vlm.data.schema import Row
 from storm_vlm.latent import alignment_loss, pool_targets
 from storm_vlm.modeling import StormForConditionalGeneration
@@ -46,7 +47,7 @@ def model(backbone: str, processor):
 @pytest.fixture
 def batch(model, processor, reasoning_rows: list[Row]) -> dict:
     rows = reasoning_rows[:3]
-    targets = thought_targets(model, processor, rows, K, "standardize")
+    targets = thought_targets(model, processor, rows, K, "whiten")
     model.train()
     return StormCollator(processor, 6, K)(rows, targets)
 
@@ -76,8 +77,8 @@ def test_targets_are_the_pooled_tokens_of_the_vision_tower(
         assert torch.allclose(target, pool_targets(tokens, K), atol=1e-5)
         # With two frames a slot and whole grids, slot k is the mean over grid k: step k of the world.
         assert torch.allclose(target, tokens.view(K, -1, tokens.shape[-1]).mean(1), atol=1e-5)
-    standard = torch.stack(thought_targets(model, processor, rows, K, "standardize"))  # type: ignore[arg-type]
-    assert torch.allclose(standard.square().mean(-1), torch.ones(()), atol=1e-4)
+    white = torch.stack(thought_targets(model, processor, rows, K, "whiten"))  # type: ignore[arg-type]
+    assert torch.allclose(white.square().mean(-1), torch.ones(()), atol=1e-4)
 
 
 def test_rows_without_thought_video_have_no_target(model, processor, reasoning_rows) -> None:
@@ -91,6 +92,35 @@ def test_rows_without_thought_video_have_no_target(model, processor, reasoning_r
         losses(model, Method(latent_budget=K, slot_input=slot_input), batch).backward()  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no row has a thought video"):
         thought_targets(model, processor, rows[1:], K, "none")
+
+
+def test_targets_are_kept_on_disk_until_anything_they_depend_on_changes(
+    model, processor, reasoning_rows, tmp_path
+) -> None:
+    rows, cache = reasoning_rows[:3], tmp_path / "targets"
+    tower = model.model.visual
+    calls = []
+    tower.register_forward_hook(lambda *_: calls.append(1))
+
+    def targets(budget: int = K) -> torch.Tensor:
+        calls.clear()
+        return torch.stack(thought_targets(model, processor, rows, budget, "none", cache))  # type: ignore[arg-type]
+
+    first = targets()
+    assert calls and len(list(cache.iterdir())) == 3
+    assert torch.equal(targets(), first) and not calls
+    file = sorted(cache.iterdir())[0]
+    file.write_bytes(file.read_bytes()[:-40])  # damaged: made again
+    assert torch.equal(targets(), first) and calls
+    targets(K + 1)
+    assert calls
+    with torch.no_grad():
+        tower.patch_embed.proj.weight.mul_(1.1)
+    assert not torch.equal(targets(), first) and calls
+    gone = rows[0].thought_video.model_copy(update={"path": str(tmp_path / "gone.mp4")})  # type: ignore[union-attr]
+    rows = [rows[0].model_copy(update={"thought_video": gone}), *rows[1:]]
+    with pytest.raises(VideoError, match=r"gone\.mp4"):
+        targets()
 
 
 def test_stage_one_is_answer_plus_a_tenth_of_alignment(model, batch) -> None:

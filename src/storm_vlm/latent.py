@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE_INDEX = -100
-TargetNormalization = Literal["none", "standardize"]
+TargetNormalization = Literal["none", "whiten"]
 AlignmentReduction = Literal["mean", "sum"]
 
 
@@ -44,38 +44,28 @@ def pool_targets(tokens: Tensor, num_slots: int) -> Tensor:
     return F.adaptive_avg_pool1d(tokens.float().T, num_slots).T.contiguous()
 
 
-def target_statistics(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-dimension mean and standard deviation, each (D,), of the training set's targets (...,
-    D)."""
-    rows = targets.float().flatten(0, -2)
-    return rows.mean(0), rows.std(0, correction=0)
+def target_whitening(targets: Tensor, ridge: float = 0.003) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and whitening matrix (D, D) of the training set's targets (..., D), in float32.
 
-
-def normalize_targets(
-    targets: Tensor,
-    method: TargetNormalization,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-) -> Tensor:
-    """Bring targets (..., D) to the scale the alignment loss should see; returns float32.
-
-    ``none`` is the paper. ``standardize`` subtracts ``mean`` and divides by ``std`` (both (D,), from
-    `target_statistics` over the *training* split), so that what all targets share does not own the MSE, and
-    scales each target to root mean square 1: a state leaves an RMSNorm, so it has about that length, too.
-
-    Raises:
-        ValueError: unknown method, or ``standardize`` without statistics.
+    Pooled visual tokens vary along few directions, and what a step of reasoning must carry (which way something
+    is heading, say) can be a hundredth of what varies most (where it is). Whitening gives every direction its
+    say. ``ridge``, a share of the total variance, keeps directions of mere noise small.
     """
-    if method == "none":
-        return targets.float()
-    if method != "standardize":
-        raise ValueError(f"target normalization must be 'none' or 'standardize', got {method!r}")
-    if mean is None or std is None:
-        raise ValueError(
-            "'standardize' needs mean and std: pass target_statistics(training targets)"
-        )
-    standard = (targets.float() - mean.to(targets.device)) / std.to(targets.device).clamp_min(1e-6)
-    return standard * standard.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+    rows = targets.float().flatten(0, -2)
+    mean = rows.mean(0)
+    rows = rows - mean
+    variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
+    scales = (variances.clamp_min(0) + ridge * variances.sum()).clamp_min(1e-12).rsqrt()
+    return mean, directions * scales @ directions.T
+
+
+def whiten_targets(targets: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
+    """Targets (..., D) in the coordinates of `target_whitening`, each with root mean square 1; float32.
+
+    A state leaves an RMSNorm, so it has about that length, too.
+    """
+    white = (targets.float() - mean) @ matrix
+    return white * white.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
 def alignment_loss(

@@ -35,7 +35,7 @@ class Method(BaseModel):
         "targets first and ever more own states (`target_share`), or, as a control, the <|latent_pad|> embedding.",
     )
     target_normalization: TargetNormalization = Field(
-        "standardize", description="`none` is raw visual tokens; see `latent.normalize_targets`."
+        "whiten", description="`none` is raw visual tokens; see `latent.target_whitening`."
     )
     alignment_reduction: AlignmentReduction = Field(
         "mean",
@@ -69,6 +69,10 @@ class TrainConfig(BaseModel):
     num_frames: int = Field(32, ge=1)
     freeze_vision: bool = True
     video_cache_gb: float = Field(1.0, ge=0)
+    target_cache: str | None = Field(
+        None,
+        description="Folder of the alignment targets; default: beside `data`, in `<data>.targets`.",
+    )
     method: Method = Field(default_factory=lambda: Method.model_validate({}))
     training: dict[str, Any] = {}
 

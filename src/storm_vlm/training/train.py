@@ -47,8 +47,9 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
         model.model.visual.requires_grad_(False)
     targets = None
     if method.alignment_weight or method.slot_input in ("target", "scheduled"):
+        cache = Path(config.target_cache or Path(config.data).with_suffix(".targets"))
         targets = thought_targets(
-            model, processor, rows, method.latent_budget, method.target_normalization
+            model, processor, rows, method.latent_budget, method.target_normalization, cache
         )
     collator = StormCollator(
         processor, config.num_frames, method.latent_budget, int(config.video_cache_gb * 2**30)

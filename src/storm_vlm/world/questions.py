@@ -42,9 +42,11 @@ def _the_ball(scene: Scene, ball: int) -> str:
     return f"the {scene.tracks[ball][scene.now].colour} ball"  # by its colour when the clip ends
 
 
-def _distinct_names(scene: Scene) -> bool:
-    colours = [track[scene.now].colour for track in scene.tracks]
-    return len(set(colours)) == len(colours)
+def _told_apart(scene: Scene) -> bool:
+    """Every ball has a colour of its own when the clip ends, and none is ever drawn over another."""
+    shown = list(zip(*(track[: scene.shown_steps] for track in scene.tracks), strict=True))
+    cells = all(len({ball.cell for ball in balls}) == len(balls) for balls in shown)
+    return cells and len({ball.colour for ball in shown[-1]}) == len(scene.tracks)
 
 
 # ------------------------------------------------------------------------------------------ perception
@@ -184,7 +186,7 @@ REASONING_SHARE = {"where": 0.4, "heading": 0.2, "paint": 0.15, "first_hit": 0.1
 
 def ask_perception(scene: Scene, rng: random.Random, family: str) -> Question | None:
     """A question of `family` about what is shown, or None if this scene has none."""
-    if not _distinct_names(scene):
+    if not _told_apart(scene):
         return None
     ball = rng.randrange(len(scene.tracks))
     asked = PERCEPTION_FAMILIES[family](scene, rng, ball)
@@ -197,7 +199,7 @@ def ask_reasoning(scene: Scene, family: str, n: int, ball: int) -> Question | No
     The ball must meet two mirrors or blocks on its way (or the straight line would do), and must not be
     trapped: it sees at least three cells.
     """
-    if not _distinct_names(scene):
+    if not _told_apart(scene):
         return None
     path = [scene.after(i, ball) for i in range(n + 1)]
     if len({b.cell for b in path}) < 3 or sum(_deflected(b) for b in path[1:]) < 2:
