@@ -175,20 +175,44 @@ def test_without_labels_the_first_answer_token_is_scored() -> None:
     torch.testing.assert_close(first, full[:, :1], **CLOSE)
 
 
-def test_gradient_checkpointing_is_refused_where_it_would_be_wrong_and_right_elsewhere() -> None:
-    model, batch = tiny_model().train(), training_batch()
-    given = torch.randn(3, BUDGET, 64)
-    expected = gradients(
-        model, answer_loss(rollout(model, batch, BUDGET, given).logits, batch["labels"])
-    )
+def checkpoint(model: Any, **kwargs: Any) -> Any:
     if hasattr(model, "activation_checkpointing_enable"):  # its name from 5.23 on
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable(kwargs)
     else:
-        model.gradient_checkpointing_enable()
-    with pytest.raises(RuntimeError, match="checkpointing"):
-        rollout(model, batch, BUDGET)
-    loss = answer_loss(rollout(model, batch, BUDGET, given).logits, batch["labels"])
-    assert relative(gradients(model, loss), expected) < 1e-4
+        model.gradient_checkpointing_enable(kwargs)
+    return model.train()
+
+
+@pytest.mark.parametrize("fed", ["own states", "targets", "both"])
+def test_checkpointing_changes_neither_loss_nor_gradients(fed: str) -> None:
+    batch = training_batch()
+    given = torch.randn(3, BUDGET, 64, generator=torch.Generator().manual_seed(0)).double()
+    pick = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    arguments = {"own states": (), "targets": (given,), "both": (given, pick)}[fed]
+    plain, checkpointed = exact_model().train(), checkpoint(exact_model(), use_reentrant=False)
+    runs = [0, 0]
+    for i, model in enumerate((plain, checkpointed)):
+        for layer in model.model.language_model.layers:
+            layer.self_attn.register_forward_pre_hook(
+                lambda *_, i=i: runs.__setitem__(i, runs[i] + 1)
+            )
+    found = []
+    for model in (plain, checkpointed):
+        output = rollout(model, batch, BUDGET, *arguments)
+        loss = answer_loss(output.logits, batch["labels"]) + alignment_loss(output.states, given)
+        found.append((loss, gradients(model, loss)))
+    assert runs[1] == runs[0] + 3  # the three layers' long pass ran again in backward, and no other
+    (loss, expected), (same_loss, same) = found
+    assert abs(loss - same_loss) < 1e-9 and relative(same, expected) < 1e-9
+    assert checkpointed.is_gradient_checkpointing
+    assert all(layer.gradient_checkpointing for layer in checkpointed.model.language_model.layers)
+
+
+def test_checkpointing_that_cuts_the_gradient_is_refused() -> None:
+    model = checkpoint(tiny_model(), use_reentrant=True)
+    model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        rollout(model, training_batch(), BUDGET)
 
 
 @torch.no_grad()

@@ -8,13 +8,14 @@ When all slot inputs are known beforehand there is nothing to wait for, and ever
 ordinary pass.
 
 Call these functions inside *one* forward of the module that DDP or FSDP wraps. Gradient
-checkpointing drops the cache of the step-by-step path and is refused there; the one-pass path
-allows it.
+checkpointing is exact, too: the prompt pass is checkpointed and hands its keys and values on, the
+short passes are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from storm_vlm.tokens import latent_tokens
 
@@ -65,7 +68,7 @@ def rollout(
     Raises:
         ValueError: a prompt does not end as the budget asks, or ``slot_inputs`` has the wrong
             shape.
-        RuntimeError: the model dropped its cache (gradient checkpointing).
+        RuntimeError: see `read_prompt`.
     """
     model = unwrap(model)
     if budget == 0 or (slot_inputs is not None and use_target is None):
@@ -134,13 +137,15 @@ class Prompt:
             if hide is not None:
                 mask[:, hide] = 0
         step = torch.arange(past + 1, past + added + 1, device=embeds.device)
-        return self.core(
-            inputs_embeds=embeds,
-            position_ids=self.last_position + step,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+        # These passes are short: checkpointing would save nothing, and drop the cache.
+        with _on_every_layer(self.core, "gradient_checkpointing", False):
+            return self.core(
+                inputs_embeds=embeds,
+                position_ids=self.last_position + step,
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
 
     def peek(self, embeds: Tensor, hide: slice | None = None) -> Tensor:
         """`extend`, and forget the appended tokens again."""
@@ -150,20 +155,69 @@ class Prompt:
 
 
 def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
-    """Run the prompts through the decoder, not the output layer; also returns states (B, T, D)."""
-    ids, cache = batch["input_ids"], DynamicCache(config=model.config.get_text_config())
+    """Run the prompts through the decoder, not the output layer; also returns states (B, T, D).
+
+    This is the one long pass of a rollout, and may be checkpointed: see `_RecordedLayer`.
+
+    Raises:
+        RuntimeError: no keys and values came out of it, or none that carry a gradient. The rollout's loss
+            would be wrong without any error.
+    """
+    ids, config = batch["input_ids"], model.config.get_text_config()
     positions, mask = _positions(model, batch)
-    hidden = model.model(
-        input_ids=ids,
-        position_ids=positions,
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-        **{name: batch[name] for name in _PIXELS if batch.get(name) is not None},
-    ).last_hidden_state
-    if cache.get_seq_length() != ids.shape[1]:  # else the loss would be wrong without any error
-        raise RuntimeError("the model dropped its cache: disable its gradient checkpointing")
+    recorder, cache = DynamicCache(config=config), DynamicCache(config=config)
+    recorder.layers = [_RecordedLayer() for _ in recorder.layers]
+    with _on_every_layer(model.model, "_can_checkpoint_with_cache", True):
+        hidden = model.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=recorder,
+            use_cache=False,  # it would only warn: the layers write to the recorder all the same
+            **{name: batch[name] for name in _PIXELS if batch.get(name) is not None},
+        ).last_hidden_state
+    for index, layer in enumerate(recorder.layers):
+        recorded = layer.recorded  # type: ignore[attr-defined]
+        if recorded is None or recorded[0].shape[-2] != ids.shape[1]:
+            raise RuntimeError(f"layer {index} of the model dropped its keys and values")
+        cache.update(*recorded, index)
+    if hidden.requires_grad and not recorded[1].requires_grad:
+        raise RuntimeError(
+            "the prompt's keys and values carry no gradient: reentrant checkpointing cuts it; set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
     return Prompt(model.model, cache, mask, positions[..., -1:], ids.shape[1]), hidden
+
+
+class _RecordedLayer(DynamicLayer):
+    """Keeps the keys and values of one pass, and of none after it.
+
+    In backward, checkpointing runs a decoder layer a second time. What it then computes must go to the
+    attention of that same run, and must not be appended to anything.
+    """
+
+    recorded: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.recorded is None:
+            self.recorded = key_states, value_states
+        return key_states, value_states
+
+
+@contextmanager
+def _on_every_layer(core: Any, name: str, value: bool) -> Iterator[None]:
+    """Set a switch of transformers' checkpointed layers for a while."""
+    layers = [m for m in core.language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    before = [getattr(layer, name) for layer in layers]
+    for layer in layers:
+        setattr(layer, name, value)
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            setattr(layer, name, was)
 
 
 def _positions(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
