@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +78,17 @@ class TrainConfig(BaseModel):
     training: dict[str, Any] = {}
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML takes `1e-4` for a string (YAML 1.1 wants `1.0e-4`); everybody else takes it for a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
     """Read a YAML file; `overrides` are `key=value` with dots for nesting (`training.max_steps=10`).
 
@@ -84,7 +96,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         ConfigError: unreadable, an unknown key, or a value of the wrong kind.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from error
     for override in overrides or []:
@@ -95,7 +107,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         place = raw
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[last] = yaml.safe_load(value)
+        place[last] = yaml.load(value, _Loader)
     try:
         return TrainConfig.model_validate(raw)
     except ValidationError as error:

@@ -122,11 +122,11 @@ def _leave_with_parent(parent: int) -> None:
 
 
 def run_arms(
-    folder: Path, arms: Iterable[str], seeds: Iterable[int], size: Size, jobs: int
+    folder: Path, arms: Iterable[str], seeds: Sequence[int], size: Size, jobs: int
 ) -> list[dict[str, Any]]:
     """All arms and seeds: one after the other on all cores, or `jobs` at a time on one core each."""
     data = build_data(folder / "data", size)
-    work = [(folder, data, arm, seed, size) for seed in seeds for arm in arms]
+    work = [(folder, data, arm, seed, size) for arm in arms for seed in seeds]
     if jobs == 1:
         return [run_arm(*job) for job in work]
     context = multiprocessing.get_context("spawn")
@@ -169,10 +169,7 @@ def summarize(
     by_arm: dict[str, list[dict[str, Any]]] = {}
     for result in sorted(results, key=lambda result: result["seed"]):
         by_arm.setdefault(result["arm"], []).append(result)
-    hits = {
-        arm: [[float(bool(o["correct"])) for o in run["test"]] for run in runs]
-        for arm, runs in by_arm.items()
-    }
+    hits = {arm: [_hits(run) for run in runs] for arm, runs in by_arm.items()}
     summary: dict[str, Any] = {
         "command": command,
         "commit": commit(),
@@ -187,6 +184,7 @@ def summarize(
     summary["shortcut_best"] = max(summary["shortcuts"].values())
     for arm, outcomes in hits.items():
         summary[arm] = _mean(outcomes)
+        summary[f"{arm}_seeds"] = [run["seed"] for run in by_arm[arm]]
         summary[f"{arm}_interval"] = confidence_interval([x for run in outcomes for x in run])
         summary[f"{arm}_ood"] = accuracy([o["correct"] for run in by_arm[arm] for o in run["ood"]])
         summary[f"{arm}_by_family"] = {
@@ -207,14 +205,9 @@ def summarize(
             summary[f"{arm}_forced_end"] = accuracy(ends)
     if "full" in hits and "sft" in hits:
         summary["full_swapped_latents"] = summary["full_swap_inputs"]
-        for other in hits:
-            if other != "full":
-                theirs = (
-                    hits[other]
-                    if len(hits[other]) == len(hits["full"])
-                    else hits[other] * len(hits["full"])
-                )
-                summary[f"full_minus_{other}"] = paired_difference(hits["full"], theirs)
+        for other in set(hits) - {"full"}:
+            ours, theirs = _paired(by_arm["full"], by_arm[other])
+            summary[f"full_minus_{other}"] = paired_difference(ours, theirs)
     summary |= {arm: None for arm in ARMS if arm not in hits}  # not measured
     summary["perception"] = json.loads((shipped("backbone") / "perception.json").read_text())
     return summary
@@ -238,6 +231,21 @@ def run_experiment(
     command += f"--steps {size.steps} " + " ".join(f"--arm {arm}" for arm in arms)
     results.parent.mkdir(parents=True, exist_ok=True)
     write_json(results, summarize(outcomes, data, command))
+
+
+def _paired(
+    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Hits of two arms' runs, seed by seed; the untrained `base` has one run, which stands for every seed."""
+    by_seed = {run["seed"]: run for run in theirs}
+    if "base" in {run["arm"] for run in theirs}:
+        by_seed = {run["seed"]: theirs[0] for run in ours}
+    shared = [run for run in ours if run["seed"] in by_seed]
+    return [_hits(run) for run in shared], [_hits(by_seed[run["seed"]]) for run in shared]
+
+
+def _hits(run: dict[str, Any]) -> list[float]:
+    return [float(bool(outcome["correct"])) for outcome in run["test"]]
 
 
 def _mean(outcomes: Sequence[Sequence[float]]) -> float:
