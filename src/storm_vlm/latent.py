@@ -73,6 +73,7 @@ def alignment_loss(
     targets: Tensor,
     mask: Tensor | None = None,
     reduction: AlignmentReduction = "mean",
+    count: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error between latent states and thought-video targets (Eq. 3, latent term), in
     float32.
@@ -82,9 +83,10 @@ def alignment_loss(
         targets: (B, K, D) pooled targets; never receive a gradient.
         mask: (B,) bool, False where a row has no thought video. Whatever ``targets`` holds there is
             ignored.
-
         reduction: over D: ``mean`` is what "MSE" means in most code, ``sum`` the squared distance. Our copy of the
             paper lacks the formula; they differ by a factor of D in what the weight 0.1 amounts to.
+        count: what the sum over rows is divided by, if not the number of valid rows of this batch: a
+            batch may be a part of a larger one.
 
     Returns:
         Scalar mean over valid rows, slots (and dimensions); an exact 0 that still carries a graph if
@@ -92,20 +94,20 @@ def alignment_loss(
     """
     error = states.float() - targets.detach().float()
     scale = error.shape[-1] if reduction == "sum" else 1
-    if mask is None:
-        return error.square().mean() * scale
-    valid = mask.to(device=error.device, dtype=torch.bool)
+    valid = error.new_ones(len(error), dtype=torch.bool) if mask is None else mask.to(error.device)
     # masked_fill before squaring: NaN targets of absent videos must not reach the gradient
     error = error.masked_fill(~valid[:, None, None], 0.0)
-    return error.square().mean((1, 2)).sum() / valid.sum().clamp_min(1) * scale
+    rows = (valid.sum() if count is None else count).clamp_min(1)
+    return error.square().mean((1, 2)).sum() / rows * scale
 
 
-def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def answer_loss(logits: Tensor, labels: Tensor, count: Tensor | None = None) -> Tensor:
     """Cross-entropy of the answer tokens (Eq. 3, answer term), in float32.
 
     Args:
         logits: (B, A, V); position a chooses answer token a (already aligned, no shift here).
         labels: (B, A) token ids, -100 where there is no answer token.
+        count: what the sum over tokens is divided by, if not their number in this batch.
 
     Returns:
         Scalar mean over all answer tokens of the batch; 0 with a graph if there are none.
@@ -113,7 +115,7 @@ def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
     losses = F.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    return losses / (labels != IGNORE_INDEX).sum().clamp_min(1)
+    return losses / ((labels != IGNORE_INDEX).sum() if count is None else count).clamp_min(1)
 
 
 def storm_loss(answer: Tensor, alignment: Tensor, weight: float) -> Tensor:

@@ -9,6 +9,7 @@ keeps the stock name and module. Saved checkpoints stay stock checkpoints, too.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -93,4 +94,22 @@ def enable_latents(model: Any) -> Any:
 def _with_mixin(stock: Any, mixin: Any) -> type:
     """A subclass of both that still bears the stock name and module, on which transformers keys its
     conversions."""
-    return type(stock.__name__, (mixin, stock), {"__module__": stock.__module__})
+    body = {"__module__": stock.__module__, "forward": _open(stock.forward)}
+    return type(stock.__name__, (mixin, stock), body)
+
+
+def _open(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The stock ``forward``, through which something else can be computed: ``model(compute=f)`` is ``f(model)``.
+
+    DDP, FSDP and PEFT make a model ready, and collect its gradients, around one call of its ``forward``. A rollout
+    is several passes, and must lie within one such call. `inspect.signature`, by which ``generate`` learns what
+    a model can do, still sees the stock one.
+    """
+
+    @functools.wraps(stock_forward)
+    def forward(
+        self: Any, *args: Any, compute: Callable[[Any], Any] | None = None, **kw: Any
+    ) -> Any:
+        return stock_forward(self, *args, **kw) if compute is None else compute(self)
+
+    return forward

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,9 @@ class RolloutOutput:
     states: Tensor  #: (B, K, D): own state for slot k, from one position earlier
     start_logits: Tensor | None  #: (B, V): must choose ``<|latent_start|>``
     end_logits: Tensor | None  #: (B, V), after slot K: must choose ``<|latent_end|>``
+    #: K times (B, 1, D), own states on their way into the slots; their gradients are the credit that flows back
+    #: through the feedback. Empty where slots are given, or feedback is detached.
+    fed: tuple[Tensor, ...] = ()
 
 
 def rollout(
@@ -79,15 +82,17 @@ def rollout(
     if slot_inputs is not None and use_target is not None:
         given = _checked(slot_inputs, hidden, budget)
         pick = use_target.view(len(hidden), -1, 1).expand(-1, budget, -1)
-    states, fed = [hidden[:, -1:]], hidden[:, -1:]
+    states, own, fed = [hidden[:, -1:]], [], hidden[:, -1:]
     for k in range(budget):
         if k:
             states.append(prompt.extend(fed))
-        fed = states[k].detach() if detach_feedback else states[k]
+        fed = states[k].detach() if detach_feedback else states[k].view_as(states[k])
+        own.append(fed)
         if pick is not None:
             fed = torch.where(pick[:, k : k + 1], given[:, k : k + 1], fed)
     tail = prompt.extend(torch.cat([fed, answer], 1))
-    return _read_out(model, torch.cat(states, 1), hidden[:, -2:-1], tail)
+    output = _read_out(model, torch.cat(states, 1), hidden[:, -2:-1], tail)
+    return output if detach_feedback else replace(output, fed=tuple(own))
 
 
 def _one_pass(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,13 @@ from transformers.trainer_callback import ProgressCallback
 
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.schema import Row
-from storm_vlm.latent import alignment_loss, answer_loss, slot_cosine, storm_loss
+from storm_vlm.latent import (
+    IGNORE_INDEX,
+    alignment_loss,
+    answer_loss,
+    slot_cosine,
+    storm_loss,
+)
 from storm_vlm.rollout import RolloutOutput, head, rollout, unwrap
 from storm_vlm.tokens import latent_tokens
 from storm_vlm.training.config import Method
@@ -44,14 +51,36 @@ def collate_items(collator: StormCollator, items: Sequence[Item]) -> dict[str, T
 
 
 class StormTrainer(Trainer):
-    """transformers' Trainer with the paper's losses."""
+    """transformers' Trainer with the paper's losses.
+
+    Whatever the number of processes and of accumulated batches, a step's loss is that of all its rows as one
+    batch: every term is a sum over this process's share, divided by the count over all of them.
+    """
 
     def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.method = method
-        self._metrics: defaultdict[str, list[float]] = defaultdict(list)
-        # The loss is a mean over the micro-batch; without this, Trainer would take it for a sum.
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = (
+            True  # i.e. the loss is already divided by the whole step's counts
+        )
+        self._metrics: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._parts = 1  # in how many batches a step's loss is a sum
+        self._credit: list[Tensor] = []  # norm of the gradient that reached each slot in this step
+        # Whether a pass has all its slot inputs beforehand must be the same on every process, or they
+        # would wait for each other; so the whole data set decides, not a batch.
+        rows = self.train_dataset if isinstance(self.train_dataset, RowDataset) else None
+        self._all_have_targets = rows is not None and all(t is not None for t in rows.targets)
+        if self.args.n_gpu > 1:
+            raise ValueError("several GPUs in one process: start with `accelerate launch` instead")
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The batches of one step, and what its losses are divided by: see `_counts`."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        self._parts = len(batches) * self.accelerator.num_processes
+        counts = torch.stack([_counts(batch) for batch in batches]).sum(0) if batches else None
+        if counts is not None:
+            counts = self.accelerator.reduce(counts.to(self.args.device), "sum")
+        return batches, counts
 
     def compute_loss(
         self,
@@ -61,35 +90,87 @@ class StormTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """Eq. 4: answer loss + weight * alignment loss (+ cross-entropy on the segment's boundaries)."""
-        method = self.method
+        alone = num_items_in_batch is None or num_items_in_batch.ndim == 0  # evaluation
+        counts = _counts(inputs) if alone else num_items_in_batch
+        assert counts is not None
         progress = self.state.global_step / max(1, self.state.max_steps)
-        output = storm_rollout(model, inputs, method, progress)
-        loss = answer = answer_loss(output.logits, inputs["labels"])
-        self._note("answer_loss", answer)
-        targets = inputs.get("targets")
+        losses = model(compute=lambda core: self._losses(core, inputs, counts, progress))
+        # DDP and FSDP take the mean over processes of what must be the sum.
+        loss = losses["loss"] * (1 if alone else self.accelerator.num_processes)
+        return (loss, {}) if return_outputs else loss
+
+    def _losses(
+        self, core: Any, inputs: dict[str, Tensor], counts: Tensor, progress: float
+    ) -> dict[str, Tensor]:
+        method, (tokens, rows, aligned) = self.method, counts
+        output = storm_rollout(core, inputs, method, progress, self._all_have_targets)
+        answer = answer_loss(output.logits, inputs["labels"], tokens)
+        losses = {"loss": answer, "answer_loss": answer}
         if method.latent_budget:
-            loss = loss + method.boundary_weight * boundary_loss(model, output)
-            for k, norm in enumerate(output.states.detach().float().norm(dim=-1).mean(0)):
-                self._note(f"slot_norm/{k + 1}", norm)
+            boundary = boundary_loss(core, output, rows)
+            losses["loss"] = losses["loss"] + method.boundary_weight * boundary
+        targets = inputs.get("targets")
         if method.latent_budget and targets is not None:
-            mask = inputs["target_mask"]
-            alignment = alignment_loss(output.states, targets, mask, method.alignment_reduction)
-            loss = storm_loss(loss, alignment, method.alignment_weight)
-            self._note("alignment_loss", alignment)
-            for k, cosine in enumerate(slot_cosine(output.states[mask], targets[mask])):
-                self._note(f"slot_cosine/{k + 1}", cosine)
-        return (loss, output) if return_outputs else loss
+            mask, how = inputs["target_mask"], method.alignment_reduction
+            alignment = alignment_loss(output.states, targets, mask, how, aligned)
+            losses["loss"] = storm_loss(losses["loss"], alignment, method.alignment_weight)
+            losses["alignment_loss"] = alignment
+        if torch.is_grad_enabled():
+            self._watch(output, losses, inputs)
+        return losses
+
+    def _watch(
+        self, output: RolloutOutput, losses: dict[str, Tensor], inputs: dict[str, Tensor]
+    ) -> None:
+        """Keep what the curves show, and have the backward pass tell what reached the slots."""
+        for name in set(losses) - {"loss"}:
+            self._metrics[name].append(losses[name].detach() * self._parts)
+        states = output.states.detach().float()
+        for k, norm in enumerate(states.norm(dim=-1).mean(0)):
+            self._metrics[f"slot_norm/{k + 1}"].append(norm)
+        mask = inputs.get("target_mask")
+        if "targets" in inputs and mask is not None and bool(mask.any()):
+            for k, cosine in enumerate(slot_cosine(states[mask], inputs["targets"][mask])):
+                self._metrics[f"slot_cosine/{k + 1}"].append(cosine)
+        self._credit = [states.new_zeros(()) for _ in output.fed]
+        for k, fed in enumerate(output.fed):
+            fed.register_hook(functools.partial(self._credited, k))
+
+    def _credited(self, k: int, gradient: Tensor) -> None:
+        self._credit[k] = gradient.detach().float().norm()
+        self._metrics[f"slot_gradient/{k + 1}"].append(self._credit[k])
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One batch, forward and backward.
+
+        Raises:
+            RuntimeError: the first batch of a run on the model's own states left a slot without gradient: it
+                would train on nothing, without any other sign.
+        """
+        first = not self._metrics and self.state.global_step == 0
+        loss = super().training_step(*args, **kwargs)
+        dead = [k + 1 for k, credit in enumerate(self._credit) if not float(credit)]
+        if first and dead and self.method.slot_input == "rollout":
+            raise RuntimeError(
+                f"no gradient of the answer reaches latent slot {dead[0]}: the fed-back states are cut off from "
+                "the loss. Is the model's cache, attention or checkpointing patched?"
+            )
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        means = {name: sum(values) / len(values) for name, values in self._metrics.items()}
+        means = {
+            name: round(float(torch.stack(values).mean()), 5)
+            for name, values in sorted(self._metrics.items())
+        }
         self._metrics.clear()
-        super().log(
-            {**logs, **{name: round(value, 5) for name, value in means.items()}}, *args, **kwargs
-        )
+        super().log({**logs, **means}, *args, **kwargs)
 
-    def _note(self, name: str, value: Tensor) -> None:
-        if torch.is_grad_enabled():
-            self._metrics[name].append(value.item())
+
+def _counts(batch: Mapping[str, Tensor]) -> Tensor:
+    """(3,): answer tokens, rows, and rows with a target; the losses are means over these."""
+    labels, mask = batch["labels"], batch.get("target_mask")
+    aligned = labels.new_zeros(()) if mask is None else mask.sum()
+    return torch.stack([(labels != IGNORE_INDEX).sum(), labels.new_tensor(len(labels)), aligned])
 
 
 class LossBar(ProgressCallback):
@@ -108,42 +189,51 @@ def target_share(progress: float) -> float:
 
 
 def storm_rollout(
-    model: Any, inputs: dict[str, Tensor], method: Method, progress: float = 0.0
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    method: Method,
+    progress: float = 0.0,
+    all_have_targets: bool = True,
 ) -> RolloutOutput:
-    """The rollout with slots fed as `method.slot_input` says."""
+    """The rollout with slots fed as `method.slot_input` says.
+
+    Args:
+        progress: how far the stage is, 0 … 1.
+        all_have_targets: no row of the whole data set lacks a target. Else the slots of rows without one are fed
+            with own states, slot by slot in every batch, so that all batches take the same number of passes.
+    """
     budget, targets = method.latent_budget, inputs.get("targets")
     slot_inputs = use_target = None
     if budget and method.slot_input == "pause":
         pad = torch.full_like(inputs["labels"][:, :1], latent_tokens(model.config).pad)
         slot_inputs = model.get_input_embeddings()(pad).expand(-1, budget, -1)
-    elif budget and method.slot_input in ("target", "scheduled"):
+    elif budget and targets is not None and method.slot_input in ("target", "scheduled"):
         share = target_share(progress) if method.slot_input == "scheduled" else 1.0
-        if targets is None:
-            raise ValueError(
-                f"slot_input={method.slot_input!r} feeds targets, but no row of this batch has a thought video"
-            )
         slot_inputs, mask = targets, inputs["target_mask"]
-        if share < 1 or not bool(mask.all()):
+        if share < 1 or not all_have_targets:
             use_target = (torch.rand(targets.shape[:2], device=mask.device) < share) & mask[:, None]
     return rollout(
         model, inputs, budget, slot_inputs, use_target, detach_feedback=method.detach_feedback
     )
 
 
-def boundary_loss(model: Any, output: RolloutOutput) -> Tensor:
+def boundary_loss(model: Any, output: RolloutOutput, count: Tensor | None = None) -> Tensor:
     """Cross-entropy of the segment's visible choices: open it, go on K - 1 times, close it after slot K.
 
     The answer-only loss of the paper would never teach the model to open a segment, which its inference
     ("once <|latent_start|> is generated") relies on; and with a loss on the end alone the model closes the
     segment after a slot or two, because nothing tells it not to. "Go on" is any token but the end.
+
+    Args:
+        count: what the sum over rows is divided by, if not their number in this batch.
     """
     tokens = latent_tokens(model.config)
     assert output.start_logits is not None and output.end_logits is not None  # there are slots
     logits = torch.stack([output.start_logits, output.end_logits], 1).float()  # (B, 2, V)
     wanted = torch.tensor([tokens.start, tokens.end], device=logits.device).expand(len(logits), -1)
-    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+    each = F.cross_entropy(logits.mT, wanted, reduction="none").mean(1)  # (B,)
     if output.states.shape[1] > 1:  # the state after slot k is the one fed into slot k + 1
         between = head(unwrap(model), output.states[:, 1:]).float()  # (B, K - 1, V)
         others = between.index_fill(-1, wanted[0, 1:], float("-inf"))
-        loss = loss + (between.logsumexp(-1) - others.logsumexp(-1)).mean()
-    return loss
+        each = each + (between.logsumexp(-1) - others.logsumexp(-1)).mean(1)
+    return each.sum() / (len(each) if count is None else count)
