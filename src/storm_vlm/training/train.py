@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ from transformers import AutoProcessor, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from storm_vlm.data.collator import StormCollator
+from storm_vlm.data.files import write_json, write_text
 from storm_vlm.data.schema import Row, read_rows
 from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.tokens import add_latent_tokens
+from storm_vlm.training.checkpoints import last_whole_checkpoint
 from storm_vlm.training.config import ConfigError, TrainConfig
 from storm_vlm.training.targets import thought_targets
 from storm_vlm.training.trainer import LossBar, RowDataset, StormTrainer, collate_items
@@ -24,11 +25,13 @@ from storm_vlm.versions import versions
 def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
     """Train and save; returns the folder, a stock checkpoint that also knows its latent tokens.
 
+    A run that was interrupted goes on from its last whole checkpoint.
+
     Beside the weights: `train_config.yaml` as resolved, `log_history.json`, `versions.json`. `rows` stands in
     for reading `config.data` (whose `train` split is used).
 
     Raises:
-        ConfigError: no training rows, or arguments that transformers refuses.
+        ConfigError: no training rows, arguments that transformers refuses, or a folder that holds another run.
         RowError, VideoError: bad data; names the file.
     """
     rows = rows if rows is not None else read_rows(config.data)
@@ -64,14 +67,45 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBar)
-    trainer.train()
-    output = Path(config.output_dir)
-    model.save_pretrained(output)  # not Trainer's: that adds a pickle
+    resume = _begin(config, trainer.args.should_save)
+    trainer.train(resume_from_checkpoint=resume)
+    _save(trainer, processor)
+    return Path(config.output_dir)
+
+
+def _begin(config: TrainConfig, writes: bool) -> str | None:
+    """The checkpoint to go on from; from now on, the folder belongs to this config.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings.
+    """
+    output, wanted = Path(config.output_dir), config.model_dump(mode="json")
+    known = output / "train_config.yaml"
+    if known.exists():
+        theirs = yaml.safe_load(known.read_text())
+        if changed := sorted(key for key in wanted if wanted[key] != theirs.get(key)):
+            raise ConfigError(
+                f"{output} holds a run with other settings ({', '.join(changed)}): choose another output_dir, or "
+                "remove that one"
+            )
+    if writes:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(known, yaml.safe_dump(wanted))
+    whole = last_whole_checkpoint(output)
+    return None if whole is None else str(whole)
+
+
+def _save(trainer: StormTrainer, processor: Any) -> None:
+    """Weights and processor, and how they were made. (Trainer's own way adds a pickle.)"""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.args.should_save:
+        return
+    output = Path(str(trainer.args.output_dir))
+    model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    model.save_pretrained(output, state_dict=weights)
     processor.save_pretrained(output)
-    (output / "train_config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    (output / "log_history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-    (output / "versions.json").write_text(json.dumps(versions(), indent=1))
-    return output
+    write_json(output / "log_history.json", trainer.state.log_history)
+    write_json(output / "versions.json", versions())
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -79,7 +113,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     arguments: dict[str, Any] = {
         "output_dir": config.output_dir,
         "remove_unused_columns": False,  # the collator takes rows, not columns
-        "save_strategy": "no",
+        "save_total_limit": 2,
         "report_to": "none",
         "logging_steps": 10,
         **config.training,

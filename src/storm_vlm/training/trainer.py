@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from storm_vlm.latent import (
 )
 from storm_vlm.rollout import RolloutOutput, head, rollout, unwrap
 from storm_vlm.tokens import latent_tokens
+from storm_vlm.training.checkpoints import seal
 from storm_vlm.training.config import Method
 
 Item = tuple[Row, Tensor | None]
@@ -156,6 +158,19 @@ class StormTrainer(Trainer):
                 "the loss. Is the model's cache, attention or checkpointing patched?"
             )
         return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # each writer has its own way to say that the disk is full
+            raise OSError(
+                f"{folder} could not be written ({error}). Older checkpoints are whole: make room, and start the "
+                "same command again to go on from the last of them"
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         means = {

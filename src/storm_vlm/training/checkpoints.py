@@ -1,0 +1,56 @@
+"""Which checkpoints of a run are whole.
+
+A checkpoint is a folder of several files, and a killed process or a full disk can leave any part of it. So the
+last thing written is a seal, in one step: the list of its files with their sizes. A folder without its seal,
+or that is not what its seal says, is not resumed from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from storm_vlm.data.files import write_json
+
+SEAL = "complete.json"
+logger = logging.getLogger(__name__)
+
+
+def seal(checkpoint: Path) -> None:
+    """Declare a checkpoint whole."""
+    write_json(checkpoint / SEAL, _sizes(checkpoint))
+
+
+def fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint must not be resumed from; None if it is whole."""
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text())
+    except (OSError, ValueError):
+        return "it was never finished"
+    found = _sizes(checkpoint)
+    wrong = [name for name, size in sealed.items() if found.get(name) != size]
+    return f"{wrong[0]} is damaged" if wrong else None
+
+
+def last_whole_checkpoint(run: Path) -> Path | None:
+    """The newest whole `checkpoint-N` of a run; says which newer ones it skips, and why."""
+    numbered = {
+        int(match[1]): path
+        for path in run.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    for _, path in sorted(numbered.items(), reverse=True):
+        if (wrong := fault(path)) is None:
+            return path
+        logger.warning("skipping %s: %s", path, wrong)
+    return None
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(checkpoint)): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != SEAL
+    }
