@@ -105,7 +105,12 @@ def _save(trainer: StormTrainer, processor: Any) -> None:
     model.save_pretrained(output, state_dict=weights)
     processor.save_pretrained(output)
     write_json(output / "log_history.json", trainer.state.log_history)
-    write_json(output / "versions.json", versions())
+    launched = trainer.accelerator.state
+    processes = {
+        "processes": launched.num_processes,
+        "distributed": launched.distributed_type.value,
+    }
+    write_json(output / "versions.json", {**versions(), **processes})
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:

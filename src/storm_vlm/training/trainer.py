@@ -76,10 +76,10 @@ class StormTrainer(Trainer):
             raise ValueError("several GPUs in one process: start with `accelerate launch` instead")
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The batches of one step, and what its losses are divided by: see `_counts`."""
+        """The batches of one step, and what its losses are divided by: see `batch_counts`."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         self._parts = len(batches) * self.accelerator.num_processes
-        counts = torch.stack([_counts(batch) for batch in batches]).sum(0) if batches else None
+        counts = torch.stack([batch_counts(batch) for batch in batches]).sum(0) if batches else None
         if counts is not None:
             counts = self.accelerator.reduce(counts.to(self.args.device), "sum")
         return batches, counts
@@ -93,7 +93,7 @@ class StormTrainer(Trainer):
     ) -> Any:
         """Eq. 4: answer loss + weight * alignment loss (+ cross-entropy on the segment's boundaries)."""
         alone = num_items_in_batch is None or num_items_in_batch.ndim == 0  # evaluation
-        counts = _counts(inputs) if alone else num_items_in_batch
+        counts = batch_counts(inputs) if alone else num_items_in_batch
         assert counts is not None
         progress = self.state.global_step / max(1, self.state.max_steps)
         losses = model(compute=lambda core: self._losses(core, inputs, counts, progress))
@@ -181,7 +181,7 @@ class StormTrainer(Trainer):
         super().log({**logs, **means}, *args, **kwargs)
 
 
-def _counts(batch: Mapping[str, Tensor]) -> Tensor:
+def batch_counts(batch: Mapping[str, Tensor]) -> Tensor:
     """(3,): answer tokens, rows, and rows with a target; the losses are means over these."""
     labels, mask = batch["labels"], batch.get("target_mask")
     aligned = labels.new_zeros(()) if mask is None else mask.sum()
