@@ -37,17 +37,7 @@ HORIZON = (3, 5)  # hidden steps that a question is about
 FAR_HORIZON = (6, 7)
 THOUGHT_STEPS = 8  # of a thought video, the last shown step included; one for each of K = 8 slots
 CRF = 12  # near-lossless, so that the world and not the codec sets the difficulty
-# Some need more practice; a question that came twice is asked once.
-ASKED = (
-    *PERCEPTION_FAMILIES,
-    "tile",
-    "tile",
-    "position",
-    "position",
-    "direction",
-    "track",
-    "track",
-)
+ASKED = (*PERCEPTION_FAMILIES, "tile", "tile", "position")  # these three need the most practice
 Kind = Literal["reasoning", "perception"]
 
 
@@ -113,11 +103,11 @@ def _write_scene(
 
 
 def sample_perception(rng: random.Random, count: int) -> Iterable[tuple[Scene, list[Question]]]:
-    """`count` scenes, each with questions of every family that fits it; two of three scenes have one ball."""
+    """`count` scenes, each with questions of every family that fits it; most scenes have one ball."""
     for number in range(count):
         questions: list[Question] = []
         while not questions:
-            scene = sample_scene(rng, rng.choice((REASONING, PERCEPTION)))
+            scene = sample_scene(rng, rng.choice((REASONING, REASONING, REASONING, PERCEPTION)))
             asking = random.Random(number)
             asked = [ask_perception(scene, asking, family) for family in ASKED]
             questions = [question for question in dict.fromkeys(asked) if question is not None]
