@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
 from storm_vlm.data.files import write_json
@@ -35,17 +36,27 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def last_whole_checkpoint(run: Path) -> Path | None:
-    """The newest whole `checkpoint-N` of a run; says which newer ones it skips, and why."""
+    """The newest whole `checkpoint-N` of a run."""
+    return next((path for path in _newest_first(run) if fault(path) is None), None)
+
+
+def set_torn_aside(run: Path) -> None:
+    """Rename every checkpoint that is not whole, and say so: nobody should take it for one that is."""
+    for path in _newest_first(run):
+        if wrong := fault(path):
+            aside = path.with_name(f"torn-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            logger.warning("skipping %s: %s; it is now %s", path, wrong, aside.name)
+
+
+def _newest_first(run: Path) -> list[Path]:
     numbered = {
         int(match[1]): path
         for path in run.glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
-    for _, path in sorted(numbered.items(), reverse=True):
-        if (wrong := fault(path)) is None:
-            return path
-        logger.warning("skipping %s: %s", path, wrong)
-    return None
+    return [path for _, path in sorted(numbered.items(), reverse=True)]
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:

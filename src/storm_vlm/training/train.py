@@ -15,7 +15,7 @@ from storm_vlm.data.files import write_json, write_text
 from storm_vlm.data.schema import Row, read_rows
 from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.tokens import add_latent_tokens
-from storm_vlm.training.checkpoints import last_whole_checkpoint
+from storm_vlm.training.checkpoints import last_whole_checkpoint, set_torn_aside
 from storm_vlm.training.config import ConfigError, TrainConfig
 from storm_vlm.training.targets import thought_targets
 from storm_vlm.training.trainer import LossBar, RowDataset, StormTrainer, collate_items
@@ -91,6 +91,7 @@ def _begin(config: TrainConfig, writes: bool) -> str | None:
     if writes:
         output.mkdir(parents=True, exist_ok=True)
         write_text(known, yaml.safe_dump(wanted))
+        set_torn_aside(output)
     whole = last_whole_checkpoint(output)
     return None if whole is None else str(whole)
 

@@ -24,6 +24,7 @@ from storm_vlm.latent import (
     slot_cosine,
     storm_loss,
 )
+from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.rollout import RolloutOutput, head, rollout, unwrap
 from storm_vlm.tokens import latent_tokens
 from storm_vlm.training.checkpoints import seal
@@ -171,6 +172,21 @@ class StormTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """transformers 5 saves a VLM's tensors under the hub's names, but on resuming looks for the module's own, and
+        only warns when it finds none of them: training would go on from the initial weights."""
+        model = self.model if model is None else model
+        if self.is_fsdp_enabled or unwrap(model) is not model:  # sharded, or adapters: other files
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved = StormForConditionalGeneration.from_pretrained(
+                resume_from_checkpoint, dtype=model.dtype
+            )
+            model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         means = {

@@ -1,0 +1,136 @@
+"""A run that was killed ends as if it had not been."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from storm_vlm.training.checkpoints import SEAL, last_whole_checkpoint
+from storm_vlm.training.config import ConfigError, Method, TrainConfig
+from storm_vlm.training.train import train
+
+STEPS = 6
+
+
+def config(output: Path, backbone: str, data: Path, **training: Any) -> TrainConfig:
+    """Draws at random (whose states are fed), accumulates, and has an optimizer with states."""
+    return TrainConfig(
+        model=backbone,
+        data=str(data),
+        output_dir=str(output),
+        num_frames=6,
+        method=Method(latent_budget=3, slot_input="scheduled"),
+        training={
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **training,
+        },
+    )
+
+
+def in_a_process(run: TrainConfig, limit: int | None = None) -> subprocess.Popen[str]:
+    """`limit`: no file may grow beyond so many bytes, which is how a full disk looks to a process."""
+    file = Path(run.output_dir).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    code = "import sys; from storm_vlm.cli import main; sys.argv = sys.argv[1:]; main()"
+    if limit is not None:
+        code = (
+            "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); " + code
+        )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "storm", "train", str(file)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, backbone: str, reasoning_file: Path) -> bytes:
+    run = config(tmp_path_factory.mktemp("whole") / "run", backbone, reasoning_file)
+    process = in_a_process(run)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return (Path(run.output_dir) / "model.safetensors").read_bytes()
+
+
+def kill_when_there_is(path: Path, run: TrainConfig, later: float = 0.0) -> None:
+    process = in_a_process(run)
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
+    time.sleep(later)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (Path(run.output_dir) / "model.safetensors").exists()
+
+
+def test_killed_and_started_again_it_ends_with_the_same_weights(
+    uninterrupted, tmp_path, backbone, reasoning_file
+) -> None:
+    run = config(tmp_path / "run", backbone, reasoning_file)
+    output = Path(run.output_dir)
+    # While the second checkpoint is being written: the kill tears it, or comes just after.
+    kill_when_there_is(output / "checkpoint-4", run, random.random() / 50)
+    again = in_a_process(run)
+    printed, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, printed
+    assert (output / "model.safetensors").read_bytes() == uninterrupted
+
+
+def test_a_torn_checkpoint_is_skipped_and_named(
+    uninterrupted, tmp_path, backbone, reasoning_file, caplog
+) -> None:
+    run = config(tmp_path / "run", backbone, reasoning_file, max_steps=STEPS)
+    train(run)
+    output = Path(run.output_dir)
+    (output / "model.safetensors").unlink()
+    assert last_whole_checkpoint(output) == output / f"checkpoint-{STEPS}"
+    weights = output / f"checkpoint-{STEPS}" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert last_whole_checkpoint(output) == output / f"checkpoint-{STEPS - 2}"
+    (output / f"checkpoint-{STEPS - 2}" / SEAL).unlink()
+    assert last_whole_checkpoint(output) is None
+    train(run)  # from the start
+    assert f"checkpoint-{STEPS}: model.safetensors is damaged" in caplog.text
+    assert f"checkpoint-{STEPS - 2}: it was never finished" in caplog.text
+    assert (output / "model.safetensors").read_bytes() == uninterrupted
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
+    uninterrupted, tmp_path, backbone, reasoning_file
+) -> None:
+    run = config(tmp_path / "run", backbone, reasoning_file)
+    output = Path(run.output_dir)
+    kill_when_there_is(output / "checkpoint-2" / SEAL, run)
+    full = in_a_process(run, limit=2**20)
+    printed, _ = full.communicate(timeout=200)
+    assert full.returncode == 1
+    assert "checkpoint-4 could not be written" in printed and "start the same" in printed
+    assert last_whole_checkpoint(output) == output / "checkpoint-2"
+    again = in_a_process(run)
+    printed, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, printed
+    assert (output / "model.safetensors").read_bytes() == uninterrupted
+
+
+def test_another_run_s_folder_is_refused(tmp_path, backbone, reasoning_file) -> None:
+    run = config(tmp_path / "run", backbone, reasoning_file, max_steps=1)
+    train(run)
+    with pytest.raises(ConfigError, match=r"other settings \(num_frames\)"):
+        train(run.model_copy(update={"num_frames": 4}))
