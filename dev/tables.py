@@ -54,8 +54,11 @@ def results(micro: dict[str, Any]) -> str:
         "",
         "![Accuracy of each arm](docs/images/micro.svg)",
         "",
-        "Perception of the shipped backbone: "
-        + ", ".join(f"{family} {score:.1%}" for family, score in micro["perception"].items())
+        "Perception of the shipped backbone, in scenes with one ball (as all but the harder split have) and in all: "
+        + ", ".join(
+            f"{family} {micro['perception_one_ball'][family]:.1%} / {score:.1%}"
+            for family, score in micro["perception"].items()
+        )
         + ".",
     ]
     return "\n".join(lines) + "\n"

@@ -95,6 +95,7 @@ def _write_scene(
             meta={
                 "family": question.family,
                 "steps": question.steps,
+                "balls": len(scene.tracks),
                 "shortcuts": shortcuts(scene, question) if question.steps else {},
             },
         )

@@ -209,7 +209,8 @@ def summarize(
             ours, theirs = _paired(by_arm["full"], by_arm[other])
             summary[f"full_minus_{other}"] = paired_difference(ours, theirs)
     summary |= {arm: None for arm in ARMS if arm not in hits}  # not measured
-    summary["perception"] = json.loads((shipped("backbone") / "perception.json").read_text())
+    perception = json.loads((shipped("backbone") / "perception.json").read_text())
+    summary |= {"perception": perception["all"], "perception_one_ball": perception["one"]}
     return summary
 
 

@@ -88,12 +88,25 @@ def pretrain(out: Path, data: Path, clips: int, steps: int, seed: int) -> Path:
         trainer.train()
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    results = evaluate(StormPipeline(model, processor, NUM_FRAMES), test_rows, max_new_tokens=100)
-    # Which cells `cells` names, and in which order, is the model's choice: no one answer is right.
-    families = sorted({result.family for result in results} - {"cells"})
-    scores = {f: accuracy([r.correct for r in results if r.family == f]) for f in families}
-    write_model_card(out, clips, steps, seed, scores, len(test_rows))
+    write_model_card(out, clips, steps, seed, perception(out, test_rows))
     return out
+
+
+def perception(backbone: Path, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Accuracy per family, in scenes with `one` ball, with `several`, and in `all`."""
+    # Which cells `cells` names, and in which order, is the model's choice: no one answer is right.
+    rows = [row for row in rows if row.meta["family"] != "cells"]
+    pipeline = StormPipeline.from_pretrained(str(backbone), device="cpu")
+    hits: dict[str, defaultdict[str, list[bool]]] = {
+        scenes: defaultdict(list) for scenes in ("all", "one", "several")
+    }
+    for row, outcome in zip(rows, evaluate(pipeline, rows, max_new_tokens=100), strict=True):
+        for scenes in ("all", "one" if row.meta["balls"] == 1 else "several"):
+            hits[scenes][row.meta["family"]].append(bool(outcome.correct))
+    return {
+        scenes: {family: accuracy(families[family]) for family in sorted(families)}
+        for scenes, families in hits.items()
+    }
 
 
 class ConversationCollator:
@@ -161,10 +174,10 @@ def vocabulary_texts() -> Iterator[str]:
 
 
 def write_model_card(
-    out: Path, clips: int, steps: int, seed: int, scores: dict[str, float], questions: int
+    out: Path, clips: int, steps: int, seed: int, scores: dict[str, dict[str, float]]
 ) -> None:
     """`README.md` and `perception.json` beside the weights."""
-    table = "\n".join(f"| {family} | {score:.3f} |" for family, score in scores.items())
+    table = perception_table(scores)
     made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
     (out / "perception.json").write_text(json.dumps(scores, indent=1) + "\n")
     (out / "README.md").write_text(
@@ -180,10 +193,18 @@ questions about clips of STORM's micro world. It has never been asked about anyt
 - {made_with}
 - Licence: Apache-2.0, as the package
 
-Accuracy on {questions} questions about {TEST_CLIPS} held-out clips (whole answer right, greedy):
+Accuracy on {TEST_CLIPS} held-out clips (whole answer right, greedy):
 
-| family | accuracy |
-|---|---|
 {table}
 """
     )
+
+
+def perception_table(scores: dict[str, dict[str, float]]) -> str:
+    """Markdown."""
+    lines = ["| family | all scenes | one ball | several |", "|---|---|---|---|"]
+    for family in scores["all"]:
+        row = [scores[scenes].get(family) for scenes in ("all", "one", "several")]
+        cells = " | ".join("" if score is None else f"{score:.1%}" for score in row)
+        lines.append(f"| {family} | {cells} |")
+    return "\n".join(lines)
