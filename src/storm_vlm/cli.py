@@ -80,6 +80,66 @@ def train(
 
 
 @app.command()
+def plan(
+    backbone: Annotated[
+        str, typer.Argument(help="Folder or hub name, read without its weights; default: micro.")
+    ] = "",
+    num_frames: Annotated[int, typer.Option(min=1)] = 32,
+    width: Annotated[int, typer.Option(min=1, help="Of the source's frames, in pixels.")] = 1280,
+    height: Annotated[int, typer.Option(min=1)] = 720,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Per frame; default: the processor's.")
+    ] = None,
+    question_tokens: Annotated[int, typer.Option(min=1, help="All of the prompt's text.")] = 150,
+    answer_tokens: Annotated[int, typer.Option(min=1)] = 8,
+    latent_budget: Annotated[int, typer.Option(min=0, help="K; 0: SFT only.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Per device.")] = 1,
+    accumulation: Annotated[int, typer.Option(min=1)] = 1,
+    devices: Annotated[int, typer.Option(min=1)] = 1,
+    sharding: Literal["none", "zero2", "fsdp"] = "none",
+    lora_rank: Annotated[int, typer.Option(min=0, help="0: full fine-tuning.")] = 0,
+    lora_targets: Annotated[
+        str, typer.Option(help="Names of the decoder's linear layers.")
+    ] = "q_proj,k_proj,v_proj,o_proj",
+    freeze_vision: bool = True,
+    checkpointing: bool = False,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    tflops: Annotated[
+        float | None, typer.Option(help="Sustained, of a device: prints time, too.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes and FLOPs, to be read.")] = False,
+) -> None:
+    """What a training step would cost: tokens, parameters, memory, FLOPs."""
+    from storm_vlm.planning import PlanRequest, table
+    from storm_vlm.planning import plan as run
+    from storm_vlm.world.checkpoints import shipped
+
+    request = PlanRequest(
+        num_frames=num_frames,
+        width=width,
+        height=height,
+        max_pixels=max_pixels,
+        question_tokens=question_tokens,
+        answer_tokens=answer_tokens,
+        latent_budget=latent_budget,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        devices=devices,
+        sharding=sharding,
+        lora_rank=lora_rank,
+        lora_targets=tuple(lora_targets.split(",")),
+        freeze_vision=freeze_vision,
+        checkpointing=checkpointing,
+        dtype=dtype,
+    )
+    costs = run(backbone or str(shipped("backbone")), request)
+    if as_json:
+        typer.echo(json.dumps(asdict(costs)))
+    else:
+        console.print(table(costs, tflops))
+
+
+@app.command()
 def evaluate(
     checkpoint: str,
     rows: Annotated[str, typer.Argument(help="A JSONL file of rows.")],
@@ -167,6 +227,34 @@ def micro(
 
     size = Size(train_rows, test_rows, test_rows // 2, steps)
     run_experiment(out, results, arms or list(ARMS), range(seeds), size, jobs)
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure; every figure is a ratio within one run.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("train")
+def bench_train(
+    shape: Annotated[
+        Literal["micro", "3b", "7b"], typer.Option(help="Of the model; weights are random.")
+    ] = "micro",
+    prefix: Annotated[int, typer.Option(min=200, help="Tokens of the prompt, about.")] = 4000,
+    latent_budget: Annotated[int, typer.Option(min=1, help="K.")] = 8,
+    batches: Annotated[
+        list[int] | None, typer.Option("--batch", help="Rows; repeat for each. 1 and 8.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    checkpointing: bool = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    results: Annotated[Path | None, typer.Option(help="JSON file for the record.")] = None,
+) -> None:
+    """Stage I and Stage II steps against a plain SFT step, and against recomputing everything."""
+    from storm_vlm.training.bench import bench_train as run
+
+    found = run(
+        shape, prefix, latent_budget, batches or [1, 8], rounds, checkpointing, device, results
+    )
+    console.print_json(json.dumps(found))
 
 
 def main() -> None:
