@@ -214,9 +214,12 @@ class LossBar(ProgressCallback):
 
 
 def target_share(progress: float) -> float:
-    """Share of slots fed with targets under `scheduled`: all of them for 70% of a stage, then ever fewer, none at the
-    end. `progress` is 0 … 1. Own states before one step is right only teach errors (`dev/LOG.md`)."""
-    return min(1.0, (1 - progress) / 0.3)
+    """Share of slots fed with targets under `scheduled`: all of them at first, then ever fewer, none at the end.
+
+    `progress` is 0 … 1. Own states fed before a single step is right teach errors; fed when the learning rate has
+    decayed, they teach nothing (`dev/LOG.md`).
+    """
+    return min(1.0, max(0.0, (0.85 - progress) / 0.3))
 
 
 def storm_rollout(
