@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
     printed, _ = again.communicate(timeout=200)
     assert again.returncode == 0, printed
     assert (output / "model.safetensors").read_bytes() == uninterrupted
+
+
+def test_adapters_go_on_where_they_stopped(tmp_path, backbone, reasoning_file) -> None:
+    run = config(tmp_path / "run", backbone, reasoning_file, save_total_limit=9)
+    run = run.model_copy(update={"lora": {"r": 4}})
+    weights = train(run) / "adapter_model.safetensors"
+    expected = weights.read_bytes()
+    weights.unlink()
+    for step in range(4, STEPS + 1, 2):
+        shutil.rmtree(Path(run.output_dir) / f"checkpoint-{step}")
+    train(run)
+    assert weights.read_bytes() == expected
 
 
 def test_another_run_s_folder_is_refused(tmp_path, backbone, reasoning_file) -> None:

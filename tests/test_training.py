@@ -251,6 +251,33 @@ def test_alignment_is_learned(tmp_path, backbone, reasoning_file) -> None:
     assert aligned[-1] < 0.9 * aligned[0]
 
 
+def test_lora_trains_adapters_and_latent_embeddings_and_comes_back_merged(
+    tmp_path, backbone, reasoning_file, processor
+) -> None:
+    lora = {"r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian"}
+    run = tiny_run(tmp_path / "run", backbone, reasoning_file, STAGES["rollout"], max_steps=3)
+    output = train(run.model_copy(update={"lora": lora}))
+    assert not (output / "model.safetensors").exists()
+    tuned, base = (
+        StormForConditionalGeneration.from_pretrained(str(p)) for p in (output, backbone)
+    )
+    tokens = add_latent_tokens(base, processor, K)  # as the run began
+    assert latent_tokens(tuned.config) == tokens and tuned.config.latent_budget == K
+    before, after = base.state_dict(), tuned.state_dict()
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        same = torch.equal(weight, before[name])
+        if name.startswith("model.visual") or "norm" in name:
+            assert same, name
+        elif "_proj" in name and name.endswith("weight"):
+            assert not same, name
+    table, old = (m.get_input_embeddings().weight for m in (tuned, base))
+    moved = (table != old).any(1).nonzero().flatten().tolist()
+    assert moved == sorted(tokens)
+    with pytest.raises(ConfigError, match=r"lora: .*rank"):
+        train(run.model_copy(update={"lora": {"rank": 4}, "output_dir": str(tmp_path / "other")}))
+
+
 @pytest.mark.parametrize("path", sorted(MICRO_CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_trains(path: Path, tmp_path, backbone, reasoning_file) -> None:
     overrides = [

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from storm_vlm.generation import LatentRolloutMixin
 from storm_vlm.positions import TrainedPositions
@@ -32,7 +34,7 @@ class StormForConditionalGeneration:
         """Load a Qwen2.5-VL style checkpoint, in the hub's format or saved by us.
 
         Args:
-            path: folder or hub name.
+            path: folder or hub name; a folder of adapters is loaded with its base model and merged into it.
             dtype: a torch dtype; None takes the checkpoint's.
             trust_remote_code: as in transformers.
             **kwargs: for the stock ``from_pretrained`` (``device_map``, ...).
@@ -40,6 +42,9 @@ class StormForConditionalGeneration:
         Raises:
             ValueError: a tensor of the model is missing from the checkpoint or the other way round.
         """
+        if (Path(path) / "adapter_config.json").is_file():
+            kwargs |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
+            return _with_adapters(cls, path, kwargs)
         load: Any = AutoModelForImageTextToText.from_pretrained
         model, report = load(
             path,
@@ -59,6 +64,13 @@ class StormForConditionalGeneration:
                 f"{path} does not fit {type(model).__name__} ({shown}): pass a complete checkpoint"
             )
         return enable_latents(model)
+
+
+def _with_adapters(cls: Any, path: str, kwargs: dict[str, Any]) -> Any:
+    settings = PeftConfig.from_pretrained(path)
+    model = cls.from_pretrained(settings.base_model_name_or_path, **kwargs)
+    model.config = AutoConfig.from_pretrained(path)  # the base's, and the latent tokens
+    return PeftModel.from_pretrained(model, path).merge_and_unload()
 
 
 def enable_latents(model: Any) -> Any:

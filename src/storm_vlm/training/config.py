@@ -68,7 +68,19 @@ class TrainConfig(BaseModel):
     data: str
     output_dir: str
     num_frames: int = Field(32, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the weights; `auto` is the checkpoint's."
+    )
+    attn_implementation: str | None = Field(
+        None, description="As in transformers; by default the fastest that is installed."
+    )
     freeze_vision: bool = True
+    lora: dict[str, Any] | None = Field(
+        None, description="Fields of PEFT's LoraConfig. The latent tokens' embeddings train, too."
+    )
+    quantization: dict[str, Any] | None = Field(
+        None, description="Fields of transformers' BitsAndBytesConfig (QLoRA); needs `lora`."
+    )
     video_cache_gb: float = Field(1.0, ge=0)
     target_cache: str | None = Field(
         None,
@@ -76,6 +88,12 @@ class TrainConfig(BaseModel):
     )
     method: Method = Field(default_factory=lambda: Method.model_validate({}))
     training: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _quantized_models_need_adapters(self) -> TrainConfig:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError("quantized weights cannot be trained: set lora, too")
+        return self
 
 
 class _Loader(yaml.SafeLoader):

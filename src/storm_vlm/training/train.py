@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from transformers import AutoProcessor, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import is_flash_attn_2_available
 
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.files import write_json, write_text
 from storm_vlm.data.schema import Row, read_rows
 from storm_vlm.modeling import StormForConditionalGeneration
-from storm_vlm.tokens import add_latent_tokens
+from storm_vlm.rollout import unwrap
+from storm_vlm.tokens import add_latent_tokens, latent_tokens
 from storm_vlm.training.checkpoints import last_whole_checkpoint, set_torn_aside
 from storm_vlm.training.config import ConfigError, TrainConfig
 from storm_vlm.training.targets import thought_targets
 from storm_vlm.training.trainer import LossBar, RowDataset, StormTrainer, collate_items
 from storm_vlm.versions import versions
+
+# The decoder's projections; the vision tower has layers of the same names.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
@@ -38,22 +47,16 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
     rows = [row for row in rows if row.split == "train"]
     if not rows:
         raise ConfigError(f"{config.data} has no row of the split 'train'")
-    model = StormForConditionalGeneration.from_pretrained(config.model)
-    processor = AutoProcessor.from_pretrained(config.model)
+    model, processor = load_model(config)
     method = config.method
-    if method.latent_budget:
-        add_latent_tokens(model, processor, method.latent_budget)
-    elif getattr(model.config, "latent_start_token_id", None) is not None:
-        model.config.latent_budget = 0
-    model.config.num_frames = config.num_frames
-    if config.freeze_vision:
-        model.model.visual.requires_grad_(False)
     targets = None
     if method.alignment_weight or method.slot_input in ("target", "scheduled"):
         cache = Path(config.target_cache or Path(config.data).with_suffix(".targets"))
         targets = thought_targets(
             model, processor, rows, method.latent_budget, method.target_normalization, cache
         )
+    if config.lora is not None:
+        model = add_adapters(model, config.lora)
     collator = StormCollator(
         processor, config.num_frames, method.latent_budget, int(config.video_cache_gb * 2**30)
     )
@@ -71,6 +74,56 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
     trainer.train(resume_from_checkpoint=resume)
     _save(trainer, processor)
     return Path(config.output_dir)
+
+
+def load_model(config: TrainConfig) -> tuple[Any, Any]:
+    """The model to train, with its latent tokens, and its processor."""
+    attention, reason = choose_attention(config.attn_implementation)
+    logger.info("attention: %s (%s)", attention, reason)
+    extra: dict[str, Any] = {}
+    if config.quantization is not None:
+        extra["quantization_config"] = BitsAndBytesConfig(**config.quantization)
+    model = StormForConditionalGeneration.from_pretrained(
+        config.model,
+        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+        attn_implementation=attention,
+        **extra,
+    )
+    processor = AutoProcessor.from_pretrained(config.model)
+    if config.method.latent_budget:
+        add_latent_tokens(model, processor, config.method.latent_budget)
+    elif getattr(model.config, "latent_start_token_id", None) is not None:
+        model.config.latent_budget = 0
+    model.config.num_frames = config.num_frames
+    if config.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    return model, processor
+
+
+def choose_attention(wanted: str | None) -> tuple[str, str]:
+    """An attention implementation of transformers, and why it."""
+    if wanted is not None:
+        return wanted, "as configured"
+    if not torch.cuda.is_available():
+        return "sdpa", "no GPU"
+    if is_flash_attn_2_available():
+        return "flash_attention_2", "flash-attn is installed: no padding is computed"
+    return "sdpa", "flash-attn is not installed"
+
+
+def add_adapters(model: Any, settings: dict[str, Any]) -> Any:
+    """LoRA on a model whose latent tokens' embeddings are new, and so must train, too.
+
+    Raises:
+        ConfigError: PEFT does not know a setting.
+    """
+    settings = {"target_modules": LORA_TARGETS, **settings}
+    if getattr(model.config, "latent_start_token_id", None) is not None:
+        settings["trainable_token_indices"] = {"embed_tokens": list(latent_tokens(model.config))}
+    try:
+        return get_peft_model(model, LoraConfig(**settings))
+    except TypeError as error:
+        raise ConfigError(f"lora: {error}") from error
 
 
 def _begin(config: TrainConfig, writes: bool) -> str | None:
@@ -103,7 +156,10 @@ def _save(trainer: StormTrainer, processor: Any) -> None:
         return
     output = Path(str(trainer.args.output_dir))
     model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    model.save_pretrained(output, state_dict=weights)
+    model.save_pretrained(output, state_dict=weights)  # of adapters, if it has some
+    unwrap(model).config.save_pretrained(
+        output
+    )  # beside adapters, which know nothing of latent tokens
     processor.save_pretrained(output)
     write_json(output / "log_history.json", trainer.state.log_history)
     launched = trainer.accelerator.state
