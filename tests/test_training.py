@@ -278,7 +278,11 @@ def test_lora_trains_adapters_and_latent_embeddings_and_comes_back_merged(
         train(run.model_copy(update={"lora": {"rank": 4}, "output_dir": str(tmp_path / "other")}))
 
 
-@pytest.mark.parametrize("path", sorted(MICRO_CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+RECIPES = Path(__file__).parent.parent / "recipes"
+CONFIGS = sorted([*MICRO_CONFIGS.glob("*.yaml"), *RECIPES.glob("qwen*/*.yaml")])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_shipped_config_trains(path: Path, tmp_path, backbone, reasoning_file) -> None:
     overrides = [
         f"model={backbone}",
@@ -289,7 +293,8 @@ def test_every_shipped_config_trains(path: Path, tmp_path, backbone, reasoning_f
         "training.disable_tqdm=true",
         "training.use_cpu=true",
         "training.bf16=false",
-        "training.gradient_accumulation_steps=1",
+        "training.dataloader_num_workers=0",
+        "dtype=float32",
         "num_frames=6",
     ]
     train(load_config(path, overrides))

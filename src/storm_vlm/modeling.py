@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from storm_vlm.generation import LatentRolloutMixin
@@ -90,24 +92,43 @@ def enable_latents(model: Any) -> Any:
             f"enable_latents needs a transformers model with generate(), got {type(model).__name__}"
         )
     if not isinstance(model, LatentRolloutMixin):
-        mixin: Any = LatentRolloutMixin
-        model.__class__ = _with_mixin(type(model), mixin)
-    core = getattr(model, "model", None)
-    if (
-        model.config.model_type == "qwen2_5_vl"
-        and core is not None
-        and not isinstance(core, TrainedPositions)
-    ):
-        core.__class__ = _with_mixin(type(core), TrainedPositions)
+        body = {"forward": _open(type(model).forward)}
+        model.__class__ = _subclass(type(model), (LatentRolloutMixin,), **body)
+        if model.config.model_type == "qwen2_5_vl":
+            model.model.__class__ = _subclass(type(model.model), (TrainedPositions, FrozenTower))
     return model
 
 
-@functools.cache
-def _with_mixin(stock: Any, mixin: Any) -> type:
-    """A subclass of both that still bears the stock name and module, on which transformers keys its
-    conversions."""
-    body = {"__module__": stock.__module__, "forward": _open(stock.forward)}
-    return type(stock.__name__, (mixin, stock), body)
+def _subclass(stock: Any, mixins: tuple[type, ...], **body: Any) -> type:
+    """It still bears the stock name and module, on which transformers keys its conversions."""
+    return type(stock.__name__, (*mixins, stock), {"__module__": stock.__module__, **body})
+
+
+class FrozenTower:
+    """A vision tower that does not train is not differentiated.
+
+    Checkpointing makes every embedding's output require a gradient, the tower's patches included: a frozen one would
+    be run again in backward, for nothing (a seventh of a 7B's step).
+    """
+
+    visual: Any
+
+    # ``generate`` reads these signatures: they must name what the stock ones name.
+    def get_video_features(
+        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        with self._as_far_as_it_trains(pixel_values_videos):
+            return super().get_video_features(pixel_values_videos, video_grid_thw, **kwargs)  # type: ignore[misc]
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        with self._as_far_as_it_trains(pixel_values):
+            return super().get_image_features(pixel_values, image_grid_thw, **kwargs)  # type: ignore[misc]
+
+    def _as_far_as_it_trains(self, pixels: Tensor) -> Any:
+        wanted = pixels.requires_grad or any(p.requires_grad for p in self.visual.parameters())
+        return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
 
 
 def _open(stock_forward: Callable[..., Any]) -> Callable[..., Any]:

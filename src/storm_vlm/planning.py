@@ -221,9 +221,6 @@ class _Costs:
         self.trained_tensors = len(trained) + 2 * len(self.adapted)
         total, vision = _count(model.parameters()), _count(self.visual.parameters())
         self.parameters = Parameters(total, vision, total - vision, trainable)
-        # Switching checkpointing on makes transformers ask for a gradient of every embedding's output, the patch
-        # embedding's, too: even a frozen tower is then recomputed and differentiated.
-        self.through_vision = self.blocks.trains or request.checkpointing
 
     def step(self, passes: Sequence[_Pass], rows: int) -> Step:
         """Cost of a step in which every row of the batch takes these passes and ``rows`` rows of logits."""
@@ -268,9 +265,9 @@ class _Costs:
         embedding = 2 * self.patches * self.patch_weights
         merger = 2 * self.visual_tokens * _linear_weights(self.visual.merger)
         forward += embedding + merger
-        if not self.through_vision:
+        if not self.blocks.trains:
             return forward, 0, 0
-        return forward, backward + merger + (embedding + merger) * self.blocks.trains, again
+        return forward, backward + embedding + 2 * merger, again
 
     def _decoder_flops(self, passes: Sequence[_Pass], rows: int) -> list[int]:
         head = 2 * rows * self.text.hidden_size * self.text.vocab_size
@@ -290,18 +287,16 @@ class _Costs:
     def _block_bytes(self) -> int:
         """Kept by a patch in a block: rotated queries and keys, and all of the fused q, k, v for the values' sake."""
         hidden = self.blocks.hidden
-        return self.blocks.kept(5 * hidden, (3 * hidden + self.blocks.inner) * self.blocks.trains)
+        return self.blocks.kept(5 * hidden, 3 * hidden + self.blocks.inner)
 
     def _vision_bytes(self) -> int:
-        """Kept of a clip by the tower, if gradients pass through it."""
-        if not self.through_vision:
+        """Kept of a clip by the tower, if it trains."""
+        if not self.blocks.trains:
             return 0
-        hidden, trains = self.blocks.hidden, self.blocks.trains
+        hidden = self.blocks.hidden
         block = self.size * hidden if self.request.checkpointing else self._block_bytes()
-        merger = (
-            4 * hidden + 4 + self.size * hidden * (1 + 3 * trains)
-        )  # norm, linear, GELU, linear
-        pixels = self.size * self.patch_weights // hidden * trains
+        merger = 4 * hidden + 4 + self.size * hidden * 4  # norm, linear, GELU, linear
+        pixels = self.size * self.patch_weights // hidden
         return self.patches * (pixels + self.blocks.count * block + merger)
 
     def _decoder_bytes(self, one: _Pass) -> int:
