@@ -140,8 +140,7 @@ CASES = {
 def test_a_step_does_and_keeps_what_the_plan_says(case: str, kind: str) -> None:
     request = replace(REQUEST, **CASES[case])
     step, (flops, kept) = planned(request, kind), measure(request, kind)
-    # With checkpointing little is kept, and the decoder's last states, which some losses slice and some copy, show.
-    tolerance = 0.12 if request.checkpointing else 0.02
+    tolerance = 0.03 if request.checkpointing else 0.02
     assert step.flops == pytest.approx(flops, rel=0.02)
     assert step.activations + step.logits + step.kv_cache == pytest.approx(kept, rel=tolerance)
 
