@@ -27,6 +27,7 @@ ARM_NAMES = {
     "stage1_only": "Stage I only",
     "stage2_only": "Stage II only",
     "full": "STORM, Stage I then II",
+    "shipped": "STORM as shipped, 3,000 steps",
 }
 INTERVENTIONS = {
     "swap_inputs": "another clip's states fed into the slots",
@@ -49,7 +50,8 @@ def write_report(
     page = environment.get_template("report.html").render(
         summary=summary,
         arms=[(arm, name) for arm, name in ARM_NAMES.items() if summary.get(arm) is not None],
-        interventions=[(f"full_{kind}", text) for kind, text in INTERVENTIONS.items()],
+        interventions=INTERVENTIONS,
+        names=ARM_NAMES,
         bars=_svg(accuracy_bars(summary)),
         curves=_svg(loss_curves(results)),
         examples=_examples(folder, results, read_rows(data["test"])),
@@ -69,7 +71,7 @@ def accuracy_bars(summary: dict[str, Any]) -> Figure:
         [max(0.0, high - v) for v, high in zip(values, highs, strict=True)],
     ]
     figure, axes = plt.subplots(figsize=(7, 0.5 + 0.45 * len(arms)), layout="constrained")
-    colours = ["#2f6fdf" if arm == "full" else "#8a93a3" for arm in arms]
+    colours = ["#2f6fdf" if arm in ("full", "shipped") else "#8a93a3" for arm in arms]
     axes.barh([ARM_NAMES[arm] for arm in arms], values, xerr=errors, color=colours, capsize=3)
     axes.axvline(summary["shortcut_best"], color="#c2410c", linestyle="--", label="best shortcut")
     axes.axvline(summary["chance"], color="#8a93a3", linestyle=":", label="chance")

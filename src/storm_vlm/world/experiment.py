@@ -48,7 +48,7 @@ ARMS: dict[str, list[tuple[str, float]]] = {
     "full": [("stage1", 0.8), ("stage2", 0.2)],
 }
 MICRO_CONFIGS = Path(__file__).parent / "configs"
-LATENT_ARMS = ("stage1_only", "stage2_only", "full")
+LATENT_ARMS = ("stage1_only", "stage2_only", "full", "shipped")
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Size:
 
 
 def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size) -> dict[str, Any]:
-    """Train and evaluate one arm with one seed; returns (and keeps) its outcomes."""
+    """Train and evaluate one arm with one seed; returns (and keeps) its outcomes. `shipped` is not trained."""
     result_file = folder / f"{arm}-{seed}" / "result.json"
     result_file.parent.mkdir(parents=True, exist_ok=True)
     if result_file.exists():
         return json.loads(result_file.read_text())
-    checkpoint = shipped("backbone")
-    for number, (stage, share) in enumerate(ARMS[arm]):
+    checkpoint = shipped("storm" if arm == "shipped" else "backbone")
+    for number, (stage, share) in enumerate(ARMS.get(arm, [])):
         output = result_file.parent / f"{number}-{stage}"
         if not (output / "versions.json").exists():  # the last file that training writes
             config = load_config(
@@ -237,9 +237,9 @@ def run_experiment(
 def _paired(
     ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Hits of two arms' runs, seed by seed; the untrained `base` has one run, which stands for every seed."""
+    """Hits of two arms' runs, seed by seed; an arm that is not trained has one run, which stands for every seed."""
     by_seed = {run["seed"]: run for run in theirs}
-    if "base" in {run["arm"] for run in theirs}:
+    if not ARMS.get(theirs[0]["arm"]):
         by_seed = {run["seed"]: theirs[0] for run in ours}
     shared = [run for run in ours if run["seed"] in by_seed]
     return [_hits(run) for run in shared], [_hits(by_seed[run["seed"]]) for run in shared]

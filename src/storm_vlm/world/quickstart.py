@@ -11,15 +11,17 @@ from storm_vlm.data.files import write_json
 from storm_vlm.report import write_report
 from storm_vlm.world.experiment import Size, build_data, run_arms, summarize
 
-ARMS = ("sft", "full")
-SIZE = Size(train_rows=2500, test_rows=400, ood_rows=200, steps=1000)
+ARMS = ("base", "sft", "full", "shipped")
+# A quarter of an hour is less than a step of the chain needs to be learned well; so the shipped model,
+# trained by the same recipe for longer, answers the same questions.
+SIZE = Size(train_rows=3000, test_rows=400, ood_rows=200, steps=1600)
 
 
 def quickstart(folder: Path, console: Console, size: Size = SIZE) -> None:
     """Run it; what an earlier call finished in the same folder is not done again."""
     began = time.perf_counter()
     console.print(f"Micro world in [bold]{folder}[/bold]; interrupt and call again as you like.")
-    results = run_arms(folder, ["base", *ARMS], [0], size, jobs=1)
+    results = run_arms(folder, ARMS, [0], size, jobs=1)
     data = build_data(folder / "data", size)
     summary = summarize(results, data, "storm quickstart")
     summary["seconds"] = round(time.perf_counter() - began, 1)
@@ -28,9 +30,10 @@ def quickstart(folder: Path, console: Console, size: Size = SIZE) -> None:
     checkpoint = next(result["checkpoint"] for result in results if result["arm"] == "full")
     clip = next((folder / "data" / "clips").glob("reasoning-test-*.mp4"))
     console.print(
-        f"STORM {summary['full']:.1%}, SFT {summary['sft']:.1%}, best shortcut {summary['shortcut_best']:.1%}, "
-        f"STORM with another clip's latents {summary['full_swapped_latents']:.1%} "
+        f"STORM {summary['full']:.1%}, SFT {summary['sft']:.1%}, best shortcut {summary['shortcut_best']:.1%} "
         f"({summary['n_test']} questions, one seed)\n"
+        f"The shipped STORM, trained for 3,000 steps: {summary['shipped']:.1%}; with another clip's latents "
+        f"{summary['shipped_swap_inputs']:.1%}\n"
         f"Report: [bold]{report}[/bold]\nAsk it yourself:\n"
         f'  storm answer {clip} "Where will the ball be after 5 more steps?" --checkpoint {checkpoint} --json',
         soft_wrap=True,
