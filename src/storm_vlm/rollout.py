@@ -171,7 +171,8 @@ def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
     ids, config = batch["input_ids"], model.config.get_text_config()
     positions, mask = _positions(model, batch)
     recorder, cache = DynamicCache(config=config), DynamicCache(config=config)
-    recorder.layers = [_RecordedLayer() for _ in recorder.layers]
+    recorded_layers = [_RecordedLayer() for _ in recorder.layers]
+    recorder.layers[:] = recorded_layers
     with _on_every_layer(model.model, "_can_checkpoint_with_cache", True):
         hidden = model.model(
             input_ids=ids,
@@ -181,12 +182,13 @@ def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
             use_cache=False,  # it would only warn: the layers write to the recorder all the same
             **{name: batch[name] for name in _PIXELS if batch.get(name) is not None},
         ).last_hidden_state
-    for index, layer in enumerate(recorder.layers):
-        recorded = layer.recorded  # type: ignore[attr-defined]
+    recorded = None
+    for index, layer in enumerate(recorded_layers):
+        recorded = layer.recorded
         if recorded is None or recorded[0].shape[-2] != ids.shape[1]:
             raise RuntimeError(f"layer {index} of the model dropped its keys and values")
         cache.update(*recorded, index)
-    if hidden.requires_grad and not recorded[1].requires_grad:
+    if hidden.requires_grad and recorded is not None and not recorded[1].requires_grad:
         raise RuntimeError(
             "the prompt's keys and values carry no gradient: reentrant checkpointing cuts it; set "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"

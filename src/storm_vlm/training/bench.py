@@ -32,7 +32,7 @@ ANSWER_TOKENS, TEXT_TOKENS = 8, 150
 GRID = (24, 42)  # patches of a frame at 256 * 28 * 28 pixels and 16:9
 
 
-def shape_config(shape: Shape) -> Qwen2_5_VLConfig:
+def shape_config(shape: Shape) -> Any:
     """The configuration of a published size, or of the shipped micro backbone."""
     if shape == "micro":
         return AutoConfig.from_pretrained(shipped("backbone"))
@@ -69,7 +69,7 @@ def shape_config(shape: Shape) -> Qwen2_5_VLConfig:
     )
 
 
-def random_model(config: Qwen2_5_VLConfig, budget: int, device: str, dtype: torch.dtype) -> Any:
+def random_model(config: Any, budget: int, device: str, dtype: torch.dtype) -> Any:
     """A model with latent tokens (the last rows of the table) and a frozen vision tower, as training has it."""
     config.latent_budget = budget
     first = config.text_config.vocab_size - 3
@@ -81,7 +81,7 @@ def random_model(config: Qwen2_5_VLConfig, budget: int, device: str, dtype: torc
     return enable_latents(model).train()
 
 
-def random_batch(config: Qwen2_5_VLConfig, rows: int, prefix: int, device: str) -> Batch:
+def random_batch(config: Any, rows: int, prefix: int, device: str) -> Batch:
     """`rows` prompts of about `prefix` tokens: a video, a question, ``<|latent_start|>``; and answers."""
     per_grid = GRID[0] * GRID[1] // 4
     grids = max(1, round((prefix - TEXT_TOKENS) / per_grid))

@@ -12,7 +12,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.files import write_json, write_text
