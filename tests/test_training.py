@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoProcessor
+from transformers import AttentionInterface, AutoProcessor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.decode import VideoError
@@ -231,6 +232,20 @@ def tiny_run(
             "disable_tqdm": True,
         },
     )
+
+
+def test_a_run_whose_latents_get_no_gradient_stops_at_once(
+    tmp_path, backbone, reasoning_file
+) -> None:
+    """An attention that cuts keys and values off, as a dropped or detached cache would."""
+
+    def cut(module, query, key, value, *args, **kwargs):
+        return sdpa_attention_forward(module, query, key.detach(), value.detach(), *args, **kwargs)
+
+    AttentionInterface.register("cut", cut)
+    run = tiny_run(tmp_path / "run", backbone, reasoning_file, STAGES["stage2"], max_steps=1)
+    with pytest.raises(RuntimeError, match="no gradient of the answer reaches latent slot 1"):
+        train(run.model_copy(update={"attn_implementation": "cut"}))
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path, backbone, reasoning_file) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer
@@ -68,7 +69,7 @@ class StormTrainer(Trainer):
         )
         self._metrics: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._parts = 1  # in how many batches a step's loss is a sum
-        self._credit: list[Tensor] = []  # norm of the gradient that reached each slot in this step
+        self._checked = False  # that latents are alive
         # Whether a pass has all its slot inputs beforehand must be the same on every process, or they
         # would wait for each other; so the whole data set decides, not a batch.
         rows = self.train_dataset if isinstance(self.train_dataset, RowDataset) else None
@@ -108,6 +109,7 @@ class StormTrainer(Trainer):
         method, (tokens, rows, aligned) = self.method, counts
         output = storm_rollout(core, inputs, method, progress, self._all_have_targets)
         answer = answer_loss(output.logits, inputs["labels"], tokens)
+        self._refuse_dead_latents(core, answer, output.fed)
         losses = {"loss": answer, "answer_loss": answer}
         if method.latent_budget:
             boundary = boundary_loss(core, output, rows)
@@ -135,30 +137,30 @@ class StormTrainer(Trainer):
         if "targets" in inputs and mask is not None and bool(mask.any()):
             for k, cosine in enumerate(slot_cosine(states[mask], inputs["targets"][mask])):
                 self._metrics[f"slot_cosine/{k + 1}"].append(cosine)
-        self._credit = [states.new_zeros(()) for _ in output.fed]
         for k, fed in enumerate(output.fed):
             fed.register_hook(functools.partial(self._credited, k))
 
     def _credited(self, k: int, gradient: Tensor) -> None:
-        self._credit[k] = gradient.detach().float().norm()
-        self._metrics[f"slot_gradient/{k + 1}"].append(self._credit[k])
+        self._metrics[f"slot_gradient/{k + 1}"].append(gradient.detach().float().norm())
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One batch, forward and backward.
+    def _refuse_dead_latents(self, core: Any, answer: Tensor, fed: Sequence[Tensor]) -> None:
+        """Once, before a run on the model's own states: does the answer's gradient reach every slot?
+
+        (Not where FSDP shards the model: it allows one backward pass for a forward.)
 
         Raises:
-            RuntimeError: the first batch of a run on the model's own states left a slot without gradient: it
-                would train on nothing, without any other sign.
+            RuntimeError: no; it would train on nothing, without any other sign.
         """
-        first = not self._metrics and self.state.global_step == 0
-        loss = super().training_step(*args, **kwargs)
-        dead = [k + 1 for k, credit in enumerate(self._credit) if not float(credit)]
-        if first and dead and self.method.slot_input == "rollout":
+        if self._checked or not fed or isinstance(core, FSDPModule) or not answer.requires_grad:
+            return
+        self._checked = True
+        gradients = torch.autograd.grad(answer, fed, retain_graph=True, allow_unused=True)
+        dead = [k for k, g in enumerate(gradients, 1) if g is None or not bool(g.any())]
+        if dead and self.method.slot_input == "rollout":
             raise RuntimeError(
                 f"no gradient of the answer reaches latent slot {dead[0]}: the fed-back states are cut off from "
                 "the loss. Is the model's cache, attention or checkpointing patched?"
             )
-        return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
