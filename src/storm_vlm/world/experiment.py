@@ -44,7 +44,7 @@ ARMS: dict[str, list[tuple[str, float]]] = {
     "sft": [("sft", 1.0)],
     "pause": [("pause", 1.0)],
     "stage1_only": [("stage1", 1.0)],
-    "stage2_only": [("stage2", 1.0)],
+    "stage2_only": [("stage2_only", 1.0)],
     "full": [("stage1", 0.8), ("stage2", 0.2)],
 }
 MICRO_CONFIGS = Path(__file__).parent / "configs"
