@@ -183,8 +183,8 @@ def world(
 def pretrain(
     out: Annotated[Path, typer.Argument(help="Where to save the backbone.")],
     data: Annotated[Path, typer.Option(help="Where to keep the clips.")] = Path("runs/perception"),
-    clips: int = 6000,
-    steps: int = 3000,
+    clips: int = 4000,
+    steps: int = 6450,
     seed: int = 0,
 ) -> None:
     """Make the micro backbone again: Qwen2.5-VL in small, trained from scratch on perception questions."""

@@ -42,7 +42,12 @@ class Phase:
     share: float  # of all steps
 
 
-PHASES = (Phase(("board", "track"), 3, 0.2), Phase(("cells", "track"), 4, 0.8))
+# As the shipped weights were made; each phase has a warm-up and a cosine decay of its own.
+PHASES = (
+    Phase(("board", "track"), 3, 0.2),
+    Phase(("cells", "track"), 4, 0.46),
+    Phase(("cells", "track"), 4, 0.34),
+)
 TEST_CLIPS = 400
 HYPERPARAMETERS = {
     "per_device_train_batch_size": 10,
