@@ -156,10 +156,8 @@ def _save(trainer: StormTrainer, processor: Any) -> None:
         return
     output = Path(str(trainer.args.output_dir))
     model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    model.save_pretrained(output, state_dict=weights)  # of adapters, if it has some
-    unwrap(model).config.save_pretrained(
-        output
-    )  # beside adapters, which know nothing of latent tokens
+    model.save_pretrained(output, state_dict=weights)
+    unwrap(model).config.save_pretrained(output)  # adapters know nothing of latent tokens
     processor.save_pretrained(output)
     write_json(output / "log_history.json", trainer.state.log_history)
     launched = trainer.accelerator.state

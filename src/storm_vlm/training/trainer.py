@@ -64,9 +64,7 @@ class StormTrainer(Trainer):
     def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.method = method
-        self.model_accepts_loss_kwargs = (
-            True  # i.e. the loss is already divided by the whole step's counts
-        )
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's counts
         self._metrics: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._parts = 1  # in how many batches a step's loss is a sum
         self._checked = False  # that latents are alive
