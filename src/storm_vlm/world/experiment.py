@@ -217,16 +217,18 @@ def summarize(
 def run_experiment(
     folder: Path, results: Path, arms: Sequence[str], seeds: Iterable[int], size: Size, jobs: int
 ) -> None:
-    """The named arms over `seeds`; writes the figures to `results`."""
+    """The named arms over `seeds`; writes the figures of all arms in `folder` to `results`."""
     if unknown := set(arms) - set(ARMS):
         raise ValueError(
             f"no arm is called {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}"
         )
     seeds = list(seeds)
     trained = [arm for arm in arms if ARMS[arm]]
-    outcomes = run_arms(folder, trained, seeds, size, jobs)
+    run_arms(folder, trained, seeds, size, jobs)
     if "base" in arms:  # untrained: it has no seed
-        outcomes += run_arms(folder, ["base"], seeds[:1], size, 1)
+        run_arms(folder, ["base"], seeds[:1], size, 1)
+    # All that the folder holds, from earlier calls, too: arms can be measured one after the other.
+    outcomes = [json.loads(file.read_text()) for file in sorted(folder.glob("*/result.json"))]
     data = build_data(folder / "data", size)
     command = f"storm micro --seeds {len(seeds)} --train-rows {size.train_rows} --test-rows {size.test_rows} "
     command += f"--steps {size.steps} " + " ".join(f"--arm {arm}" for arm in arms)
