@@ -25,24 +25,26 @@ START, END = "<!-- results -->\n", "<!-- /results -->"
 def results(micro: dict[str, Any]) -> str:
     """The results section, in Markdown."""
     lines = [
-        f"Micro world, {micro['n_test']} test questions about the unseen part, {len(micro['seeds'])} seed{'s' if len(micro['seeds']) != 1 else ''}, every arm with the same "
+        f"Micro world, {micro['n_test']} test questions about the unseen part, every arm with the same "
         f"rows and the same number of optimizer steps (`{micro['command']}`, [figures](docs/results/micro.json)):",
         "",
-        "| model | accuracy | 95% interval | harder split |",
-        "|---|---|---|---|",
+        "| model | accuracy | 95% interval | seeds | harder split |",
+        "|---|---|---|---|---|",
     ]
     for arm, name in ARM_NAMES.items():
+        if arm == "shipped":  # the quickstart's
+            continue
         if micro.get(arm) is None:
-            lines.append(f"| {name} | not measured | | |")
+            lines.append(f"| {name} | not measured | | | |")
         else:
             low, high = micro[f"{arm}_interval"]
             bold = "**" if arm == "full" else ""
             lines.append(
-                f"| {bold}{name}{bold} | {bold}{micro[arm]:.1%}{bold} | {low:.1%} – {high:.1%} | {micro[f'{arm}_ood']:.1%} |"
+                f"| {bold}{name}{bold} | {bold}{micro[arm]:.1%}{bold} | {low:.1%} – {high:.1%} | {len(micro[f'{arm}_seeds'])} | {micro[f'{arm}_ood']:.1%} |"
             )
     lines += [
-        f"| best shortcut ({max(micro['shortcuts'], key=micro['shortcuts'].get).replace('_', ' ')}) | {micro['shortcut_best']:.1%} | | |",
-        f"| uniform guess | {micro['chance']:.1%} | | |",
+        f"| best shortcut ({max(micro['shortcuts'], key=micro['shortcuts'].get).replace('_', ' ')}) | {micro['shortcut_best']:.1%} | | | |",
+        f"| uniform guess | {micro['chance']:.1%} | | | |",
         "",
     ]
     gain = micro["full_minus_sft"]
