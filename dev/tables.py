@@ -28,7 +28,7 @@ def results(micro: dict[str, Any]) -> str:
         f"Micro world, {micro['n_test']} test questions about the unseen part, every arm with the same "
         f"rows and the same number of optimizer steps (`{micro['command']}`, [figures](docs/results/micro.json)):",
         "",
-        "| model | accuracy | 95% interval | seeds | harder split |",
+        "| model | accuracy | 95% interval, over questions | seeds | harder split |",
         "|---|---|---|---|---|",
     ]
     for arm, name in ARM_NAMES.items():
