@@ -157,9 +157,7 @@ class _Pass(NamedTuple):
 
     new: int
     past: int = 0
-    output_kept: bool = (
-        True  #: the losses look at a slice of its output, not at a copy of some rows
-    )
+    output_kept: bool = True  #: the losses look at a slice of its output, not at copied rows
 
     @property
     def keys(self) -> int:

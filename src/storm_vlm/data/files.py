@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write in one step: readers see the old file or the whole new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def in_one_step(path: Path) -> Iterator[Path]:
+    """A file to write instead of `path`, which it then replaces: readers see the old file or the whole new one."""
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        yield unfinished
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write in one step."""
+    with in_one_step(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -19,6 +19,7 @@ from av.video.stream import VideoStream
 from transformers.video_utils import VideoMetadata
 
 from storm_vlm.data.decode import EPSILON, VideoError, VideoSource
+from storm_vlm.data.files import in_one_step
 
 __all__ = ["Clip", "VideoError", "read_video", "video_metadata", "write_video"]
 
@@ -130,9 +131,8 @@ def write_video(
         raise VideoError(
             f"{path}: yuv420p needs even sides, got {frames.shape[1:3]}; pad or use yuv444p"
         )
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        with av.open(str(unfinished), "w") as container:
+        with in_one_step(path) as unfinished, av.open(str(unfinished), "w") as container:
             rate = Fraction(fps).limit_denominator(1001)
             stream = container.add_stream(codec, rate=rate, options={"crf": str(crf)})
             if not isinstance(stream, VideoStream):
@@ -143,11 +143,8 @@ def write_video(
             for pixels in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             container.mux(stream.encode())
-        os.replace(unfinished, path)
     except (FFmpegError, OSError, ValueError, TypeError) as error:
         raise VideoError(f"{path}: cannot write {codec} video ({error})") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _spread(times: list[float], count: int, low: float, high: float) -> list[float]:

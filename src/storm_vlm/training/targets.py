@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 from storm_vlm.data.collator import VideoInputs
 from storm_vlm.data.decode import VideoError
+from storm_vlm.data.files import in_one_step
 from storm_vlm.data.schema import Row
 from storm_vlm.latent import TargetNormalization, pool_targets, target_whitening, whiten_targets
 
@@ -133,9 +133,5 @@ def _read(file: Path) -> Tensor | None:
 
 def _write(file: Path, target: Tensor, recipe: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    with in_one_step(file) as unfinished:
         save_file({"target": target}, unfinished, metadata={"recipe": json.dumps(recipe)})
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
