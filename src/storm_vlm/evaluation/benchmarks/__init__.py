@@ -1,0 +1,32 @@
+"""Published benchmarks, each a file: their rows, their own prompt and their own rule beside ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from storm_vlm.data.schema import Row
+
+
+class Benchmark(Protocol):
+    """Where a benchmark differs from a file of rows."""
+
+    name: str
+    groups: tuple[str, ...]  #: keys of `Row.meta` that accuracy is broken down by
+
+    def read(self, folder: Path) -> list[Row]:
+        """Rows (split "test", absolute video paths) from the published files in `folder`.
+
+        Raises:
+            RowError: a published row that does not fit; names file, place and field.
+            FileNotFoundError: the published file is not there; names what to download.
+        """
+        ...
+
+    def official_prompt(self, row: Row) -> str:
+        """The text that the benchmark's own harness asks with."""
+        ...
+
+    def official_score(self, text: str, row: Row) -> float | None:
+        """0 to 1 by the benchmark's own rule, quirks included; None where it needs a judge."""
+        ...
