@@ -21,7 +21,7 @@ from storm_vlm.data.schema import read_rows, write_rows
 from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.tokens import add_latent_tokens
 from storm_vlm.training.config import Method, TrainConfig
-from storm_vlm.training.targets import thought_targets
+from storm_vlm.training.targets import alignment_targets
 from storm_vlm.training.train import train, training_arguments
 from storm_vlm.training.trainer import StormTrainer, batch_counts
 
@@ -141,7 +141,7 @@ def one_step(
     add_latent_tokens(model, processor, K)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    targets = thought_targets(model, processor, rows, K, "none")
+    targets = alignment_targets(model, processor, rows, K, "none")
     arguments = training_arguments(config(Path("unused"), backbone, Path(data), 2))
     method = Method(latent_budget=K, slot_input="rollout")
     trainer = StormTrainer(model=model.train(), method=method, args=arguments)

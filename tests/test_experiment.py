@@ -38,7 +38,7 @@ def test_quickstart_writes_a_report_and_resumes(tmp_path: Path) -> None:
 
 def test_every_arm_takes_the_same_number_of_steps() -> None:
     assert all(
-        sum(share for _, share in stages) == 1 for arm, stages in ARMS.items() if arm != "base"
+        sum(stage.share for stage in stages) == 1 for arm, stages in ARMS.items() if arm != "base"
     )
 
 

@@ -1,8 +1,10 @@
 """Training: the losses are the paper's, what should move moves, and every shipped config runs."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,15 +13,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.decode import VideoError
-from storm_vlm.data.schema import Row
+from storm_vlm.data.schema import Row, read_rows
+from storm_vlm.data.video import Clip, read_frames, read_future
 from storm_vlm.latent import alignment_loss, pool_targets
 from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.rollout import rollout
 from storm_vlm.tokens import add_latent_tokens, latent_tokens
-from storm_vlm.training.config import ConfigError, Method, TrainConfig, load_config
-from storm_vlm.training.targets import thought_targets
+from storm_vlm.training.config import ConfigError, Method, TargetSource, TrainConfig, load_config
+from storm_vlm.training.distillation import Teacher, collate_with_teacher, teacher_collator
+from storm_vlm.training.targets import alignment_targets
 from storm_vlm.training.train import train, training_arguments
 from storm_vlm.training.trainer import StormTrainer, boundary_loss, storm_rollout
+from storm_vlm.world.build import build_world
 from storm_vlm.world.experiment import MICRO_CONFIGS
 
 K = 4
@@ -48,7 +53,7 @@ def model(backbone: str, processor):
 @pytest.fixture
 def batch(model, processor, reasoning_rows: list[Row]) -> dict:
     rows = reasoning_rows[:3]
-    targets = thought_targets(model, processor, rows, K, "whiten")
+    targets = alignment_targets(model, processor, rows, K, "whiten")
     model.train()
     return StormCollator(processor, 6, K)(rows, targets)
 
@@ -68,7 +73,7 @@ def test_targets_are_the_pooled_tokens_of_the_vision_tower(
     model, processor, reasoning_rows
 ) -> None:
     rows = reasoning_rows[:3]
-    raw = thought_targets(model, processor, rows, K, "none")
+    raw = alignment_targets(model, processor, rows, K, "none")
     for row, target in zip(rows, raw, strict=True):
         video = VideoInputs(processor, 2 * K).get(row.thought_video.path)  # type: ignore[union-attr]
         with torch.no_grad():
@@ -78,13 +83,13 @@ def test_targets_are_the_pooled_tokens_of_the_vision_tower(
         assert torch.allclose(target, pool_targets(tokens, K), atol=1e-5)
         # With two frames a slot and whole grids, slot k is the mean over grid k: step k of the world.
         assert torch.allclose(target, tokens.view(K, -1, tokens.shape[-1]).mean(1), atol=1e-5)
-    white = torch.stack(thought_targets(model, processor, rows, K, "whiten"))  # type: ignore[arg-type]
+    white = torch.stack(alignment_targets(model, processor, rows, K, "whiten"))  # type: ignore[arg-type]
     assert torch.allclose(white.square().mean(-1), torch.ones(()), atol=1e-4)
 
 
 def test_rows_without_thought_video_have_no_target(model, processor, reasoning_rows) -> None:
     rows = [reasoning_rows[0], reasoning_rows[1].model_copy(update={"thought_video": None})]
-    targets = thought_targets(model, processor, rows, K, "none")
+    targets = alignment_targets(model, processor, rows, K, "none")
     assert targets[0] is not None and targets[1] is None
     batch = StormCollator(processor, 6, K)(rows, targets)
     assert batch["target_mask"].tolist() == [True, False]
@@ -92,7 +97,7 @@ def test_rows_without_thought_video_have_no_target(model, processor, reasoning_r
     for slot_input in ("target", "scheduled", "rollout"):
         losses(model, Method(latent_budget=K, slot_input=slot_input), batch).backward()  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no row has a thought video"):
-        thought_targets(model, processor, rows[1:], K, "none")
+        alignment_targets(model, processor, rows[1:], K, "none")
 
 
 def test_targets_are_kept_on_disk_until_anything_they_depend_on_changes(
@@ -105,7 +110,7 @@ def test_targets_are_kept_on_disk_until_anything_they_depend_on_changes(
 
     def targets(budget: int = K) -> torch.Tensor:
         calls.clear()
-        return torch.stack(thought_targets(model, processor, rows, budget, "none", cache))  # type: ignore[arg-type]
+        return torch.stack(alignment_targets(model, processor, rows, budget, "none", cache=cache))  # type: ignore[arg-type]
 
     first = targets()
     assert calls and len(list(cache.iterdir())) == 3
@@ -339,3 +344,95 @@ def test_alignment_of_no_row_is_zero_with_a_graph() -> None:
     loss = alignment_loss(states, torch.zeros(2, K, 3), torch.zeros(2, dtype=torch.bool))
     loss.backward()
     assert loss.item() == 0 and states.grad is not None
+
+
+def test_every_target_source_reads_what_it_says(model, processor, tmp_path) -> None:
+    """The same scenes, once with clips that end where the question is asked, once with clips that go on."""
+    rows = read_rows(build_world(tmp_path, "reasoning", "train", 4))
+    longer = read_rows(build_world(tmp_path, "reasoning", "train", 4, continued=True))
+
+    def targets(source: TargetSource, of: list[Row] = longer) -> torch.Tensor:
+        return torch.stack(alignment_targets(model, processor, of, 8, "none", source))  # type: ignore[arg-type]
+
+    collator = StormCollator(processor, 6, K)
+    for short, long in zip(rows, longer, strict=True):  # the model sees the same of both
+        seen = [collator.videos.get(r.video, r.start, r.end) for r in (short, long)]
+        difference = seen[0]["pixel_values_videos"] - seen[1]["pixel_values_videos"]
+        assert difference.abs().mean() < 0.05  # but for the codec
+    oracle, future = targets("thought_video"), targets("future")
+    assert torch.allclose(oracle, targets("thought_video", rows), atol=1e-5)
+    # Slot k of the future is step k after the clip; of the thought video it is step k - 1, in a spotlight.
+    frames = read_future(longer[0].video, 16, longer[0].end).frames  # type: ignore[arg-type]
+    assert len(frames) == 16 and not torch.allclose(future, oracle, atol=0.1)
+    first = VideoInputs(processor, 2).process(Clip(frames[:2], np.array([0, 0.25]), ""))
+    with torch.no_grad():
+        (tokens,) = model.model.get_video_features(
+            first["pixel_values_videos"], first["video_grid_thw"]
+        ).pooler_output
+    assert torch.allclose(future[0, 0], tokens.mean(0), atol=1e-4)
+    keyframe = VideoInputs(processor, 2).process(
+        read_frames(longer[0].video, longer[0].keyframes * 2)
+    )
+    with torch.no_grad():
+        (tokens,) = model.model.get_video_features(
+            keyframe["pixel_values_videos"], keyframe["video_grid_thw"]
+        ).pooler_output
+    assert torch.allclose(targets("keyframes")[0], pool_targets(tokens, 8), atol=1e-4)
+    shuffled = targets("shuffled")
+    for index, target in enumerate(shuffled):
+        nearest = (oracle - target).abs().amax((1, 2)).argmin()
+        assert nearest != index and torch.equal(oracle[nearest], target)
+    with pytest.raises(ValueError, match="no row has an `end`"):
+        targets("future", rows)
+    with pytest.raises(ValueError, match="target_source none"):
+        Method(target_source="none")
+
+
+def test_a_teacher_is_a_slow_average_that_reads_the_thought_video(
+    model, processor, reasoning_rows
+) -> None:
+    rows = reasoning_rows[:4]
+    model.model.visual.requires_grad_(False)
+    reader = teacher_collator(processor, K, 0)
+    teacher = Teacher(model, reader, rows, K, decay=0.9)
+    batch = collate_with_teacher(StormCollator(processor, 6, K), reader, [(r, None) for r in rows])
+    before = teacher.targets(batch["teacher"])
+    assert before.shape == (4, K, model.config.text_config.hidden_size)
+    other = [
+        r.model_copy(update={"thought_video": rows[0].thought_video, "question": rows[0].question})
+        for r in rows
+    ]
+    swapped = collate_with_teacher(
+        StormCollator(processor, 6, K), reader, [(r, None) for r in other]
+    )
+    same = teacher.targets(swapped["teacher"])
+    assert torch.allclose(
+        same, same[:1].expand_as(same), atol=1e-4
+    )  # the clip is not what it reads
+    weight = model.model.language_model.layers[0].mlp.down_proj.weight
+    old = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1.0)
+    assert torch.equal(teacher.targets(batch["teacher"]), before)  # it does not share what trains
+    teacher.follow(model)
+    own = teacher.model.model.language_model.layers[0].mlp.down_proj.weight
+    torch.testing.assert_close(own, old + 0.1)
+    assert not torch.allclose(teacher.targets(batch["teacher"]), before, atol=1e-3)
+    patches = "model.visual.patch_embed.proj.weight"
+    assert (
+        dict(teacher.model.named_parameters())[patches] is dict(model.named_parameters())[patches]
+    )
+
+
+def test_a_self_distilled_run_resumes_with_its_teacher(tmp_path, backbone, reasoning_file) -> None:
+    """Killed after step 2 of 3, which is what a lone checkpoint of step 2 looks like."""
+    method = Method(latent_budget=K, slot_input="scheduled", target_source="self_distilled")
+    method = method.model_copy(update={"ema_decay": 0.5})
+    whole = tiny_run(tmp_path / "whole", backbone, reasoning_file, method, max_steps=3)
+    whole.training.update(save_steps=2)
+    expected = (train(whole) / "model.safetensors").read_bytes()
+    resumed = whole.model_copy(update={"output_dir": str(tmp_path / "resumed")})
+    shutil.copytree(
+        Path(whole.output_dir) / "checkpoint-2", Path(resumed.output_dir) / "checkpoint-2"
+    )
+    assert (train(resumed) / "model.safetensors").read_bytes() == expected

@@ -172,11 +172,14 @@ def world(
     kind: Literal["reasoning", "perception"] = "reasoning",
     split: Literal["train", "validation", "test", "ood"] = "train",
     seed: int = 0,
+    continued: Annotated[
+        bool, typer.Option(help="Clips that go on after the part to be seen: the real future.")
+    ] = False,
 ) -> None:
     """Write clips of the micro world, with questions, plans and thought videos."""
     from storm_vlm.world.build import build_world
 
-    console.print(f"wrote {build_world(out, kind, split, count, seed)}")
+    console.print(f"wrote {build_world(out, kind, split, count, seed, continued)}")
 
 
 @app.command()
@@ -210,9 +213,14 @@ def micro(
     out: Annotated[Path, typer.Argument(help="Folder for data and checkpoints.")] = Path(
         "runs/micro"
     ),
-    results: Annotated[Path, typer.Option(help="Where to write the figures.")] = Path(
-        "docs/results/micro.json"
-    ),
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Where to write the figures; docs/results/micro.json or targets.json."),
+    ] = None,
+    compare: Annotated[
+        Literal["stages", "targets"],
+        typer.Option(help="The paper's stages and controls, or what the slots are aligned to."),
+    ] = "stages",
     seeds: int = 3,
     arms: Annotated[
         list[str] | None, typer.Option("--arm", help="Repeat for each; all by default.")
@@ -223,10 +231,11 @@ def micro(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
 ) -> None:
     """Every arm of the micro experiment over several seeds; writes the figures for the record."""
-    from storm_vlm.world.experiment import ARMS, Size, run_experiment
+    from storm_vlm.world.experiment import Size, run_experiment
 
+    results = results or Path("docs/results", {"stages": "micro"}.get(compare, compare) + ".json")
     size = Size(train_rows, test_rows, test_rows // 2, steps)
-    run_experiment(out, results, arms or list(ARMS), range(seeds), size, jobs)
+    run_experiment(out, results, compare, arms or [], range(seeds), size, jobs)
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure; every figure is a ratio within one run.")

@@ -7,6 +7,7 @@ depend on which decoder libraries a machine happens to have.
 
 import os
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +22,15 @@ from transformers.video_utils import VideoMetadata
 from storm_vlm.data.decode import EPSILON, VideoError, VideoSource
 from storm_vlm.data.files import in_one_step
 
-__all__ = ["Clip", "VideoError", "read_video", "video_metadata", "write_video"]
+__all__ = [
+    "Clip",
+    "VideoError",
+    "read_frames",
+    "read_future",
+    "read_video",
+    "video_metadata",
+    "write_video",
+]
 
 _DEFAULT_FPS = 24.0  # what transformers assumes for frames that come without metadata
 
@@ -85,13 +94,50 @@ def read_video(
     low, high = start or 0.0, float("inf") if end is None else end
     if not 0 <= low < high:
         raise VideoError(f"{path}: start ({start}) must be at least 0 and less than end ({end})")
+    return _read(
+        path, lambda source: _spread(source.times(low, high), num_frames, low, high), max_side
+    )
+
+
+def read_future(path: str | os.PathLike[str], num_frames: int, after: float) -> Clip:
+    """``num_frames`` spread evenly over the frames that come on screen later than ``after`` seconds.
+
+    Raises :class:`VideoError`, also where the video ends there.
+    """
+    path = os.fspath(path)
+
+    def later(source: VideoSource) -> list[float]:
+        times = [time for time in source.times(after, float("inf")) if time > after + EPSILON]
+        if not times:
+            raise VideoError(f"{path}: nothing comes after {after} s; correct the row's end")
+        return _spread(times, num_frames, times[0], times[-1])
+
+    return _read(path, later)
+
+
+def read_frames(
+    path: str | os.PathLike[str], times: Sequence[float], max_side: int | None = None
+) -> Clip:
+    """The frames on screen at the given ascending times, in seconds. Raises :class:`VideoError`."""
+
+    def shown(source: VideoSource) -> list[float]:
+        starts = source.times(times[0], times[-1])
+        return [starts[max(bisect_right(starts, time + EPSILON) - 1, 0)] for time in times]
+
+    return _read(os.fspath(path), shown, max_side)
+
+
+def _read(
+    path: str, choose: Callable[[VideoSource], list[float]], max_side: int | None = None
+) -> Clip:
+    """The frames that start at the chosen times."""
     if not os.path.isfile(path):
         mend = "it is a folder, name a file in it" if os.path.isdir(path) else "check the path"
         raise VideoError(f"{path}: no such video file; {mend}")
     frames: list[np.ndarray] = []
     try:
         with VideoSource(path) as source:
-            wanted = _spread(source.times(low, high), num_frames, low, high)
+            wanted = choose(source)
             width, height = 0, 0
             for frame in source.frames_at(wanted):
                 if not frames:

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from storm_vlm.latent import AlignmentReduction, TargetNormalization
 
+TargetSource = Literal["thought_video", "future", "keyframes", "self_distilled", "shuffled", "none"]
+
 
 class ConfigError(ValueError):
     """A config file that cannot be used; names the file, the key and the mend."""
@@ -35,6 +37,15 @@ class Method(BaseModel):
         description="What slots are fed with in training: the thought video's targets, the model's own states, "
         "targets first and ever more own states (`target_share`), or, as a control, the <|latent_pad|> embedding.",
     )
+    target_source: TargetSource = Field(
+        "thought_video",
+        description="Where targets come from: the thought video; what really comes after `Row.end`; the keyframes "
+        "alone; an average of the model's own past that reads the thought video (`training/distillation.py`); "
+        "another row's thought video (a control); or nowhere (pause slots).",
+    )
+    ema_decay: float = Field(
+        0.999, ge=0, le=1, description="Of the `self_distilled` teacher, per optimizer step."
+    )
     target_normalization: TargetNormalization = Field(
         "whiten", description="`none` is raw visual tokens; see `latent.target_whitening`."
     )
@@ -49,10 +60,20 @@ class Method(BaseModel):
         False, description="Cut the gradient through states that are fed back."
     )
 
+    @property
+    def needs_targets(self) -> bool:
+        """Whether training looks at targets at all."""
+        wanted = self.alignment_weight or self.slot_input in ("target", "scheduled")
+        return bool(self.latent_budget and wanted)
+
     @model_validator(mode="after")
     def _fits(self) -> Method:
         if self.slot_input == "pause" and self.alignment_weight:
             raise ValueError("pause slots have no state to align: set alignment_weight to 0")
+        if self.target_source == "none" and self.needs_targets:
+            raise ValueError(
+                "target_source none: set alignment_weight to 0 and slot_input to pause or rollout"
+            )
         return self
 
 

@@ -22,7 +22,8 @@ from storm_vlm.rollout import unwrap
 from storm_vlm.tokens import add_latent_tokens, latent_tokens
 from storm_vlm.training.checkpoints import last_whole_checkpoint, set_torn_aside
 from storm_vlm.training.config import ConfigError, TrainConfig
-from storm_vlm.training.targets import thought_targets
+from storm_vlm.training.distillation import Teacher, collate_with_teacher, teacher_collator
+from storm_vlm.training.targets import alignment_targets
 from storm_vlm.training.trainer import LossBar, RowDataset, StormTrainer, collate_items
 from storm_vlm.versions import versions
 
@@ -49,24 +50,42 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
         raise ConfigError(f"{config.data} has no row of the split 'train'")
     model, processor = load_model(config)
     method = config.method
-    targets = None
-    if method.alignment_weight or method.slot_input in ("target", "scheduled"):
-        cache = Path(config.target_cache or Path(config.data).with_suffix(".targets"))
-        targets = thought_targets(
-            model, processor, rows, method.latent_budget, method.target_normalization, cache
+    targets, distilled = None, method.needs_targets and method.target_source == "self_distilled"
+    if method.needs_targets and not distilled:
+        targets = alignment_targets(
+            model,
+            processor,
+            rows,
+            method.latent_budget,
+            method.target_normalization,
+            method.target_source,
+            Path(config.target_cache or Path(config.data).with_suffix(".targets")),
         )
     if config.lora is not None:
         model = add_adapters(model, config.lora)
-    collator = StormCollator(
-        processor, config.num_frames, method.latent_budget, int(config.video_cache_gb * 2**30)
-    )
+    cache_bytes = int(config.video_cache_gb * 2**30)
+    collator = StormCollator(processor, config.num_frames, method.latent_budget, cache_bytes)
+    collate = functools.partial(collate_items, collator)
+    if distilled:
+        reader = teacher_collator(processor, method.latent_budget, cache_bytes)
+        collate = functools.partial(collate_with_teacher, collator, reader)
     trainer = StormTrainer(
         model=model,
         args=training_arguments(config),
         train_dataset=RowDataset(rows, targets),
-        data_collator=functools.partial(collate_items, collator),
+        data_collator=collate,
         method=method,
     )
+    if distilled:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ConfigError(
+                "target_source self_distilled keeps a second model whole on every process: use DDP, with lora if it "
+                "does not fit"
+            )
+        trainer.teacher = Teacher(
+            trainer.model, reader, rows, method.latent_budget, method.ema_decay
+        )
+        trainer.add_callback(trainer.teacher)
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBar)

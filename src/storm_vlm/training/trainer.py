@@ -30,6 +30,7 @@ from storm_vlm.rollout import RolloutOutput, head, rollout, unwrap
 from storm_vlm.tokens import latent_tokens
 from storm_vlm.training.checkpoints import seal
 from storm_vlm.training.config import Method
+from storm_vlm.training.distillation import Teacher
 
 Item = tuple[Row, Tensor | None]
 
@@ -40,6 +41,9 @@ class RowDataset(Dataset[Item]):
     def __init__(self, rows: Sequence[Row], targets: Sequence[Tensor | None] | None = None) -> None:
         self.rows = rows
         self.targets = targets if targets is not None else [None] * len(rows)
+        # A teacher makes its targets from thought videos, later.
+        of = self.targets if targets is not None else [row.thought_video for row in rows]
+        self.all_have_targets = all(has is not None for has in of)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,6 +68,7 @@ class StormTrainer(Trainer):
     def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.method = method
+        self.teacher: Teacher | None = None
         self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's counts
         self._metrics: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._parts = 1  # in how many batches a step's loss is a sum
@@ -71,7 +76,7 @@ class StormTrainer(Trainer):
         # Whether a pass has all its slot inputs beforehand must be the same on every process, or they
         # would wait for each other; so the whole data set decides, not a batch.
         rows = self.train_dataset if isinstance(self.train_dataset, RowDataset) else None
-        self._all_have_targets = rows is not None and all(t is not None for t in rows.targets)
+        self._all_have_targets = rows is not None and rows.all_have_targets
         if self.args.n_gpu > 1:
             raise ValueError("several GPUs in one process: start with `accelerate launch` instead")
 
@@ -87,7 +92,7 @@ class StormTrainer(Trainer):
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
@@ -96,6 +101,8 @@ class StormTrainer(Trainer):
         counts = batch_counts(inputs) if alone else num_items_in_batch
         assert counts is not None
         progress = self.state.global_step / max(1, self.state.max_steps)
+        if self.teacher is not None:
+            inputs = {**inputs, "targets": self.teacher.targets(inputs["teacher"])}
         losses = model(compute=lambda core: self._losses(core, inputs, counts, progress))
         # DDP and FSDP take the mean over processes of what must be the sum.
         loss = losses["loss"] * (1 if alone else self.accelerator.num_processes)
@@ -171,6 +178,8 @@ class StormTrainer(Trainer):
             ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if self.teacher is not None:
+                self.teacher.save(folder)
             seal(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -184,6 +193,8 @@ class StormTrainer(Trainer):
                 resume_from_checkpoint, dtype=model.dtype
             )
             model.load_state_dict(saved.state_dict())
+        if self.teacher is not None:
+            self.teacher.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -41,12 +42,20 @@ ASKED = (*PERCEPTION_FAMILIES, "tile", "tile", "position")  # these three need t
 Kind = Literal["reasoning", "perception"]
 
 
-def build_world(folder: str | Path, kind: Kind, split: Split, count: int, seed: int = 0) -> Path:
+def build_world(
+    folder: str | Path,
+    kind: Kind,
+    split: Split,
+    count: int,
+    seed: int = 0,
+    continued: bool = False,
+) -> Path:
     """Write `count` scenes of one split and their rows; returns the path of the row file.
 
     A reasoning scene has one question and a thought video; a perception scene has a question of every
     family that fits it. Splits never share a scene: each draws from a random stream of its own. Files that
-    are there are kept, so an interrupted call can be repeated.
+    are there are kept, so an interrupted call can be repeated. `continued` clips go on after what is to be seen of
+    them (`Row.end`), as real videos do: the real future, cover and all.
     """
     folder = Path(folder)
     rng = random.Random(f"{kind}/{split}/{seed}")
@@ -61,31 +70,39 @@ def build_world(folder: str | Path, kind: Kind, split: Split, count: int, seed: 
         asked = sample_perception(rng, count)
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     (folder / "thoughts").mkdir(exist_ok=True)
-    names = (f"{kind}-{split}-{seed}-{i:05d}" for i in range(count))
+    set_name = f"{kind}-{split}-{seed}" + ("-continued" if continued else "")
+    names = (f"{set_name}-{i:05d}" for i in range(count))
     with ThreadPoolExecutor() as pool:  # encoding leaves Python's lock alone
         written = pool.map(
-            lambda name, scene: _write_scene(folder, name, split, *scene), names, asked
+            lambda name, scene: _write_scene(folder, name, split, continued, *scene), names, asked
         )
         rows = [
             row
             for rows in tqdm(written, f"{split} clips", total=count, leave=False)
             for row in rows
         ]
-    path = folder / f"{kind}-{split}-{seed}.jsonl"
+    path = folder / f"{set_name}.jsonl"
     write_rows(path, rows)
     return path
 
 
 def _write_scene(
-    folder: Path, name: str, split: Split, scene: Scene, questions: Sequence[Question]
+    folder: Path,
+    name: str,
+    split: Split,
+    continued: bool,
+    scene: Scene,
+    questions: Sequence[Question],
 ) -> list[Row]:
     clip = folder.absolute() / "clips" / f"{name}.mp4"
     if not clip.exists():
-        write_video(clip, clip_frames(scene), FPS, crf=CRF)
+        frames = clip_frames(prolonged(scene, THOUGHT_STEPS) if continued else scene)
+        write_video(clip, frames, FPS, crf=CRF)
     return [
         Row(
             id=f"{name}-{j}",
             video=str(clip),
+            end=(scene.shown_steps * FRAMES_PER_STEP - 0.5) / FPS if continued else None,
             question=question.text,
             answer=question.answer,
             keyframes=(scene.now * FRAMES_PER_STEP / FPS,),
@@ -101,6 +118,13 @@ def _write_scene(
         )
         for j, question in enumerate(questions)
     ]
+
+
+def prolonged(scene: Scene, steps: int) -> Scene:
+    """The scene with that many of its unseen steps shown."""
+    shown = scene.shown_steps + steps
+    tracks = tuple(simulate(scene.tiles, track[0], shown) for track in scene.tracks)
+    return replace(scene, tracks=tracks, shown_steps=shown)
 
 
 def sample_perception(rng: random.Random, count: int) -> Iterable[tuple[Scene, list[Question]]]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -38,17 +38,42 @@ from storm_vlm.world.build import build_world
 from storm_vlm.world.checkpoints import shipped
 from storm_vlm.world.questions import REASONING_SHARE, answers
 
-# Every arm sees the same rows for the same number of optimizer steps. A stage's share of them is its second entry.
-ARMS: dict[str, list[tuple[str, float]]] = {
+
+@dataclass(frozen=True)
+class Stage:
+    """A shipped config, its share of the arm's optimizer steps, and what is different in this arm."""
+
+    config: str
+    share: float = 1.0
+    overrides: tuple[str, ...] = ()
+    data: str = "train"
+
+
+def _aligned_to(source: str, data: str = "train") -> list[Stage]:
+    return [Stage("stage1", overrides=(f"method.target_source={source}",), data=data)]
+
+
+# Every arm sees the same rows for the same number of optimizer steps.
+ARMS: dict[str, list[Stage]] = {
     "base": [],
-    "sft": [("sft", 1.0)],
-    "pause": [("pause", 1.0)],
-    "stage1_only": [("stage1", 1.0)],
-    "stage2_only": [("stage2_only", 1.0)],
-    "full": [("stage1", 0.8), ("stage2", 0.2)],
+    "sft": [Stage("sft")],
+    "pause": [Stage("pause")],
+    "stage1_only": [Stage("stage1")],
+    "stage2_only": [Stage("stage2_only")],
+    "full": [Stage("stage1", 0.8), Stage("stage2", 0.2)],
+    "future": _aligned_to("future", data="train_continued"),
+    "keyframes": _aligned_to("keyframes"),
+    "self_distilled": _aligned_to("self_distilled"),
+    "shuffled": _aligned_to("shuffled"),
+}
+TARGET_ARMS = ("future", "keyframes", "self_distilled", "shuffled")
+Comparison = Literal["stages", "targets"]
+COMPARISONS: dict[Comparison, list[str]] = {
+    "stages": [arm for arm in ARMS if arm not in TARGET_ARMS],
+    "targets": ["sft", "pause", "stage1_only", *TARGET_ARMS],
 }
 MICRO_CONFIGS = Path(__file__).parent / "configs"
-LATENT_ARMS = ("stage1_only", "stage2_only", "full", "shipped")
+LATENT_ARMS = ("stage1_only", "stage2_only", "full", "shipped", *TARGET_ARMS)
 
 
 @dataclass(frozen=True)
@@ -68,17 +93,18 @@ def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size
     if result_file.exists():
         return json.loads(result_file.read_text())
     checkpoint = shipped("storm" if arm == "shipped" else "backbone")
-    for number, (stage, share) in enumerate(ARMS.get(arm, [])):
-        output = result_file.parent / f"{number}-{stage}"
+    for number, stage in enumerate(ARMS.get(arm, [])):
+        output = result_file.parent / f"{number}-{stage.config}"
         if not (output / "versions.json").exists():  # the last file that training writes
             config = load_config(
-                MICRO_CONFIGS / f"{stage}.yaml",
+                MICRO_CONFIGS / f"{stage.config}.yaml",
                 [
                     f"model={checkpoint}",
-                    f"data={data['train']}",
+                    f"data={data[stage.data]}",
                     f"output_dir={output}",
-                    f"training.max_steps={round(share * size.steps)}",
+                    f"training.max_steps={round(stage.share * size.steps)}",
                     f"training.seed={seed}",
+                    *stage.overrides,
                 ],
             )
             train(config)
@@ -100,13 +126,18 @@ def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size
     return result
 
 
-def build_data(folder: Path, size: Size) -> dict[str, Path]:
-    """The reasoning rows of all splits."""
+def build_data(folder: Path, size: Size, arms: Iterable[str] = ()) -> dict[str, Path]:
+    """The reasoning rows of all splits; and, if one of the arms needs them, training clips that go on."""
     counts = {"train": size.train_rows, "test": size.test_rows, "ood": size.ood_rows}
-    return {
+    data = {
         split: build_world(folder, "reasoning", split, count)  # type: ignore[arg-type]
         for split, count in counts.items()
     }
+    if any(stage.data == "train_continued" for arm in arms for stage in ARMS.get(arm, [])):
+        data["train_continued"] = build_world(
+            folder, "reasoning", "train", size.train_rows, continued=True
+        )
+    return data
 
 
 def _start_worker() -> None:
@@ -122,10 +153,10 @@ def _leave_with_parent(parent: int) -> None:
 
 
 def run_arms(
-    folder: Path, arms: Iterable[str], seeds: Sequence[int], size: Size, jobs: int
+    folder: Path, arms: Sequence[str], seeds: Sequence[int], size: Size, jobs: int
 ) -> list[dict[str, Any]]:
     """All arms and seeds: one after the other on all cores, or `jobs` at a time on one core each."""
-    data = build_data(folder / "data", size)
+    data = build_data(folder / "data", size, arms)
     work = [(folder, data, arm, seed, size) for arm in arms for seed in seeds]
     if jobs == 1:
         return [run_arm(*job) for job in work]
@@ -162,9 +193,12 @@ def chance() -> float:
 
 
 def summarize(
-    results: Sequence[dict[str, Any]], data: dict[str, Path], command: str
+    results: Sequence[dict[str, Any]],
+    data: dict[str, Path],
+    command: str,
+    wanted: Sequence[str] = COMPARISONS["stages"],
 ) -> dict[str, Any]:
-    """The figures for the record."""
+    """The figures for the record; `wanted` arms without a result are None."""
     test = read_rows(data["test"])
     by_arm: dict[str, list[dict[str, Any]]] = {}
     for result in sorted(results, key=lambda result: result["seed"]):
@@ -203,24 +237,33 @@ def summarize(
             summary[f"{arm}_slots_used"] = sum(counts) / len(counts)
             ends = [o["forced_end"] for run in by_arm[arm] for o in run["test"]]
             summary[f"{arm}_forced_end"] = accuracy(ends)
-    if "full" in hits and "sft" in hits:
-        summary["full_swapped_latents"] = summary["full_swap_inputs"]
-        for other in set(hits) - {"full"}:
-            ours, theirs = _paired(by_arm["full"], by_arm[other])
-            summary[f"full_minus_{other}"] = paired_difference(ours, theirs)
-    summary |= {arm: None for arm in ARMS if arm not in hits}  # not measured
+    reference = next((arm for arm in ("full", "stage1_only") if arm in hits), None)
+    if reference is not None:
+        summary[f"{reference}_swapped_latents"] = summary[f"{reference}_swap_inputs"]
+        for other in sorted(set(hits) - {reference}):
+            ours, theirs = _paired(by_arm[reference], by_arm[other])
+            summary[f"{reference}_minus_{other}"] = paired_difference(ours, theirs)
+    summary |= {arm: None for arm in wanted if arm not in hits}  # not measured
     perception = json.loads((shipped("backbone") / "perception.json").read_text())
     summary |= {"perception": perception["all"], "perception_one_ball": perception["one"]}
     return summary
 
 
 def run_experiment(
-    folder: Path, results: Path, arms: Sequence[str], seeds: Iterable[int], size: Size, jobs: int
+    folder: Path,
+    results: Path,
+    comparison: Comparison,
+    arms: Sequence[str],
+    seeds: Iterable[int],
+    size: Size,
+    jobs: int,
 ) -> None:
-    """The named arms over `seeds`; writes the figures of all arms in `folder` to `results`."""
-    if unknown := set(arms) - set(ARMS):
+    """The named arms over `seeds`; writes the figures of all arms of the comparison in `folder` to `results`."""
+    compared = COMPARISONS[comparison]
+    arms = arms or compared
+    if unknown := set(arms) - set(compared):
         raise ValueError(
-            f"no arm is called {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}"
+            f"no arm of {comparison!r} is called {', '.join(sorted(unknown))}: choose from {', '.join(compared)}"
         )
     seeds = list(seeds)
     trained = [arm for arm in arms if ARMS[arm]]
@@ -228,12 +271,16 @@ def run_experiment(
     if "base" in arms:  # untrained: it has no seed
         run_arms(folder, ["base"], seeds[:1], size, 1)
     # All that the folder holds, from earlier calls, too: arms can be measured one after the other.
-    outcomes = [json.loads(file.read_text()) for file in sorted(folder.glob("*/result.json"))]
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*/result.json"))]
+    outcomes = [result for result in found if result["arm"] in compared]
     data = build_data(folder / "data", size)
-    command = f"storm micro --seeds {len(seeds)} --train-rows {size.train_rows} --test-rows {size.test_rows} "
-    command += f"--steps {size.steps} " + " ".join(f"--arm {arm}" for arm in arms)
+    command = (
+        f"storm micro --compare {comparison} --seeds {len(seeds)} --train-rows {size.train_rows} "
+    )
+    command += f"--test-rows {size.test_rows} --steps {size.steps} "
+    command += " ".join(f"--arm {arm}" for arm in arms)
     results.parent.mkdir(parents=True, exist_ok=True)
-    write_json(results, summarize(outcomes, data, command))
+    write_json(results, summarize(outcomes, data, command, compared))
 
 
 def _paired(

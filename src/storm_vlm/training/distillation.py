@@ -1,0 +1,114 @@
+"""Targets from the model itself: a slow average of its weights reads the thought video (`self_distilled`).
+
+The vision tower's tokens say what is to be seen; the decoder's states also say what it makes of that. The teacher
+reads the row's question with the thought video in place of the clip, and its last states over the video's
+tokens are pooled to K vectors. As the model learns, so does its teacher, a little later.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from storm_vlm.data.collator import Question, StormCollator
+from storm_vlm.data.schema import Row
+from storm_vlm.latent import pool_targets, target_whitening, whiten_targets
+from storm_vlm.rollout import read_prompt, unwrap
+from storm_vlm.training.targets import FRAMES_PER_SLOT
+
+FILE = "teacher.safetensors"
+WHITENED_ON = 512  # rows, the first ones
+
+
+def collate_with_teacher(
+    collator: StormCollator, teacher: StormCollator, items: Sequence[tuple[Row, None]]
+) -> dict[str, Any]:
+    """A training batch, and what the teacher reads (`teacher`). A row without a thought video is masked out."""
+    rows = [row for row, _ in items]
+    return {
+        **collator(rows),
+        "target_mask": torch.tensor([row.thought_video is not None for row in rows]),
+        "teacher": teacher.collate_prompts([_imagined(row) for row in rows], "off"),
+    }
+
+
+def teacher_collator(processor: Any, budget: int, cache_bytes: int) -> StormCollator:
+    """Reads as many frames of a thought video as other targets are made from."""
+    return StormCollator(processor, FRAMES_PER_SLOT * budget, 0, cache_bytes)
+
+
+def _imagined(row: Row) -> Row | Question:
+    return row if row.thought_video is None else Question(row.thought_video.path, row.question)
+
+
+class Teacher(TrainerCallback):
+    """An exponential moving average of a model, and the targets it makes.
+
+    Weights that do not train are the model's own, not copies: with adapters, a teacher costs next to nothing.
+
+    Raises:
+        ValueError: `rows` holds no thought video.
+    """
+
+    def __init__(
+        self, model: Any, collator: StormCollator, rows: Sequence[Row], budget: int, decay: float
+    ) -> None:
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.model: Any = copy.deepcopy(model, frozen).eval().requires_grad_(False)
+        self.budget, self.decay = budget, decay
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        # In float32, or a bfloat16 average would never move.
+        self.average = {n: p.float() for n, p in self.model.named_parameters() if n in trained}
+        with_thought = [row for row in rows if row.thought_video is not None][:WHITENED_ON]
+        if not with_thought:
+            raise ValueError("no row has a thought video, which target_source self_distilled needs")
+        seen = []
+        for first in range(0, len(with_thought), 8):
+            asked = [_imagined(row) for row in with_thought[first : first + 8]]
+            batch = collator.collate_prompts(asked, "off")
+            seen.append(self._pooled({n: t.to(model.device) for n, t in batch.items()}))
+        self.whitening = target_whitening(torch.cat(seen))
+
+    def targets(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(B, K, D) float32 for the prompts of `collate_with_teacher`."""
+        return whiten_targets(self._pooled(batch), *self.whitening)
+
+    @torch.no_grad()
+    def _pooled(self, batch: Mapping[str, Tensor]) -> Tensor:
+        core = unwrap(self.model)
+        _, hidden = read_prompt(core, batch)
+        of_video = batch["input_ids"] == core.config.video_token_id
+        return torch.stack(
+            [
+                pool_targets(states[mask], self.budget)
+                for states, mask in zip(hidden, of_video, strict=True)
+            ]
+        )
+
+    @torch.no_grad()
+    def follow(self, model: Any) -> None:
+        """One step of the average towards the model."""
+        own = dict(self.model.named_parameters())
+        for name, parameter in model.named_parameters():
+            if name in self.average:
+                self.average[name].lerp_(parameter.detach().float(), 1 - self.decay)
+                own[name].copy_(self.average[name])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.follow(kwargs["model"])
+
+    def save(self, folder: Path) -> None:
+        save_file({n: t.contiguous() for n, t in self.average.items()}, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        own = dict(self.model.named_parameters())
+        for name, tensor in load_file(folder / FILE).items():
+            self.average[name].copy_(tensor)
+            own[name].data.copy_(tensor)
