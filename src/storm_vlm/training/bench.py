@@ -22,6 +22,7 @@ from storm_vlm.data.files import write_json
 from storm_vlm.latent import alignment_loss, answer_loss
 from storm_vlm.modeling import enable_latents
 from storm_vlm.rollout import RolloutOutput, rollout
+from storm_vlm.training.train import choose_attention
 from storm_vlm.versions import commit, versions
 from storm_vlm.world.checkpoints import shipped
 
@@ -76,7 +77,9 @@ def random_model(config: Any, budget: int, device: str, dtype: torch.dtype) -> A
     for name, row in zip(("start", "pad", "end"), range(first, first + 3), strict=True):
         setattr(config, f"latent_{name}_token_id", row)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation=choose_attention(None)[0]
+        )
     model.model.visual.requires_grad_(False)
     return enable_latents(model).train()
 
