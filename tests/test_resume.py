@@ -34,6 +34,7 @@ def config(output: Path, backbone: str, data: Path, **training: Any) -> TrainCon
             "gradient_accumulation_steps": 2,
             "learning_rate": 1e-3,
             "save_steps": 2,
+            "train_sampling_strategy": "group_by_length",
             "logging_steps": 1,
             "disable_tqdm": True,
             "use_cpu": True,

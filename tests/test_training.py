@@ -13,14 +13,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.decode import VideoError
-from storm_vlm.data.schema import Row, read_rows
-from storm_vlm.data.video import Clip, read_frames, read_future
+from storm_vlm.data.schema import Row, read_rows, write_rows
+from storm_vlm.data.video import Clip, read_frames, read_future, write_video
 from storm_vlm.latent import alignment_loss, pool_targets
 from storm_vlm.modeling import StormForConditionalGeneration
+from storm_vlm.pipeline import StormPipeline
 from storm_vlm.rollout import rollout
 from storm_vlm.tokens import add_latent_tokens, latent_tokens
 from storm_vlm.training.config import ConfigError, Method, TargetSource, TrainConfig, load_config
 from storm_vlm.training.distillation import Teacher, collate_with_teacher, teacher_collator
+from storm_vlm.training.lengths import LengthSampler, row_lengths
 from storm_vlm.training.targets import alignment_targets
 from storm_vlm.training.train import train, training_arguments
 from storm_vlm.training.trainer import StormTrainer, boundary_loss, storm_rollout
@@ -436,3 +438,46 @@ def test_a_self_distilled_run_resumes_with_its_teacher(tmp_path, backbone, reaso
         Path(whole.output_dir) / "checkpoint-2", Path(resumed.output_dir) / "checkpoint-2"
     )
     assert (train(resumed) / "model.safetensors").read_bytes() == expected
+
+
+def test_evaluations_answer_as_inference_does(tmp_path, backbone, reasoning_file) -> None:
+    rows = [r.model_copy(update={"split": "validation"}) for r in read_rows(reasoning_file)[:3]]
+    data = tmp_path / "rows.jsonl"
+    write_rows(data, [*read_rows(reasoning_file)[3:], *rows])
+    run = tiny_run(tmp_path, backbone, data, STAGES["scheduled"], max_steps=2)
+    run.training.update(eval_strategy="steps", eval_steps=1)
+    output = train(run)
+    said = json.loads((output / "samples" / "step-2.json").read_text())
+    answers = StormPipeline.from_pretrained(str(output), device="cpu").answer_batch(rows)
+    assert [one["said"] for one in said] == [answer.text for answer in answers]
+    assert (output / "samples" / "step-1.json").exists()
+    history = json.loads((output / "log_history.json").read_text())
+    assert any("eval_sample_accuracy" in entry for entry in history)
+    assert sum("eval_loss" in entry for entry in history) == 2
+    assert list((output / "runs").rglob("events.out.tfevents.*"))  # TensorBoard, by default
+    bad = tiny_run(tmp_path / "bad", backbone, reasoning_file, STAGES["sft"], max_steps=1)
+    bad.training.update(eval_strategy="steps", eval_steps=1)
+    with pytest.raises(ConfigError, match="no row of the split 'validation'"):
+        train(bad)
+
+
+def test_rows_of_about_the_same_length_come_together(processor, reasoning_rows, tmp_path) -> None:
+    write_video(tmp_path / "short.mp4", np.zeros((2, 128, 128, 3), np.uint8), 4.0)
+    short = [r.model_copy(update={"video": str(tmp_path / "short.mp4")}) for r in reasoning_rows]
+    rows = [row for pair in zip(reasoning_rows, short, strict=True) for row in pair]
+    lengths = row_lengths(rows, processor, 6)
+    collator = StormCollator(processor, 6, K)
+    template = None
+    for row, length in zip(rows[:4], lengths, strict=False):  # all but the template's tokens
+        exact = collator([row])["input_ids"].shape[1]
+        template = template or exact - length
+        assert exact - length == template
+    lengths, epochs = lengths * 20, iter([0, 0, 1])
+    sampler = LengthSampler(lengths, 4, 7, lambda: next(epochs))
+    first, again, next_epoch = (list(sampler) for _ in range(3))
+    assert first == again != next_epoch and sorted(first) == list(range(480))
+    batches = [[lengths[i] for i in first[at : at + 4]] for at in range(0, 480, 4)]
+    padding = sum(max(batch) - length for batch in batches for length in batch)
+    assert padding < 0.1 * 480 / 2 * (
+        max(lengths) - min(lengths)
+    )  # of what half of the rows could need

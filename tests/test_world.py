@@ -186,3 +186,12 @@ def test_clips_survive_encoding(tmp_path: Path) -> None:
     clip = read_video(row.video, NUM_FRAMES)
     assert clip.frames.shape == (NUM_FRAMES, SIZE * CELL, SIZE * CELL, 3)
     assert np.allclose(np.diff(clip.timestamps), 0.25)
+
+
+def test_a_folder_built_again_with_another_count_shows_what_its_rows_ask(tmp_path: Path) -> None:
+    build_world(tmp_path / "grown", "reasoning", "train", 3)
+    grown = read_rows(build_world(tmp_path / "grown", "reasoning", "train", 8))
+    fresh = read_rows(build_world(tmp_path / "fresh", "reasoning", "train", 8))
+    for one, other in zip(grown, fresh, strict=True):
+        assert one.question == other.question
+        assert Path(one.video).read_bytes() == Path(other.video).read_bytes()

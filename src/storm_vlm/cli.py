@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -268,6 +269,8 @@ def bench_train(
 
 def main() -> None:
     """Entry point: expected errors become one line; STORM_DEBUG=1 shows where they came from."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("storm_vlm").setLevel(logging.INFO)  # what was chosen, and why
     try:
         app()
     except (OSError, ValueError) as error:

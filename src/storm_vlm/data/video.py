@@ -29,6 +29,7 @@ __all__ = [
     "read_future",
     "read_video",
     "video_metadata",
+    "video_shape",
     "write_video",
 ]
 
@@ -125,6 +126,16 @@ def read_frames(
         return [starts[max(bisect_right(starts, time + EPSILON) - 1, 0)] for time in times]
 
     return _read(os.fspath(path), shown, max_side)
+
+
+def video_shape(path: str | os.PathLike[str]) -> tuple[int, int, int]:
+    """Frames (0: not said), height and width in pixels, as the file's header has them. Raises :class:`VideoError`."""
+    path = os.fspath(path)
+    try:
+        with VideoSource(path) as source:
+            return source.stream.frames, source.stream.height, source.stream.width
+    except (FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: cannot be opened ({error}); check the path") from error
 
 
 def _read(

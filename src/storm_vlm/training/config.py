@@ -102,6 +102,9 @@ class TrainConfig(BaseModel):
     quantization: dict[str, Any] | None = Field(
         None, description="Fields of transformers' BitsAndBytesConfig (QLoRA); needs `lora`."
     )
+    eval_samples: int = Field(
+        8, ge=0, description="Validation questions answered at each evaluation (`eval_strategy`)."
+    )
     video_cache_gb: float = Field(1.0, ge=0)
     target_cache: str | None = Field(
         None,

@@ -24,6 +24,8 @@ from storm_vlm.tokens import add_latent_tokens, latent_tokens
 from storm_vlm.training.checkpoints import last_whole_checkpoint, set_torn_aside
 from storm_vlm.training.config import ConfigError, TrainConfig
 from storm_vlm.training.distillation import Teacher, collate_with_teacher, teacher_collator
+from storm_vlm.training.lengths import row_lengths
+from storm_vlm.training.samples import SampleAnswers
 from storm_vlm.training.targets import alignment_targets
 from storm_vlm.training.trainer import LossBar, RowDataset, StormTrainer, collate_items
 from storm_vlm.versions import versions
@@ -46,10 +48,42 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
         RowError, VideoError: bad data; names the file.
     """
     rows = rows if rows is not None else read_rows(config.data)
+    validation = [row for row in rows if row.split == "validation"]
     rows = [row for row in rows if row.split == "train"]
     if not rows:
         raise ConfigError(f"{config.data} has no row of the split 'train'")
+    arguments = training_arguments(config)
+    if arguments.eval_strategy != "no" and not validation:
+        raise ConfigError(
+            f"{config.data} has no row of the split 'validation': set training.eval_strategy to no"
+        )
     model, processor = load_model(config)
+    trainer = build_trainer(config, arguments, model, processor, rows)
+    if validation:
+        trainer.eval_dataset = RowDataset(validation)
+        asked = validation[: config.eval_samples]
+        if asked:
+            trainer.samples = SampleAnswers(
+                processor, asked, config.num_frames, Path(config.output_dir)
+            )
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossBar)
+    resume = _begin(config, trainer.args.should_save)
+    trainer.train(resume_from_checkpoint=resume)
+    _save(trainer, processor)
+    return Path(config.output_dir)
+
+
+def build_trainer(
+    config: TrainConfig, arguments: TrainingArguments, model: Any, processor: Any, rows: list[Row]
+) -> StormTrainer:
+    """A trainer with its adapters, targets (or their teacher) and lengths, as the config says.
+
+    Raises:
+        ConfigError: adapters that PEFT refuses, or a teacher for a sharded model.
+        ValueError: no row has what targets are made from.
+    """
     method = config.method
     targets, distilled = None, method.needs_targets and method.target_source == "self_distilled"
     if method.needs_targets and not distilled:
@@ -66,18 +100,17 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
         model = add_adapters(model, config.lora)
     cache_bytes = int(config.video_cache_gb * 2**30)
     collator = StormCollator(processor, config.num_frames, method.latent_budget, cache_bytes)
-    collate = functools.partial(collate_items, collator)
-    if distilled:
-        reader = teacher_collator(processor, method.latent_budget, cache_bytes)
-        collate = functools.partial(collate_with_teacher, collator, reader)
+    reader = teacher_collator(processor, method.latent_budget, cache_bytes) if distilled else None
     trainer = StormTrainer(
         model=model,
-        args=training_arguments(config),
+        args=arguments,
         train_dataset=RowDataset(rows, targets),
-        data_collator=collate,
+        data_collator=functools.partial(collate_items, collator)
+        if reader is None
+        else functools.partial(collate_with_teacher, collator, reader),
         method=method,
     )
-    if distilled:
+    if reader is not None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ConfigError(
                 "target_source self_distilled keeps a second model whole on every process: use DDP, with lora if it "
@@ -87,13 +120,9 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
             trainer.model, reader, rows, method.latent_budget, method.ema_decay
         )
         trainer.add_callback(trainer.teacher)
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossBar)
-    resume = _begin(config, trainer.args.should_save)
-    trainer.train(resume_from_checkpoint=resume)
-    _save(trainer, processor)
-    return Path(config.output_dir)
+    if arguments.train_sampling_strategy == "group_by_length":
+        trainer.lengths = row_lengths(rows, processor, config.num_frames)
+    return trainer
 
 
 def load_model(config: TrainConfig) -> tuple[Any, Any]:
@@ -193,7 +222,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "output_dir": config.output_dir,
         "remove_unused_columns": False,  # the collator takes rows, not columns
         "save_total_limit": 2,
-        "report_to": "none",
+        "report_to": "tensorboard",
         "logging_steps": 10,
         **config.training,
     }

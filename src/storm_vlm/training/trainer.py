@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from storm_vlm.tokens import latent_tokens
 from storm_vlm.training.checkpoints import seal
 from storm_vlm.training.config import Method
 from storm_vlm.training.distillation import Teacher
+from storm_vlm.training.lengths import LengthSampler
 
 Item = tuple[Row, Tensor | None]
 
@@ -69,6 +70,8 @@ class StormTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.method = method
         self.teacher: Teacher | None = None
+        self.lengths: list[int] = []  # of the training rows, for `group_by_length`
+        self.samples: Callable[[Any, int], dict[str, float]] | None = None  # asked at evaluations
         self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's counts
         self._metrics: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._parts = 1  # in how many batches a step's loss is a sum
@@ -79,6 +82,23 @@ class StormTrainer(Trainer):
         self._all_have_targets = rows is not None and rows.all_have_targets
         if self.args.n_gpu > 1:
             raise ValueError("several GPUs in one process: start with `accelerate launch` instead")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.lengths:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthSampler(self.lengths, rows, seed, lambda: int((self.state.epoch or 0) + 1e-6))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Losses on the validation rows, own states in the slots; and sample answers, unless the model is sharded."""
+        metrics = super().evaluate(*args, **kwargs)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.samples is not None and self.args.should_save and not sharded:
+            answered = self.samples(self.model, self.state.global_step)
+            self.log(answered)
+            metrics |= answered
+        return metrics
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The batches of one step, and what its losses are divided by: see `batch_counts`."""
@@ -101,7 +121,7 @@ class StormTrainer(Trainer):
         counts = batch_counts(inputs) if alone else num_items_in_batch
         assert counts is not None
         progress = self.state.global_step / max(1, self.state.max_steps)
-        if self.teacher is not None:
+        if self.teacher is not None and torch.is_grad_enabled():
             inputs = {**inputs, "targets": self.teacher.targets(inputs["teacher"])}
         losses = model(compute=lambda core: self._losses(core, inputs, counts, progress))
         # DDP and FSDP take the mean over processes of what must be the sum.

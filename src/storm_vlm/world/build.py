@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 from collections.abc import Iterable, Sequence
@@ -94,7 +95,10 @@ def _write_scene(
     scene: Scene,
     questions: Sequence[Question],
 ) -> list[Row]:
-    clip = folder.absolute() / "clips" / f"{name}.mp4"
+    # What a file shows is in its name: a call with another count would else keep what it finds.
+    shown = repr((scene.tiles, scene.tracks, sorted(scene.cover), questions))
+    file = f"{name}-{hashlib.sha256(shown.encode()).hexdigest()[:8]}.mp4"
+    clip = folder.absolute() / "clips" / file
     if not clip.exists():
         frames = clip_frames(prolonged(scene, THOUGHT_STEPS) if continued else scene)
         write_video(clip, frames, FPS, crf=CRF)
@@ -107,7 +111,7 @@ def _write_scene(
             answer=question.answer,
             keyframes=(scene.now * FRAMES_PER_STEP / FPS,),
             plan=plan(scene, question) if question.steps else None,
-            thought_video=_thought_video(folder, name, scene, question) if question.steps else None,
+            thought_video=_thought_video(folder, file, scene, question) if question.steps else None,
             split=split,
             meta={
                 "family": question.family,
@@ -171,8 +175,8 @@ def shortcuts(scene: Scene, question: Question) -> dict[str, str]:
     }[question.family]
 
 
-def _thought_video(folder: Path, name: str, scene: Scene, question: Question) -> ThoughtVideo:
-    path = folder.absolute() / "thoughts" / f"{name}.mp4"
+def _thought_video(folder: Path, file: str, scene: Scene, question: Question) -> ThoughtVideo:
+    path = folder.absolute() / "thoughts" / file
     if not path.exists():
         write_video(
             path, thought_frames(scene, question.steps, THOUGHT_STEPS, question.ball), FPS, crf=CRF
