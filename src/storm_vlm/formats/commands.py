@@ -75,3 +75,60 @@ def _report(counts: Counts, out: Path) -> None:
         typer.echo(f"rejected ones with reasons: {rejects_file(out)}")
     if not counts.written:
         raise ValueError(f"no row was written to {out}; check the format and the reasons above")
+
+
+@app.command()
+def leaks(
+    train: Rows,
+    evaluation: Rows,
+    remove: Annotated[
+        Path | None, typer.Option(help="Write the training rows that leak nowhere to this file.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write every match to this JSON file.")] = None,
+    frames: Annotated[int, typer.Option(min=0, help="Of each clip; 0: names only.")] = 32,
+    cache: Annotated[Path, typer.Option(help="Where to keep the frames' hashes.")] = Path(
+        "runs/frame_hashes.sqlite"
+    ),
+) -> None:
+    """Training clips that are also evaluation clips, by name and by what the frames show."""
+    from dataclasses import asdict
+
+    from storm_vlm.data.files import write_json
+    from storm_vlm.data.schema import read_rows, write_rows
+    from storm_vlm.leaks import find_leaks, without_leaks
+
+    rows = read_rows(train)
+    found = find_leaks(rows, read_rows(evaluation), cache, frames)
+    kept = without_leaks(rows, found)
+    table = Table(
+        "training clip", "rows", "evaluation clip", "rows", "why", "share", "distance", box=None
+    )
+    for leak in found.leaks[:20]:
+        apart = "" if leak.distance is None else f"{leak.distance:.3f}"
+        table.add_row(
+            escape(Path(leak.train).name),
+            str(len(leak.train_rows)),
+            escape(Path(leak.evaluation).name),
+            str(len(leak.evaluation_rows)),
+            ", ".join(leak.why),
+            f"{leak.share:.0%}" if apart else "",
+            apart,
+        )
+    if found.leaks:
+        console.print(table)
+    if len(found.leaks) > 20:
+        typer.echo(f"… and {len(found.leaks) - 20} pairs more: see them with --out FILE.json")
+    typer.echo(
+        f"{len(rows) - len(kept)} of {len(rows)} training rows leak, in {len(found.leaks)} pairs of clips"
+    )
+    if found.generic:
+        typer.echo(f"{found.generic} clips have a name that says nothing: compared by frames alone")
+    if found.unreadable:
+        typer.echo(f"{len(found.unreadable)} videos cannot be read: compared by name alone")
+        for reason in list(found.unreadable.values())[:3]:
+            typer.echo(f"  {reason}")
+    if out:
+        write_json(out, asdict(found))
+    if remove:
+        write_rows(remove, kept)
+        typer.echo(f"wrote {len(kept)} rows to {remove}")
