@@ -34,7 +34,7 @@ _GENERIC = re.compile(r"(?:(?:video|clip|scene|sample|train|val|test)[_-]?)*\d{0
 ALIKE = 0.2  # of `distances`; see the tests for what copies and other clips have
 SHARE = 0.1  # of one clip's frames that the other must show
 SIDE = 256  # pixels that frames are read at
-_CHUNK = 4096  # training frames compared at a time
+_CHUNK = 512  # training frames compared at a time
 
 Clip = tuple[str, float | None, float | None]  #: file, start, end
 

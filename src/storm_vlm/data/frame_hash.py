@@ -39,5 +39,8 @@ def distances(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """
     a, b = (np.unpackbits(hashes, axis=1).astype(np.float32) for hashes in (ours, theirs))
     both = a @ b.T
-    either = a.sum(1)[:, None] + b.sum(1) - both
-    return 1 - both / np.maximum(either, 1)
+    either = a.sum(1)[:, None] + b.sum(1)
+    either -= both  # in place: these are the large ones
+    np.maximum(either, 1, out=either)
+    np.divide(both, either, out=both)
+    return np.subtract(1, both, out=both)

@@ -132,3 +132,15 @@ def leaks(
     if remove:
         write_rows(remove, kept)
         typer.echo(f"wrote {len(kept)} rows to {remove}")
+
+
+@app.command()
+def gallery(
+    source: Annotated[Path, typer.Argument(help="A JSONL file of rows, or the folder of one.")],
+    out: Annotated[Path | None, typer.Option(help="The page; by default beside the rows.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Rows shown, the first of the file.")] = 100,
+) -> None:
+    """A page to look through rows: question, keyframes, plan, thought video beside its source."""
+    from storm_vlm.gallery import write_gallery
+
+    typer.echo(f"wrote {write_gallery(source, out, limit)}")
