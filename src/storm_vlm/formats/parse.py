@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from storm_vlm.data.prompt import OPTIONS_INSTRUCTION, build_messages, option_letter, parse_answer
+from storm_vlm.data.prompt import build_messages, option_letter, parse_answer
 
 Fields = dict[str, Any]  #: of a `Row`; `video` as the source names it
 
@@ -109,8 +109,8 @@ def choice(question: str, options: Sequence[str], answer: str) -> Fields:
     return {"question": question, "options": bare, "answer": gold}
 
 
-def said_choice(question: str, answer: str) -> tuple[Fields, Fields]:
-    """The same for a question that lists its options in lines of text; also what to keep for audit.
+def said_choice(question: str, answer: str) -> Fields:
+    """The same for a question that lists its options in lines of text, if it does.
 
     At most one line may follow the options: how to answer. Our own prompt says that in its own words.
     """
@@ -126,11 +126,8 @@ def said_choice(question: str, answer: str) -> tuple[Fields, Fields]:
         after = [line for line in lines[start + len(options) :] if line.strip()]
         stem = _HEADER.sub("", "\n".join(lines[:start])).strip()
         if len(options) > 1 and len(after) < 2 and stem:
-            original = {"question": question, "answer": answer}
-            if after == [OPTIONS_INSTRUCTION]:  # our own words: nothing is lost
-                original = {"answer": answer}
-            return choice(stem, options, answer), original
-    return choice(question.strip(), (), answer), {}
+            return choice(stem, options, answer)
+    return choice(question.strip(), (), answer)
 
 
 def conversation_rows(item: Fields, turns: Any, video: str, placeholders: range) -> list[Fields]:
@@ -152,8 +149,8 @@ def conversation_rows(item: Fields, turns: Any, video: str, placeholders: range)
     for number, ((_, asked), (_, reply)) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
         thought = unwrapped(reply, "think") if "<think>" in reply else None
         stated = reply if "<answer>" in reply else re.split("</think>", reply)[-1]
-        fields, original = said_choice(_PLACEHOLDER.sub("", asked), stated)
-        meta: Fields = {"original": original} if original else {}
+        fields = said_choice(_PLACEHOLDER.sub("", asked), stated)
+        meta: Fields = {"original": {"question": asked, "answer": reply}}
         if system:
             meta["system"] = "\n".join(system)
         if len(spoken) > 2:

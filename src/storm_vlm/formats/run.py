@@ -28,7 +28,7 @@ IMPORTERS: dict[str, Callable[[Fields], list[Fields]]] = {
     "ms-swift": swift.convert,
     "openai": openai.convert,
 }
-EXPORTERS = {"llama-factory": llama_factory.export, "ms-swift": swift.export}
+EXPORTERS = dict.fromkeys(("llama-factory", "ms-swift"), llama_factory.export)  # one layout
 
 
 @dataclass
@@ -132,8 +132,12 @@ def _unique(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
             counts.skipped["the same row again"] += 1
             continue
         others.append(content)
-        if len(others) > 1:
-            row = row.model_copy(update={"id": f"{row.id}#{len(others)}"})
+        number = len(others)
+        while number > 1 and f"{row.id}#{number}" in seen:
+            number += 1
+        if number > 1:
+            row = row.model_copy(update={"id": f"{row.id}#{number}"})
+            seen[row.id] = [content]
             counts.renamed += 1
         counts.written += 1
         yield row
