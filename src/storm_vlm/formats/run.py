@@ -28,7 +28,10 @@ IMPORTERS: dict[str, Callable[[Fields], list[Fields]]] = {
     "ms-swift": swift.convert,
     "openai": openai.convert,
 }
-EXPORTERS = dict.fromkeys(("llama-factory", "ms-swift"), llama_factory.export)  # one layout
+EXPORTERS: dict[str, Callable[[Row], Fields]] = {
+    "llama-factory": llama_factory.export,
+    "ms-swift": llama_factory.export,  # the same layout
+}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""ms-swift: `messages` and `videos`, as LLaMA-Factory has them; the `<video>` may be left out, and then comes first."""
+"""ms-swift: `messages` and `videos`, as LLaMA-Factory has them; a `<video>` that is left out comes first."""
 
 from __future__ import annotations
 
