@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from storm_vlm.formats.commands import app as formats
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Latent video reasoning with STORM."
 )
@@ -241,6 +243,7 @@ def micro(
 
 bench = typer.Typer(no_args_is_help=True, help="Measure; every figure is a ratio within one run.")
 app.add_typer(bench, name="bench")
+app.add_typer(formats)
 
 
 @bench.command("train")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from storm_vlm.data.files import write_text
+from storm_vlm.data.files import in_one_step
 
 Split = Literal["train", "validation", "test", "ood"]
 Seconds = Annotated[float, Field(ge=0)]
@@ -111,7 +111,8 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
 
     dumped = (_with_paths(row, shorten).model_dump() for row in rows)
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in dumped)
-    write_text(path, "".join(lines))
+    with in_one_step(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(lines)  # one at a time: a data set need not fit into memory
 
 
 def _with_paths(row: Row, change: Callable[[str], str]) -> Row:
