@@ -33,7 +33,9 @@ class VideoMME:
                 },
             )
 
-        return read_published(folder, ("test-*.parquet", "*ideo*mme*.json*"), self.hub, convert)
+        return read_published(
+            folder, ("test-*.parquet", "*ideo*[mM][mM][eE]*.json*"), self.hub, convert
+        )
 
     def official_prompt(self, row: Row) -> str:
         return (
