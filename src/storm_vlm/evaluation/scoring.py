@@ -198,7 +198,8 @@ def mmvu_lmms_eval(text: str, asked: Asked) -> float | None:
     words, wanted = _words(said), _words(right)
     if 2 <= len(wanted) <= 5 and all(word in words for word in wanted if len(word) > 2):
         return 1.0
-    return None
+    order, right_order = (re.search(r"o\s*\([^)]+\)", part) for part in (said, right))
+    return 1.0 if order and right_order and order[0] == right_order[0] else None
 
 
 def _plain_powers(text: str) -> str:
@@ -261,7 +262,7 @@ _VALUES = {word: int(value) for value, word in re.findall(r"(\d+) (\w+)", _SPELL
 
 def _first_number(text: str) -> float | None:
     words = "|".join((*sorted(_VALUES, key=len, reverse=True), "hundred"))
-    spelled = rf"\b(?:{words})\b(?:[\s-]+(?:and\s+)?(?:{words})\b)*"
+    spelled = rf"\b(?:{words})\b(?:[^a-z]+(?:and[^a-z]+)*(?:{words})\b)*"
     found = re.search(rf"-?\d+(?:\.\d+)?|{spelled}", text.lower())
     if found is None or not found[0][0].isalpha():
         return None if found is None else float(found[0])
