@@ -12,9 +12,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from storm_vlm.evaluation.report_commands import app as report_app
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Latent video reasoning with STORM."
 )
+app.add_typer(report_app)
 console = Console()
 errors = Console(stderr=True)
 

@@ -114,7 +114,7 @@ def summarize(run: Run) -> dict[str, Any]:
         **_shares(records),
         "interval": confidence_interval([r.correct for r in records], run.videos),
         "rules": {
-            name: _scored([rule(r.reply.text if r.reply else "", r) for r in records])
+            name: _scored([rule(r.reply.text, r) if r.reply else 0.0 for r in records])
             for name, rule in RULES.get(run.benchmark, {}).items()
         },
         "groups": {key: _group(run, key) for key in _keys(records)},
