@@ -38,14 +38,19 @@ def hits(runs: Sequence[Run], like: Run) -> NDArray[np.float64]:
     return np.array(outcomes)
 
 
+def overall(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
+    """Ours minus theirs over all questions, as `compare` without its groups."""
+    a, b = _paired(ours, theirs)
+    return _difference(a, b, theirs[0].videos, np.ones(a.shape[1], bool))
+
+
 def compare(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
-    """Ours minus theirs; each is one run, or one for each seed (a single one stands for every seed)."""
-    if len(ours) != len(theirs) and 1 not in (len(ours), len(theirs)):
-        raise ValueError(
-            f"{len(ours)} runs cannot be paired with {len(theirs)}: give as many seeds"
-        )
+    """Ours minus theirs, in all and by group; what the runs say differently about how they were made.
+
+    Each side is one run, or one for each seed (a single one stands for every seed).
+    """
     first = theirs[0]
-    a, b = np.broadcast_arrays(hits(ours, first), hits(theirs, first))
+    a, b = _paired(ours, theirs)
     groups: dict[str, dict[str, Any]] = {}
     for key in dict.fromkeys(key for record in first.records for key in record.groups):
         labels = np.array([record.groups.get(key, "(none)") for record in first.records])
@@ -53,15 +58,23 @@ def compare(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
             str(label): _difference(a, b, first.videos, labels == label)
             for label in np.unique(labels)
         }
-    everything = np.ones(len(first.records), bool)
     return {
-        **_difference(a, b, first.videos, everything),
+        **_difference(a, b, first.videos, np.ones(a.shape[1], bool)),
         "benchmark": first.benchmark,
         "seeds": len(a),
         "videos": len(set(first.videos)),
         "groups": groups,
         "differs": differences(ours[0].provenance, first.provenance),
     }
+
+
+def _paired(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[NDArray, NDArray]:
+    if len(ours) != len(theirs) and 1 not in (len(ours), len(theirs)):
+        raise ValueError(
+            f"{len(ours)} runs cannot be paired with {len(theirs)}: give as many seeds"
+        )
+    a, b = np.broadcast_arrays(hits(ours, theirs[0]), hits(theirs, theirs[0]))
+    return a, b
 
 
 def _difference(a: NDArray, b: NDArray, videos: Sequence[str], member: NDArray) -> dict[str, Any]:

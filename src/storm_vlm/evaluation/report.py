@@ -18,7 +18,7 @@ HEADING = "STORM: evaluation"
 READING = (
     "Accuracy in percent by the strict parser; what it cannot parse, and what could not be asked, counts as wrong. "
     "Brackets: 95% bootstrap interval over videos. Official: the benchmark's own rule on the same raw answers, its "
-    "quirks included, over those that it has a verdict on."
+    "quirks included, over those that it has a verdict on; it presumes the benchmark's own prompt."
 )
 
 
@@ -46,7 +46,7 @@ def markdown(tables: Sequence[Table]) -> str:
             rows.append([f"*{cells[0]}*", *cells[1:]] if line.paper else cells)
         parts.append(f"## {_escaped(table.title)}")
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-        parts += ["\n".join(f"- {note}" for note in table.notes)] if table.notes else []
+        parts += ["\n".join(f"- {_escaped(note)}" for note in table.notes)] if table.notes else []
     return "\n\n".join(parts) + "\n"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Column
 from rich.table import Table as RichTable
@@ -89,11 +90,11 @@ def report_runs(
 
 
 def _printed(table: Table) -> RichTable:
-    printed = RichTable(*table.columns, title=table.title, title_justify="left", show_lines=True)
+    printed = RichTable(*table.columns, title=Text(table.title, "bold"), box=box.SIMPLE_HEAD)
     for line in table.lines:
         cells: list[Text] = []
         for cell in line.cells:
-            style = "red" if cell.warning else "italic" if line.paper else ""
+            style = "red" if cell.warning else "italic" if line.paper else "bold"
             small = f"\n{cell.small}" if cell.small else ""
             cells.append(
                 Text.assemble((cell.text, style), (small, "red" if cell.warning else "dim"))

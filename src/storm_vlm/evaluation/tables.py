@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from storm_vlm.evaluation.compare import SHUFFLED, compare, survives_shuffling
+from storm_vlm.evaluation.compare import SHUFFLED, overall, survives_shuffling
 from storm_vlm.evaluation.runs import Run, summarize
 
 TITLES = {
@@ -105,6 +105,11 @@ def title(benchmark: str) -> str:
     return TITLES.get(benchmark, benchmark)
 
 
+def _name(system: str) -> Cell:
+    reasoner, _, model = system.partition(" · ")
+    return Cell(reasoner, model)
+
+
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
@@ -123,24 +128,30 @@ def _main(
     measured: Measured, name: str, benchmarks: tuple[str, ...], paper: dict[str, Any]
 ) -> Table:
     lines = [
-        Line((Cell(system), *(_score(measured.get(system, b)) for b in benchmarks)))
+        Line((_name(system), *(_score(measured.get(system, b)) for b in benchmarks)))
         for system in measured.systems
         if any(measured.get(system, b) for b in benchmarks)
     ]
-    notes = list(paper.get("general", ()))
+    general = paper.get("general", {})
+    notes = [note for b in ("all", *benchmarks) for note in general.get(b, ())]
     for row in paper.get("rows", ()):
         if any(b in row for b in benchmarks):
-            mark = ""
-            if "note" in row:
-                source = paper["sources"][row["source"]]
-                notes.append(f"{row['model']}, {row['frames']} frames: {row['note']} ({source}).")
-                mark = " *"
-            label = f"{row['frames']} frames; " + (
-                "not in the paper" if row.get("added") else "paper, as printed"
-            )
-            figures = (Cell(str(row[b])) if b in row else Cell() for b in benchmarks)
-            lines.append(Line((Cell(row["model"] + mark, label), *figures), paper=True))
+            said = [row["notes"][b] for b in benchmarks if b in row.get("notes", {})]
+            source = paper["sources"][row["source"]] if said else ""
+            notes += [
+                f"* {row['model']}, {row['frames']} frames: {note} ({source})." for note in said
+            ]
+            lines.append(_paper_line(row, benchmarks, " *" if said else ""))
     return Table(name, ("system", *map(title, benchmarks)), lines, notes)
+
+
+def _paper_line(row: dict[str, Any], benchmarks: Sequence[str], mark: str) -> Line:
+    frames = f"{row['frames']} frames"
+    if "printed" in row:
+        frames += f", not {row['printed']} as printed"
+    label = f"{frames}; {'not in the paper' if row.get('added') else 'paper'}"
+    figures = (Cell(str(row[b])) if b in row else Cell() for b in benchmarks)
+    return Line((Cell(row["model"] + mark, label), *figures), paper=True)
 
 
 def _score(summary: dict[str, Any] | None) -> Cell:
@@ -155,7 +166,7 @@ def _score(summary: dict[str, Any] | None) -> Cell:
     if official["scored"]:
         of = "" if official["scored"] == n else f" on {official['scored']:,}"
         said.append(f"official {percent(official['accuracy'])}{of}")
-    for name, score in summary["rules"].items():
+    for name, score in list(summary["rules"].items())[1:]:  # the first is the official one
         said.append(f"{name} rule {percent(score['accuracy'])}")
     text = f"{percent(summary['accuracy'])} {_span(summary['interval'])}"
     return Cell(text, " · ".join(said), warning=n != expected or summary["errors"] > 0)
@@ -167,7 +178,7 @@ def _gains(measured: Measured) -> Table:
     benchmarks = [b for b in measured.benchmarks if any(measured.get(s, b) for s in others)]
     benchmarks = [b for b in benchmarks if measured.get(base, b)]
     lines = [
-        Line((Cell(system), *(_gain(measured, system, base, b) for b in benchmarks)))
+        Line((_name(system), *(_gain(measured, system, base, b) for b in benchmarks)))
         for system in others
         if any(measured.get(system, b) for b in benchmarks)
     ]
@@ -182,8 +193,8 @@ def _gain(measured: Measured, system: str, base: str, benchmark: str) -> Cell:
     ours, theirs = (measured.runs.get((s, benchmark, "")) for s in (system, base))
     if ours is None or theirs is None:
         return Cell()
-    found = compare([ours], [theirs])
-    said = [f"only it right {found['only_ours']}, only {base} {found['only_theirs']}"]
+    found = overall([ours], [theirs])
+    said = [f"right: only it {found['only_ours']}, only the other {found['only_theirs']}"]
     shuffled = [measured.runs.get((s, benchmark, SHUFFLED)) for s in (system, base)]
     warning = False
     if shuffled[0] and shuffled[1]:
@@ -207,7 +218,7 @@ def _controls(measured: Measured) -> Table:
                 cells = (_control(full, control, measured) for control in controls)
                 as_asked = _score(measured.get(system, benchmark))
                 lines.append(
-                    Line((Cell(system), Cell(title(benchmark)), Cell(as_asked.text), *cells))
+                    Line((_name(system), Cell(title(benchmark)), Cell(as_asked.text), *cells))
                 )
     names = (column.replace("_", " ") for column in columns)
     return Table("Controls", ("system", "benchmark", "as asked", *names), lines)
@@ -219,13 +230,15 @@ def _control(full: Run | None, control: Run | None, measured: Measured) -> Cell:
     summary = next(s for k, s in measured.summaries.items() if measured.runs[k] is control)
     if full is None:
         return Cell(percent(summary["accuracy"]))
-    cost = compare([control], [full])["difference"]
+    cost = overall([control], [full])["difference"]
     return Cell(f"{percent(summary['accuracy'])} {_span(summary['interval'])}", signed(cost))
 
 
 def _latency(measured: Measured, paper: dict[str, Any]) -> Table:
     """Seconds per item, and how many times the first system's on the same benchmark."""
     lines: list[Line] = []
+    seen = {phase for summary in measured.summaries.values() for phase in summary["seconds"]}
+    known = [phase for phase in PHASES if phase in seen]
     for benchmark in measured.benchmarks:
         found = {s: measured.get(s, benchmark) for s in measured.systems}
         timed = {s: m for s, m in found.items() if m and m["seconds"]}
@@ -233,16 +246,16 @@ def _latency(measured: Measured, paper: dict[str, Any]) -> Table:
         for system, summary in timed.items():
             seconds, low_high = summary["seconds"], summary["seconds"]["interval"]
             total = f"{seconds['total']:.3g} [{low_high[0]:.3g}, {low_high[1]:.3g}]"
-            phases = (Cell(f"{seconds[p]:.3g}" if p in seconds else "-") for p in PHASES)
+            phases = (Cell(f"{seconds[p]:.3g}" if p in seconds else "-") for p in known)
             pace = (Cell(f"{seconds['total'] / first:.2f}x"), Cell(f"{1 / seconds['total']:.3g}"))
             tokens = Cell(f"{summary['tokens']:.1f}", f"slots {summary['slots_used']:.1f}")
-            cells = (Cell(system), Cell(title(benchmark)), Cell(total, f"n {seconds['timed']:,}"))
+            cells = (_name(system), Cell(title(benchmark)), Cell(total, f"n {seconds['timed']:,}"))
             lines.append(Line((*cells, *pace, *phases, tokens)))
     latency = paper.get("latency", {"rows": ()})
     for row in latency["rows"]:
         figures = (Cell(str(row["seconds"])), Cell(), Cell(str(row["items_per_second"])))
-        gaps = (Cell(),) * (len(PHASES) + 1)
-        name = Cell(row["model"], "paper, as printed")
+        gaps = (Cell(),) * (len(known) + 1)
+        name = Cell(row["model"], "paper")
         lines.append(Line((name, Cell("MMVU"), *figures, *gaps), paper=True))
     columns = (
         "system",
@@ -250,7 +263,7 @@ def _latency(measured: Measured, paper: dict[str, Any]) -> Table:
         "s per item",
         "ratio",
         "items per s",
-        *PHASES,
+        *known,
         "tokens written",
     )
     notes = ["Wall time by phase in seconds, means over items. Ratios are within one benchmark."]
