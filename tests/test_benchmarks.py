@@ -118,6 +118,10 @@ def test_mvbench_tells_apart_sources_and_cut_clips(tmp_path) -> None:
 def test_configs_of_parquet_and_equal_candidates(tmp_path) -> None:
     row = {"video": "1.mp4", "question": "Q?", "candidates": ["2", "2", "3"], "answer": "3"}
     put(tmp_path / "object_shuffle/train-00000-of-00001.parquet", [row])
+    put(tmp_path / "fetched/questions-action_count.jsonl", [row])
+    (fetched,) = BENCHMARKS["mvbench"].read(tmp_path / "fetched")
+    assert fetched.id == "action_count-1"
+    (tmp_path / "fetched/questions-action_count.jsonl").unlink()
     (read,) = BENCHMARKS["mvbench"].read(tmp_path)
     assert read.meta["task"] == "object_shuffle" and read.id == "object_shuffle-1"
     assert read.options == ("2 [A]", "2 [B]", "3") and read.answer == "3"
@@ -369,7 +373,9 @@ def test_videos_are_found_at_any_depth_with_any_suffix(tmp_path) -> None:
     touch(tmp_path / "x/two.mp4")
     touch(tmp_path / "y/two.mp4")
     (tmp_path / "linked").symlink_to(tmp_path / "a", target_is_directory=True)
+    (tmp_path / "a/b/round").symlink_to(tmp_path, target_is_directory=True)
     videos = Videos(tmp_path)
+    assert Path(Videos(tmp_path / "linked").find("one", elsewhere=("linked",))).samefile(clip)
     for name in ("one", "one.mp4", "b/one.mp4", "./b/one.webm", "gone/one"):
         assert Path(videos.find(name)).samefile(clip)
     assert Path(videos.find("v1.5.take")).samefile(dotted)

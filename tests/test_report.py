@@ -261,7 +261,7 @@ def test_commands(tmp_path) -> None:
     assert json.loads(said.output)["differs"] == {"reasoner": ["storm", "direct"]}
     said = cli.invoke(app, ["compare", storm, base])
     assert said.exit_code == 0 and "differ in: reasoner: storm / direct" in said.output
-    assert "duration: long" in said.output and "40 videos" in said.output
+    assert "by duration" in said.output and "40 videos" in said.output
     out = tmp_path / "out"
     said = cli.invoke(app, ["report", base, storm, "--out", str(out), "--paper"])
     assert said.exit_code == 0, said.output

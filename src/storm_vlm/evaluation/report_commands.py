@@ -36,19 +36,15 @@ def compare_runs(
     if as_json:
         typer.echo(json.dumps(found))
         return
-    table = RichTable(
-        Column("", no_wrap=True),
-        "n",
-        "ours",
-        "theirs",
-        "difference, points",
-        "only ours",
-        "only theirs",
-    )
-    table.add_row("all", *_compared(found), end_section=True)
+    first, fifth = Column("", overflow="fold"), Column("difference, points", no_wrap=True)
+    heads = ("n", "ours", "theirs", fifth, "only\nours", "only\ntheirs")
+    table = RichTable(first, *heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_row("all", *_compared(found))
     for key, categories in found["groups"].items():
+        table.add_section()
+        table.add_row(Text(f"by {key}", "dim"))
         for name, category in categories.items():
-            table.add_row(f"{key}: {name}", *_compared(category))
+            table.add_row(Text(name), *_compared(category))
     console.print(table)
     seeds = f", {found['seeds']} seeds" if found["seeds"] > 1 else ""
     console.print(

@@ -35,8 +35,10 @@ class Hub:
 
     def download(self, folder: Path) -> list[Path]:
         """Write each config's questions into `folder`, as JSON lines. Needs the extra `eval`."""
-        from datasets import load_dataset
-
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ValueError("downloading needs pip install 'storm-vlm[eval]'") from error
         folder.mkdir(parents=True, exist_ok=True)
         written: list[Path] = []
         for config in self.configs:
@@ -111,7 +113,10 @@ class Videos:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder).absolute()
         self._by_stem: defaultdict[str, list[Path]] = defaultdict(list)
-        for root, _, names in os.walk(self.folder, followlinks=True):
+        seen: set[str] = set()  # links may go round in circles
+        for root, folders, names in os.walk(self.folder, followlinks=True):
+            folders[:] = [f for f in folders if os.path.realpath(f"{root}/{f}") not in seen]
+            seen |= {os.path.realpath(f"{root}/{f}") for f in folders}
             for name in sorted(names):
                 if (stem := Path(name)).suffix.lower() in SUFFIXES:
                     self._by_stem[stem.stem].append(Path(root) / name)
@@ -129,10 +134,11 @@ class Videos:
         expected = asked if known else asked.with_name(asked.name + ".mp4")
         stem = asked.stem if known else asked.name
         found = {os.path.realpath(p): p for p in self._by_stem.get(stem, ())}
-        paths = [p for p in found.values() if not set(elsewhere) & set(p.parts)]
+        inside = {p: p.parent.relative_to(self.folder) for p in found.values()}
+        paths = [p for p in inside if not set(elsewhere) & set(inside[p].parts)]
         for hint in (asked.parent.as_posix().removeprefix("./"), *hints):
             parts = "" if hint in ("", ".") else f"/{hint.strip('/')}/"
-            if near := [p for p in paths if parts and parts in f"{p.parent.as_posix()}/"]:
+            if near := [p for p in paths if parts and parts in f"/{inside[p].as_posix()}/"]:
                 paths = near
         if len(paths) > 1:
             raise ValueError(f"video {name!r} is there twice ({paths[0]}, {paths[1]}): keep one")
