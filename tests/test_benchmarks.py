@@ -376,9 +376,10 @@ def test_videos_are_found_at_any_depth_with_any_suffix(tmp_path) -> None:
     (tmp_path / "a/b/round").symlink_to(tmp_path, target_is_directory=True)
     videos = Videos(tmp_path)
     assert Path(Videos(tmp_path / "linked").find("one", elsewhere=("linked",))).samefile(clip)
-    for name in ("one", "one.mp4", "b/one.mp4", "./b/one.webm", "gone/one"):
+    for name in ("one", "one.mp4", "b/one.mp4", "./b/one.webm"):
         assert Path(videos.find(name)).samefile(clip)
     assert Path(videos.find("v1.5.take")).samefile(dotted)
+    assert videos.find("gone/one") == str(tmp_path / "gone/one.mp4")  # another video, missing
     assert videos.find("y/two.mp4") == str(tmp_path / "y/two.mp4")
     assert videos.find("two", ("y", "x")) == str(tmp_path / "y/two.mp4")
     with pytest.raises(ValueError, match="is there twice"):

@@ -12,7 +12,7 @@ from runs_on_disk import chance, make_records, write_run
 from typer.testing import CliRunner
 
 from storm_vlm.cli import app
-from storm_vlm.evaluation.compare import compare, differences, survives_shuffling
+from storm_vlm.evaluation.compare import compare, differences, overall, survives_shuffling
 from storm_vlm.evaluation.report import write_report
 from storm_vlm.evaluation.runs import RunError, find_runs, read_run, summarize
 from storm_vlm.evaluation.tables import PAPER_FILE, build_tables, measure
@@ -269,3 +269,36 @@ def test_commands(tmp_path) -> None:
     assert "STORM (7B)" in said.output and "Gain over direct" in said.output
     said = cli.invoke(app, ["download", "imagenet", str(tmp_path)])
     assert isinstance(said.exception, ValueError) and "choose from videomme" in str(said.exception)
+
+
+def test_intervals_of_runs_are_over_videos(tmp_path) -> None:
+    """Three questions of a video that are right or wrong together tell as much as one."""
+    by_video, theirs = chance(0.5, 4), make_records(lambda i: False)
+    ours = make_records(lambda i: by_video(i // 3))
+    apart = [[replace(r, video=r.id) for r in records] for records in (ours, theirs)]
+    a, b, c, d = (
+        read_run(write_run(tmp_path / str(i), records))
+        for i, records in enumerate((ours, theirs, *apart))
+    )
+
+    def ratio(videos: tuple[float, float], questions: tuple[float, float]) -> float:
+        return (videos[1] - videos[0]) / (questions[1] - questions[0])
+
+    together, single = summarize(a), summarize(c)
+    assert ratio(together["interval"], single["interval"]) > 1.4
+    kinds = [s["groups"]["task_type"]["macro_interval"] for s in (together, single)]
+    assert ratio(*kinds) > 1.4
+    for way in (overall, compare):
+        widths = [way([x], [y])["difference"] for x, y in ((a, b), (c, d))]
+        assert ratio(*((w["low"], w["high"]) for w in widths)) > 1.4
+
+
+def test_a_loss_within_its_interval_is_no_loss(tmp_path) -> None:
+    base, storm = chance(0.4, 1), chance(0.8, 2)
+    lucky = next(i for i in range(120) if storm(i))
+    shuffled = make_records(lambda i: storm(i) and i != lucky)
+    runs = [make_records(storm), make_records(base), shuffled, make_records(base)]
+    found = survives_shuffling(
+        *(read_run(write_run(tmp_path / str(i), r)) for i, r in enumerate(runs))
+    )
+    assert found["loss"]["mean"] > 0 and found["not_temporal"] is True

@@ -86,7 +86,8 @@ def report_runs(
 
 
 def _printed(table: Table) -> RichTable:
-    printed = RichTable(*table.columns, title=Text(table.title, "bold"), box=box.SIMPLE_HEAD)
+    title = Text(table.title, "bold")
+    printed = RichTable(*table.columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for line in table.lines:
         cells: list[Text] = []
         for cell in line.cells:

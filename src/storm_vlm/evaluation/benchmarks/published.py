@@ -124,10 +124,11 @@ class Videos:
     def find(self, name: str, hints: Sequence[str] = (), elsewhere: Sequence[str] = ()) -> str:
         """The file that a row calls `name`: an id, a file name or a path, its suffix right or not.
 
-        Several such files are told apart by the folders in `name`, then by the first of the folders `hints`
-        (as "clevrer/video_validation") that one lies in; raises ValueError if that leaves several. Files in
-        the folders `elsewhere` are other videos of the same name. Where there is none, the path that it
-        should have: a run lists it as missing.
+        If `name` has folders, the file lies in the last of them (Art/0.mp4 is not Law/0.mp4). Several such files
+        are told apart by all folders in `name`, then by the first of the folders `hints` (as
+        "clevrer/video_validation") that one lies in; raises ValueError if that leaves several. Files in the
+        folders `elsewhere` are other videos of the same name. Where there is none, the path that it should
+        have: a run lists it as missing.
         """
         asked = Path(name)
         known = asked.suffix.lower() in SUFFIXES
@@ -135,7 +136,11 @@ class Videos:
         stem = asked.stem if known else asked.name
         found = {os.path.realpath(p): p for p in self._by_stem.get(stem, ())}
         inside = {p: p.parent.relative_to(self.folder) for p in found.values()}
-        paths = [p for p in inside if not set(elsewhere) & set(inside[p].parts)]
+        paths = [
+            p
+            for p, place in inside.items()
+            if not set(elsewhere) & set(place.parts) and asked.parent.name in ("", place.name)
+        ]
         for hint in (asked.parent.as_posix().removeprefix("./"), *hints):
             parts = "" if hint in ("", ".") else f"/{hint.strip('/')}/"
             if near := [p for p in paths if parts and parts in f"/{inside[p].as_posix()}/"]:
