@@ -1,6 +1,5 @@
-"""Evaluation: scores, intervals, controls and interventions."""
+"""Evaluation: scores, controls and interventions."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -8,10 +7,8 @@ from storm_vlm import StormPipeline
 from storm_vlm.evaluation.evaluate import (
     CONTROLS,
     accuracy,
-    confidence_interval,
     evaluate,
     evaluate_interventions,
-    paired_difference,
 )
 from storm_vlm.world.checkpoints import shipped
 
@@ -48,25 +45,6 @@ def test_controls_take_the_evidence_away(storm, reasoning_rows) -> None:
 
 def test_unparsed_answers_stay_in_the_denominator() -> None:
     assert accuracy([True, None, False, True]) == 0.5
-
-
-def test_interval_covers_the_mean_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(200):
-        low, high = confidence_interval(rng.random(80) < 0.4, resamples=300)
-        covered += low <= 0.4 <= high
-    assert 0.88 <= covered / 200 <= 0.99
-
-
-def test_paired_difference_is_sharper_than_an_unpaired_one() -> None:
-    rng = np.random.default_rng(0)
-    theirs = (rng.random((3, 300)) < 0.5).astype(float)
-    ours = np.maximum(theirs, rng.random((3, 300)) < 0.2)
-    found = paired_difference(ours, theirs)
-    assert found["low"] < found["mean"] < found["high"]
-    assert found["mean"] == pytest.approx((ours - theirs).mean())
-    assert found["low"] > 0.03
 
 
 def test_evaluation_leaves_the_model_as_it_was(storm, reasoning_rows) -> None:

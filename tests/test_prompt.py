@@ -79,7 +79,7 @@ def test_answer_text_is_the_letter_or_the_answer():
         ("<answer>C</answer>", 2),
         ("<think>A?</think><answer>B</answer> no, <answer> (C) </answer> A", 2),
         ("<answer>D", 3),
-        ("B <answer>blue</answer>", None),
+        ("B <answer>azure</answer>", None),
         ("<answer></answer>B", None),
         ("<answer>The answer is B.</answer>", 1),
         # a letter that stands alone at the start
@@ -106,6 +106,11 @@ def test_answer_text_is_the_letter_or_the_answer():
         ("option B or option C", None),
         ("option A or B", None),
         ("The answer is option B or option C", None),
+        # the option itself, word for word
+        ("Blue.", 2),
+        ("B <answer>blue</answer>", 2),
+        ("blue or green", None),
+        ("blueish", None),
         # no choice
         ("", None),
         ("A man walks", None),
@@ -126,6 +131,27 @@ def test_answer_text_is_the_letter_or_the_answer():
 )
 def test_parse_answer_never_guesses(text, choice):
     assert parse_answer(text, COLOURS) == choice
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("Option 2", 1),
+        ("option 2.", 1),
+        ("Option 2: He sits.", 1),
+        ("He sits", 1),
+        ("A", 0),
+        ("Option 3", None),
+        ("Option 1: He sits.", None),
+        ("Option 1 or Option 2", None),
+        ("The best option is Option 2", None),
+    ],
+)
+def test_a_benchmarks_own_labels_name_an_option(text, choice):
+    options, labels = ("He stands.", "He sits."), ("Option 1", "Option 2")
+    assert parse_answer(text, options, labels) == choice
+    labelled = row("He sits.", options).model_copy(update={"meta": {"labels": list(labels)}})
+    assert is_correct(text, labelled) is (None if choice is None else choice == 1)
 
 
 def test_every_taught_answer_parses_back_to_its_option():

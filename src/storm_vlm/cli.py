@@ -13,11 +13,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from storm_vlm.evaluation.report_commands import app as report_app
 from storm_vlm.formats.commands import app as formats
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Latent video reasoning with STORM."
 )
+app.add_typer(report_app)
 console = Console()
 errors = Console(stderr=True)
 

@@ -71,16 +71,16 @@ def render_prompt(processor: Any, messages: list[dict[str, Any]], latent_mode: L
     return prompt + LATENT_START if latent_mode == "force" else prompt
 
 
-def parse_answer(text: str, options: Sequence[str]) -> int | None:
+def parse_answer(text: str, options: Sequence[str], labels: Sequence[str] = ()) -> int | None:
     """The index of the option that ``text`` chooses, None if it does not clearly choose one.
 
     Looks inside the last ``<answer>`` only, if there is one. Then takes a letter that stands alone
     at the start ("C", "(C)", "C. red"), else the last "answer is C", else the one "option C" that
-    is named. Never guesses: "A man walks" is no answer, nor is a letter without an option.
+    is named, else the option that the text repeats word for word ("Red."); where a benchmark numbers its
+    options in another way, the label of one ("Caption 2", with or without the option) says it, too. Never
+    guesses: "A man walks" is no answer, nor is a letter without an option.
     """
-    if "<answer>" in text:
-        text = text.rsplit("<answer>", 1)[1].split("</answer>", 1)[0]
-    text = text.replace("*", "").strip()
+    text = _final(text).replace("*", "").strip()
     if lone := _LONE.match(text):
         letter = lone[1] or lone[2]
     elif stated := _STATED.findall(text):
@@ -88,22 +88,36 @@ def parse_answer(text: str, options: Sequence[str]) -> int | None:
     elif len(named := set(_NAMED.findall(text))) == 1:
         letter = named.pop()
     else:
-        return None
+        return _repeated(text, options, labels)
     index = ascii_uppercase.index(letter.upper())
     return index if index < len(options) else None
+
+
+def _repeated(text: str, options: Sequence[str], labels: Sequence[str]) -> int | None:
+    forms = [{_normalised(option)} for option in options]
+    for form, label, option in zip(forms, labels, options, strict=False):
+        form |= {_normalised(label), _normalised(f"{label}: {option}")}
+    said = _normalised(text)
+    chosen = [index for index, form in enumerate(forms) if said in form]
+    return chosen[0] if len(chosen) == 1 else None
 
 
 def is_correct(text: str, row: Row) -> bool | None:
     """Whether ``text`` answers the row; None if it cannot be parsed (which counts as wrong).
 
-    Free-text answers must be equal up to case, white space and a trailing period.
+    Free-text answers must be equal up to case, white space and a trailing period. ``meta["labels"]`` holds a
+    benchmark's own labels of the options, if it has any.
     """
     if row.options:
-        index = parse_answer(text, row.options)
+        index = parse_answer(text, row.options, row.meta.get("labels", ()))
         return None if index is None else row.options[index] == row.answer
-    if "<answer>" in text:
-        text = text.rsplit("<answer>", 1)[1].split("</answer>", 1)[0]
+    text = _final(text)
     return _normalised(text) == _normalised(row.answer) if text.strip() else None
+
+
+def _final(text: str) -> str:
+    """What stands in the last ``<answer>``, else all."""
+    return text.rsplit("<answer>", 1)[1].split("</answer>", 1)[0] if "<answer>" in text else text
 
 
 def _normalised(text: str) -> str:

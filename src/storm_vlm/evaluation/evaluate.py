@@ -16,6 +16,7 @@ from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.schema import Row
 from storm_vlm.data.video import Clip, read_video
+from storm_vlm.evaluation.statistics import confidence_interval
 from storm_vlm.interventions import Intervention, latent_interventions
 from storm_vlm.pipeline import StormPipeline
 
@@ -148,32 +149,3 @@ def summarize(results: Sequence[Result]) -> dict[str, Any]:
 def accuracy(outcomes: Sequence[bool | None]) -> float:
     """Share of right answers; unparsed ones stay in the denominator."""
     return sum(bool(outcome) for outcome in outcomes) / len(outcomes) if outcomes else float("nan")
-
-
-def confidence_interval(
-    values: Sequence[float], resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95% percentile bootstrap of the mean."""
-    data = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(0, len(data), (resamples, len(data)))
-    low, high = np.percentile(data[picks].mean(1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def paired_difference(
-    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], resamples: int = 4000
-) -> dict[str, float]:
-    """Mean difference of two methods over seeds and rows, with a 95% interval.
-
-    Both are (seeds, rows) outcomes on the same rows. Seeds and rows are resampled together (a two-level
-    bootstrap), so that the interval covers a new seed as well as new questions.
-    """
-    difference = np.asarray(ours, float) - np.asarray(theirs, float)  # (seeds, rows)
-    rng = np.random.default_rng(0)
-    seeds, rows = difference.shape
-    means = [
-        difference[rng.integers(0, seeds, seeds)][:, rng.integers(0, rows, rows)].mean()
-        for _ in range(resamples)
-    ]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(difference.mean()), "low": float(low), "high": float(high)}

@@ -25,11 +25,10 @@ from storm_vlm.data.schema import Row, read_rows
 from storm_vlm.evaluation.evaluate import (
     CONTROLS,
     accuracy,
-    confidence_interval,
     evaluate,
     evaluate_interventions,
-    paired_difference,
 )
+from storm_vlm.evaluation.statistics import confidence_interval, paired_difference
 from storm_vlm.pipeline import StormPipeline
 from storm_vlm.training.config import load_config
 from storm_vlm.training.train import train

@@ -6,6 +6,16 @@ from pathlib import Path
 from typing import Protocol
 
 from storm_vlm.data.schema import Row
+from storm_vlm.evaluation.benchmarks.mmvu import MMVU
+from storm_vlm.evaluation.benchmarks.mvbench import MVBench, TVBench
+from storm_vlm.evaluation.benchmarks.published import Hub
+from storm_vlm.evaluation.benchmarks.rows_file import RowsFile
+from storm_vlm.evaluation.benchmarks.tempcompass import TempCompass
+from storm_vlm.evaluation.benchmarks.tomato import Tomato
+from storm_vlm.evaluation.benchmarks.video_holmes import VideoHolmes
+from storm_vlm.evaluation.benchmarks.videoespresso import VideoEspresso
+from storm_vlm.evaluation.benchmarks.videomme import VideoMME
+from storm_vlm.evaluation.benchmarks.vsibench import VSIBench
 
 
 class Benchmark(Protocol):
@@ -13,6 +23,11 @@ class Benchmark(Protocol):
 
     name: str
     groups: tuple[str, ...]  #: keys of `Row.meta` that accuracy is broken down by
+
+    @property
+    def hub(self) -> Hub | None:
+        """Where its questions are published."""
+        ...
 
     def read(self, folder: Path) -> list[Row]:
         """Rows (split "test", absolute video paths) from the published files in `folder`.
@@ -30,3 +45,20 @@ class Benchmark(Protocol):
     def official_score(self, text: str, row: Row) -> float | None:
         """0 to 1 by the benchmark's own rule, quirks included; None where it needs a judge."""
         ...
+
+
+_ALL: tuple[Benchmark, ...] = (
+    VideoMME(),
+    MVBench(),
+    TempCompass(),
+    TempCompass("tempcompass_captioning", ("captioning",)),
+    VideoEspresso(),
+    VideoHolmes(),
+    MMVU(),
+    MMVU("mmvu_open", "open-ended"),
+    TVBench(),
+    Tomato(),
+    VSIBench(),
+    RowsFile(),
+)
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}

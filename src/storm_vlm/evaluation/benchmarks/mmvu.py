@@ -1,0 +1,77 @@
+"""MMVU's validation set: 625 multiple-choice questions (`mmvu`), and 375 open ones apart (`mmvu_open`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from storm_vlm.data.schema import Row
+from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
+from storm_vlm.evaluation.scoring import mmvu_lmms_eval
+
+DISCIPLINES = {
+    "Science": "Biology, Chemistry, Modern Physics, Astronomy, Geography, Materials Science, Neurobiology, "
+    "Electromagnetism, Thermodynamics, Mechanics",
+    "Engineering": "Civil Engineering, Electrical Engineering, Mechanical Engineering, Biomedical Engineering, "
+    "Electronics and Communication, Computer Science",
+    "Healthcare": "Clinical Medicine, Basic Medicine, Preventive Medicine, Pharmacy, Dentistry",
+    "Humanities and Social Science": "Art, Literature, History, Law, Economics, Management",
+}
+_OF_SUBJECT = {
+    subject: d for d, subjects in DISCIPLINES.items() for subject in subjects.split(", ")
+}
+
+
+class MMVU:
+    groups: tuple[str, ...] = ("discipline", "subject")
+    hub = Hub("yale-nlp/MMVU", split="validation")
+
+    def __init__(
+        self, name: str = "mmvu", kind: Literal["multiple-choice", "open-ended"] = "multiple-choice"
+    ) -> None:
+        self.name, self.kind = name, kind
+
+    def read(self, folder: Path) -> list[Row]:
+        """Rows of one kind. Rationale and textbook stay behind; the subject is the metadata's, not the folder's."""
+        videos = Videos(folder)
+
+        def convert(published: dict[str, Any], file: Path, number: int) -> Row | None:
+            if published["question_type"] != self.kind:
+                return None
+            url = published.get("video_path") or published["video"]
+            options: tuple[str, ...] = ()
+            answer = published["answer"]
+            if self.kind == "multiple-choice":
+                options = bare([v for _, v in sorted(published["choices"].items()) if v])
+                answer = options[index_of(answer, options)]
+            subject = published["metadata"]["subject"].replace("_", " ")
+            discipline = _OF_SUBJECT.get(subject, "other")
+            return Row(
+                id=published["id"],
+                video=videos.find("/".join(Path(url).parts[-2:])),  # Art/0.mp4: numbers repeat
+                question=published["question"],
+                options=options,
+                answer=answer,
+                split="test",
+                meta={"discipline": discipline, "subject": subject, "published_video": url},
+            )
+
+        return read_published(
+            folder, ("validation*.json*", "validation*.parquet"), self.hub, convert
+        )
+
+    def official_prompt(self, row: Row) -> str:
+        choices = "".join(
+            f"{letter}: {o}\n" for letter, o in zip("ABCDE", row.options, strict=False)
+        )
+        ending = (
+            "Answer directly with the option letter from the given choices."
+            if row.options
+            else "Directly output the final short answer."
+        )
+        reasoning = "Do not generate any intermediate reasoning process. "
+        return f"Question: {row.question}\n{choices}\n{reasoning}{ending}"
+
+    def official_score(self, text: str, row: Row) -> float | None:
+        """lmms-eval's rule: MMVU's own script asks GPT-4o about every answer."""
+        return mmvu_lmms_eval(text, row)

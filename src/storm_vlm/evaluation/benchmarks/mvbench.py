@@ -1,0 +1,126 @@
+"""MVBench, 20 temporal tasks of 200 questions; and TVBench, 10 such tasks that text or one frame cannot solve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from storm_vlm.data.schema import Row
+from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, lettered, read_published
+from storm_vlm.evaluation.scoring import mvbench_original, tvbench_lmms_eval
+
+CLEVRER, PERCEPTION = ("clevrer/video_validation", "clevrer"), ("perception/videos", "perception")
+CHARADES = ("star/Charades_segment", "star/Charades_v1_480", "star")  # cut before whole
+FOLDERS = {
+    "action_sequence": CHARADES,
+    "action_prediction": CHARADES,
+    "action_antonym": ("ssv2_video_mp4", "ssv2_video"),
+    "fine_grained_action": ("Moments_in_Time_Raw/videos", "Moments_in_Time_Raw"),
+    "unexpected_action": ("FunQA_test/test", "FunQA_test"),
+    "object_existence": CLEVRER,
+    "object_interaction": CHARADES,
+    "object_shuffle": PERCEPTION,
+    "moving_direction": CLEVRER,
+    "action_localization": ("sta/sta_video_segment", "sta/sta_video", "sta"),
+    "scene_transition": ("scene_qa/video", "scene_qa"),
+    "action_count": PERCEPTION,
+    "moving_count": CLEVRER,
+    "moving_attribute": CLEVRER,
+    "state_change": PERCEPTION,
+    "fine_grained_pose": ("nturgbd_convert", "nturgbd"),
+    "character_order": PERCEPTION,
+    "egocentric_navigation": ("vlnqa",),
+    "episodic_reasoning": ("tvqa/video_fps3_hq_segment", "tvqa"),
+    "counterfactual_inference": CLEVRER,
+}
+SOURCES = {folders[-1]: folders for folders in FOLDERS.values()}
+TVBENCH_TASKS = (
+    *("action_antonym", "action_count", "action_localization", "action_sequence", "object_count"),
+    *("egocentric_sequence", "moving_direction", "object_shuffle", "scene_transition"),
+    "unexpected_action",
+)
+
+
+class MVBench:
+    name = "mvbench"
+    groups: tuple[str, ...] = ("task",)
+    hub = Hub("OpenGVLab/MVBench", tuple(FOLDERS), split="train", revision="video")
+
+    def read(self, folder: Path) -> list[Row]:
+        """Rows of the tasks that are there; `start` and `end` hold for whole films, not for the cut clips.
+
+        Sources give different videos the same name, so a file counts only in its own source's folder, or
+        outside of all of them.
+        """
+        videos = Videos(folder)
+
+        def convert(published: dict[str, Any], file: Path, number: int) -> Row | None:
+            task = _task(file, FOLDERS)
+            if task is None:
+                return None
+            folders = FOLDERS[task]
+            others = {part for hints in SOURCES.values() if hints != folders for part in hints}
+            video = videos.find(published["video"], folders, sorted(others))
+            whole = not any(part.endswith("_segment") for part in Path(video).parts)
+            times = {k: published[k] for k in ("start", "end") if whole and k in published}
+            return _row(task, number, video, published, **times)
+
+        return read_published(folder, ("json/*.json", "*.json", "*.parquet"), self.hub, convert)
+
+    def official_prompt(self, row: Row) -> str:
+        """Without "Best option:(", with which the original begins the model's turn."""
+        return (
+            "Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
+            "movement of objects, and the action and pose of persons. Based on your observations, select the "
+            f"best option that accurately addresses the question.\nQuestion: {row.question}\nOptions:\n"
+            f"{lettered(row.options, '({}) {}')}\nOnly give the best option."
+        )
+
+    def official_score(self, text: str, row: Row) -> float:
+        return mvbench_original(text, row)
+
+
+class TVBench:
+    name = "tvbench"
+    groups: tuple[str, ...] = ("task",)
+    hub = Hub("FunAILab/TVBench", TVBENCH_TASKS, split="train")
+
+    def read(self, folder: Path) -> list[Row]:
+        videos = Videos(folder)
+
+        def convert(published: dict[str, Any], file: Path, number: int) -> Row | None:
+            task = _task(file, TVBENCH_TASKS)
+            if task is None:
+                return None
+            others = [other for other in TVBENCH_TASKS if other != task]
+            return _row(task, number, videos.find(published["video"], (task,), others), published)
+
+        return read_published(folder, ("json/*.json", "*.json", "*.parquet"), self.hub, convert)
+
+    def official_prompt(self, row: Row) -> str:
+        """lmms-eval's."""
+        return f"{row.question}\n{lettered(row.options)}\nAnswer with the option letter only."
+
+    def official_score(self, text: str, row: Row) -> float:
+        """lmms-eval's rule."""
+        return tvbench_lmms_eval(text, row)
+
+
+def _task(file: Path, tasks: Any) -> str | None:
+    """By the name of the file, or of the config's folder that it lies in."""
+    names = (file.stem.removeprefix("questions-"), file.parent.name)
+    return next((name for name in names if name in tasks), None)
+
+
+def _row(task: str, number: int, video: str, published: dict[str, Any], **times: Any) -> Row:
+    options = bare(published["candidates"])
+    return Row(
+        id=f"{task}-{number}",
+        video=video,
+        question=published["question"],
+        options=options,
+        answer=options[published["candidates"].index(published["answer"])],
+        split="test",
+        meta={"task": task, "published_options": published["candidates"]},
+        **times,
+    )

@@ -1,0 +1,185 @@
+"""Reading what benchmarks publish: their files, their videos, and their rows as our `Row`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from pydantic import ValidationError
+
+from storm_vlm.data.schema import Row, RowError
+
+SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".m4v")
+FETCHED = "questions-*.jsonl"  # what `Hub.download` writes
+_LABEL = re.compile(r"\s*(?:\(([A-Z])\)\s*[:.]?|([A-Z])\s*[.:)])(?:\s+|$)")
+# A published row, its file, its number there; None: not of this benchmark.
+Convert = Callable[[dict[str, Any], Path, int], Row | list[Row] | None]
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where a benchmark's questions are published; its videos are archives to unpack by hand."""
+
+    repository: str
+    configs: tuple[str | None, ...] = (None,)
+    split: str = "test"
+    revision: str | None = None
+    data_files: str | None = None
+
+    def download(self, folder: Path) -> list[Path]:
+        """Write each config's questions into `folder`, as JSON lines. Needs the extra `eval`."""
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ValueError("downloading needs pip install 'storm-vlm[eval]'") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        written: list[Path] = []
+        for config in self.configs:
+            published: Any = load_dataset(
+                self.repository,
+                config,
+                split=self.split,
+                revision=self.revision,
+                data_files=self.data_files,
+            )
+            written.append(folder / f"questions-{config or self.split}.jsonl")
+            published.to_json(written[-1], lines=True, force_ascii=False)
+        return written
+
+
+def read_published(folder: Path, patterns: Sequence[str], hub: Hub, convert: Convert) -> list[Row]:
+    """Rows of the files that fit the first pattern that any file in `folder` fits, at any depth.
+
+    Raises as `Benchmark.read` does.
+    """
+    rows: dict[str, Row] = {}
+    for file in _files(folder, patterns, hub):
+        for number, published in enumerate(_entries(file), start=1):
+            place = f"{file}: row {number}"
+            try:
+                made = convert(published, file, number)
+            except ValidationError as error:
+                fault = error.errors()[0]
+                field = ".".join(map(str, fault["loc"])) or "row"
+                raise RowError(f"{place}: {field}: {fault['msg']}") from error
+            except KeyError as error:
+                raise RowError(f"{place}: {error.args[0]}: missing") from error
+            except (ValueError, TypeError, AttributeError, IndexError) as error:
+                raise RowError(f"{place}: {error}") from error
+            for row in [made] if isinstance(made, Row) else made or []:
+                if rows.setdefault(row.id, row) is not row:
+                    raise RowError(f"{place}: id: {row.id!r} is taken: is a file there twice?")
+    return list(rows.values())
+
+
+def _files(folder: Path, patterns: Sequence[str], hub: Hub) -> list[Path]:
+    for pattern in (FETCHED, *patterns):
+        if files := sorted(p for p in Path(folder).rglob(pattern) if p.is_file()):
+            return files
+    raise FileNotFoundError(
+        f"{folder} holds no {' or '.join(patterns)}: download the data set {hub.repository} into it"
+    )
+
+
+def _entries(file: Path) -> Iterator[dict[str, Any]]:
+    """The published rows of a JSON list, JSON lines or parquet file."""
+    try:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet as parquet  # comes with `datasets`
+
+            for batch in parquet.ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
+        elif file.suffix == ".jsonl":
+            yield from (json.loads(line) for line in file.read_bytes().splitlines() if line.strip())
+        else:
+            held = json.loads(file.read_bytes())
+            yield from held if isinstance(held, list) else [held]
+    except ImportError as error:
+        raise ValueError(f"{file}: parquet needs pip install 'storm-vlm[eval]'") from error
+    except json.JSONDecodeError as error:
+        raise RowError(f"{file}: not JSON: {error}") from error
+
+
+class Videos:
+    """The video files under a folder, looked up by what rows call them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder).absolute()
+        self._by_stem: defaultdict[str, list[Path]] = defaultdict(list)
+        seen: set[str] = set()  # links may go round in circles
+        for root, folders, names in os.walk(self.folder, followlinks=True):
+            folders[:] = [f for f in folders if os.path.realpath(f"{root}/{f}") not in seen]
+            seen |= {os.path.realpath(f"{root}/{f}") for f in folders}
+            for name in sorted(names):
+                if (stem := Path(name)).suffix.lower() in SUFFIXES:
+                    self._by_stem[stem.stem].append(Path(root) / name)
+
+    def find(self, name: str, hints: Sequence[str] = (), elsewhere: Sequence[str] = ()) -> str:
+        """The file that a row calls `name`: an id, a file name or a path, its suffix right or not.
+
+        If `name` has folders, the file lies in the last of them (Art/0.mp4 is not Law/0.mp4). Several such files
+        are told apart by all folders in `name`, then by the first of the folders `hints` (as
+        "clevrer/video_validation") that one lies in; raises ValueError if that leaves several. Files in the
+        folders `elsewhere` are other videos of the same name. Where there is none, the path that it should
+        have: a run lists it as missing.
+        """
+        asked = Path(name)
+        known = asked.suffix.lower() in SUFFIXES
+        expected = asked if known else asked.with_name(asked.name + ".mp4")
+        stem = asked.stem if known else asked.name
+        found = {os.path.realpath(p): p for p in self._by_stem.get(stem, ())}
+        inside = {p: p.parent.relative_to(self.folder) for p in found.values()}
+        paths = [
+            p
+            for p, place in inside.items()
+            if not set(elsewhere) & set(place.parts) and asked.parent.name in ("", place.name)
+        ]
+        for hint in (asked.parent.as_posix().removeprefix("./"), *hints):
+            parts = "" if hint in ("", ".") else f"/{hint.strip('/')}/"
+            if near := [p for p in paths if parts and parts in f"/{inside[p].as_posix()}/"]:
+                paths = near
+        if len(paths) > 1:
+            raise ValueError(f"video {name!r} is there twice ({paths[0]}, {paths[1]}): keep one")
+        if paths:
+            return str(paths[0])
+        return os.path.normpath(self.folder / (hints[0] if hints else "") / expected)
+
+
+def bare(options: Sequence[str]) -> tuple[str, ...]:
+    """Options without the letters in front ("A. red", "(A): red", "A) red"), if all have the right ones.
+
+    Equal options are told apart by their letter, in brackets: a Row wants distinct ones.
+    """
+    labels = [_LABEL.match(option) for option in options]
+    letters = [label and (label[1] or label[2]) for label in labels]
+    texts = [option.strip() for option in options]
+    if letters == list(ascii_uppercase[: len(options)]):
+        stripped = [o[m.end() :].strip() for o, m in zip(options, labels, strict=True) if m]
+        texts = stripped if all(stripped) else texts
+    return tuple(
+        f"{text} [{ascii_uppercase[i]}]" if texts.count(text) > 1 else text
+        for i, text in enumerate(texts)
+    )
+
+
+def index_of(letter: str, options: Sequence[str]) -> int:
+    """Of the option that "B", "(B)" or "B." stands for. Raises ValueError where there is none."""
+    found = re.fullmatch(r"\s*\(?([A-Z])(?!\w).*", letter, re.DOTALL)
+    index = ascii_uppercase.index(found[1]) if found else len(options)
+    if index >= len(options):
+        raise ValueError(f"answer: {letter!r} is none of the {len(options)} options")
+    return index
+
+
+def lettered(options: Sequence[str], form: str = "{}. {}", joint: str = "\n") -> str:
+    """Options in a harness's own form."""
+    return joint.join(
+        form.format(letter, text) for letter, text in zip(ascii_uppercase, options, strict=False)
+    )

@@ -1,0 +1,101 @@
+"""TempCompass: perception of action, direction, speed, order and change, asked in four ways.
+
+Three can be matched (5,536 questions, `tempcompass`); captions need a judge (2,004, `tempcompass_captioning`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from storm_vlm.data.schema import Row
+from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, read_published
+from storm_vlm.evaluation.scoring import tempcompass
+
+MATCHED = ("multi-choice", "yes_no", "caption_matching")
+POST_PROMPTS = {
+    "multi-choice": "\nPlease directly give the best option:",
+    "yes_no": "\nPlease answer yes or no:",
+    "caption_matching": "\nPlease directly give the best option:",
+    "captioning": "",
+}
+
+
+class TempCompass:
+    """Yes or no, and which caption matches, are posed as options, so that one scorer serves all."""
+
+    groups: tuple[str, ...] = ("task", "dim")
+
+    def __init__(self, name: str = "tempcompass", tasks: tuple[str, ...] = MATCHED) -> None:
+        self.name, self.tasks = name, tasks
+        self.hub = Hub("lmms-lab/TempCompass", tasks)
+
+    def read(self, folder: Path) -> list[Row]:
+        videos = Videos(folder)
+
+        def convert(published: dict[str, Any], file: Path, number: int) -> list[Row]:
+            names = (file.stem.removeprefix("questions-"), file.parent.name)
+            task = next((name for name in names if name in self.tasks), None)
+            if task is None:
+                return []
+            return [
+                _row(task, f"{task}-{number}{place}", videos, flat)
+                for place, flat in _flat(published)
+            ]
+
+        return read_published(
+            folder, ("questions/*.json", "*.json", "*.parquet"), self.hub, convert
+        )
+
+    def official_prompt(self, row: Row) -> str:
+        return row.meta["published_question"] + POST_PROMPTS[row.meta["task"]]
+
+    def official_score(self, text: str, row: Row) -> float | None:
+        """None: what the rules cannot match goes to a judge, as every caption does."""
+        lines = row.meta["published_question"].split("\n")[1:]
+        return tempcompass(text, row.meta["task"], row.meta["published_answer"], lines)
+
+
+def _flat(published: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """One row of the hub; or the repository's {video: {dim: [question, …]}}."""
+    if "question" in published:
+        return [("", published)]
+    return [
+        (f"-{video}-{dim}-{i}", {**asked, "video_id": video, "dim": dim})
+        for video, dims in published.items()
+        for dim, questions in dims.items()
+        for i, asked in enumerate(questions)
+    ]
+
+
+def _row(task: str, name: str, videos: Videos, published: dict[str, Any]) -> Row:
+    text, labels = published["question"], ()
+    answer = published["mc_answer"] if task == "captioning" else published["answer"]
+    question, options = text, ()
+    if task == "yes_no":
+        options, gold = ("yes", "no"), answer
+    elif task == "captioning":
+        gold = answer
+    else:
+        question, *lines = text.split("\n")
+        if answer not in lines:
+            raise ValueError(f"answer: {answer!r} is none of the lines after the question")
+        options = bare(lines)
+        if task == "caption_matching":
+            labels, _, options = zip(*(line.partition(": ") for line in lines), strict=True)
+        gold = options[lines.index(answer)]
+    return Row(
+        id=name,
+        video=videos.find(published["video_id"], ("videos",)),
+        question=question,
+        options=options,
+        answer=gold,
+        split="test",
+        meta={
+            "task": task,
+            "dim": published["dim"],
+            "labels": list(labels),
+            "published_question": text,
+            "published_answer": answer,
+        },
+    )

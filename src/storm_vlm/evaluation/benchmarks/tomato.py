@@ -1,0 +1,50 @@
+"""TOMATO: 1,484 questions that need several frames in their order, of six kinds of reasoning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from storm_vlm.data.schema import Row
+from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, read_published
+from storm_vlm.evaluation.scoring import tomato_lmms_eval
+
+
+class Tomato:
+    name = "tomato"
+    groups: tuple[str, ...] = ("reason_type", "demonstration_type")
+    hub = Hub("lmms-eval/TOMATO")
+
+    def read(self, folder: Path) -> list[Row]:
+        videos = Videos(folder)
+
+        def convert(published: dict[str, Any], file: Path, number: int) -> Row:
+            options = bare(published["options"])
+            return Row(
+                id=str(published["id"]),
+                video=videos.find(published["video_path"]),
+                question=published["question"],
+                options=options,
+                answer=options[int(published["answer"])],  # an index, counted from 0
+                split="test",
+                meta={group: published[group] for group in self.groups},
+            )
+
+        return read_published(folder, ("test*.parquet", "*tomato*.json*"), self.hub, convert)
+
+    def official_prompt(self, row: Row) -> str:
+        options = dict(zip("ABCDEFGH", row.options, strict=False))
+        return (
+            "You will be provided with frames uniformly sampled from a video, the frames are provided in "
+            "chronological order of the video. Analyze these frames and provide the answer to the question about "
+            "the video content. Answer the multiple-choice question about the video content.\n\nYou must use these "
+            "frames to answer the multiple-choice question; do not rely on any externel knowledge or commonsense."
+            f"\n\n<question>\n{row.question}\n</question>\n\n<options>\n{options}\n</options>\n\nEven if the "
+            "information in these separate frames is not enough to answer the question, PLEASE TRY YOUR BEST TO "
+            "GUESS AN ANSWER WHICH YOU THINK WOULD BE THE MOST POSSIBLE ONE BASED ON THE QUESTION.\n\nDO NOT "
+            "GENERATE ANSWER SUCH AS 'NOT POSSIBLE TO DETERMINE.'"
+        )
+
+    def official_score(self, text: str, row: Row) -> float:
+        """lmms-eval's rule."""
+        return tomato_lmms_eval(text, row)

@@ -1,0 +1,44 @@
+"""VideoEspresso's hard test: about 1,400 questions of 14 tasks; a third are causal, so look at the macro average."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from storm_vlm.data.schema import Row
+from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
+from storm_vlm.evaluation.scoring import first_capital
+
+
+class VideoEspresso:
+    name = "videoespresso"
+    groups: tuple[str, ...] = ("task",)
+    hub = Hub("hshjerry0315/VideoEspresso-Test", data_files="bench_hard.json", split="train")
+
+    def read(self, folder: Path) -> list[Row]:
+        """Rows of bench_hard.json (bench_final.json in the README); evidence and captions stay behind."""
+        videos = Videos(folder)
+
+        def convert(published: dict[str, Any], file: Path, number: int) -> Row:
+            options = bare(published["options"])
+            return Row(
+                id=f"espresso-{number}",
+                video=videos.find(published["video_path"]),
+                question=published["question"],
+                options=options,
+                answer=options[index_of(published["correct_answer"], options)],
+                split="test",
+                meta={"task": published["task"], "published_options": published["options"]},
+            )
+
+        return read_published(folder, ("bench_hard.json", "bench_final.json"), self.hub, convert)
+
+    def official_prompt(self, row: Row) -> str:
+        return (
+            f"Please finish the {row.meta['task']} task. Question: {row.question}. You have the following "
+            f"options: \n{''.join(row.meta['published_options'])} "
+            "Select the answer and only give the option letters."
+        )
+
+    def official_score(self, text: str, row: Row) -> float:
+        return first_capital(text, row)

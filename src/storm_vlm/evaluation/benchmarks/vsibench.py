@@ -1,0 +1,56 @@
+"""VSI-Bench: spatial questions about rooms, with options or with a number for an answer.
+
+Numbers are scored by mean relative accuracy, so the official column is the one to read: ours wants the very
+number. Its own average is over `kind`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from storm_vlm.data.schema import Row
+from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
+from storm_vlm.evaluation.scoring import vsi_choice, vsi_number
+
+
+class VSIBench:
+    name = "vsibench"
+    groups: tuple[str, ...] = ("kind", "question_type")
+    hub = Hub("nyu-visionx/VSI-Bench", ("full",))
+
+    def read(self, folder: Path) -> list[Row]:
+        videos = Videos(folder)
+
+        def convert(published: dict[str, Any], file: Path, number: int) -> Row:
+            listed = published.get("options") or []
+            options = bare(listed)
+            truth = str(published["ground_truth"])
+            task = published["question_type"]
+            return Row(
+                id=str(published["id"]),
+                video=videos.find(f"{published['dataset']}/{published['scene_name']}"),
+                question=published["question"],
+                options=options,
+                answer=options[index_of(truth, options)] if options else truth,
+                split="test",
+                meta={
+                    "kind": task if "rel_direction" not in task else task.rpartition("_")[0],
+                    "question_type": task,
+                    "published_options": listed,
+                },
+            )
+
+        return read_published(folder, ("test*.jsonl", "test*.parquet"), self.hub, convert)
+
+    def official_prompt(self, row: Row) -> str:
+        lines = ["These are frames of a video.", row.question]
+        if row.options:
+            lines.append("Options:\n" + "\n".join(row.meta["published_options"]))
+            lines.append("Answer with the option's letter from the given choices directly.")
+        else:
+            lines.append("Please answer the question using a single word or phrase.")
+        return "\n".join(lines)
+
+    def official_score(self, text: str, row: Row) -> float:
+        return vsi_choice(text, row) if row.options else vsi_number(text, row)

@@ -1,0 +1,125 @@
+"""Two methods on the same questions: how much they differ, how sure that is, and whether it is about time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storm_vlm.evaluation.runs import Run
+from storm_vlm.evaluation.statistics import only_right, paired_difference
+
+SHUFFLED = "shuffled_frames"
+
+
+def hits(runs: Sequence[Run], like: Run) -> NDArray[np.float64]:
+    """Right or wrong, (seeds, rows), in the order of `like`'s records.
+
+    Raises ValueError where a run is about another benchmark, other questions or other answers.
+    """
+    answers = {record.id: record.answer for record in like.records}
+    outcomes = []
+    for run in runs:
+        if run.benchmark != like.benchmark:
+            raise ValueError(
+                f"{run.folder} is {run.benchmark}, {like.folder} is {like.benchmark}: compare like with like"
+            )
+        records = {record.id: record for record in run.records}
+        if odd := sorted(records.keys() ^ answers.keys()):
+            raise ValueError(
+                f"{run.folder} and {like.folder} are about different questions: {len(odd)} are in one "
+                f"only, as {odd[0]!r}; let both finish, or run both on the same rows"
+            )
+        if odd := [id for id, answer in answers.items() if records[id].answer != answer]:
+            raise ValueError(f"{run.folder} and {like.folder} differ in the answer of {odd[0]!r}")
+        outcomes.append([float(records[id].correct) for id in answers])
+    return np.array(outcomes)
+
+
+def overall(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
+    """Ours minus theirs over all questions, as `compare` without its groups."""
+    a, b = _paired(ours, theirs)
+    return _difference(a, b, theirs[0].videos, np.ones(a.shape[1], bool))
+
+
+def compare(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
+    """Ours minus theirs, in all and by group; what the runs say differently about how they were made.
+
+    Each side is one run, or one for each seed (a single one stands for every seed).
+    """
+    first = theirs[0]
+    a, b = _paired(ours, theirs)
+    groups: dict[str, dict[str, Any]] = {}
+    for key in dict.fromkeys(key for record in first.records for key in record.groups):
+        labels = np.array([record.groups.get(key, "(none)") for record in first.records])
+        groups[key] = {
+            str(label): _difference(a, b, first.videos, labels == label)
+            for label in np.unique(labels)
+        }
+    return {
+        **_difference(a, b, first.videos, np.ones(a.shape[1], bool)),
+        "benchmark": first.benchmark,
+        "seeds": len(a),
+        "videos": len(set(first.videos)),
+        "groups": groups,
+        "differs": differences(ours[0].provenance, first.provenance),
+    }
+
+
+def _paired(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[NDArray, NDArray]:
+    if len(ours) != len(theirs) and 1 not in (len(ours), len(theirs)):
+        raise ValueError(
+            f"{len(ours)} runs cannot be paired with {len(theirs)}: give as many seeds"
+        )
+    a, b = np.broadcast_arrays(hits(ours, theirs[0]), hits(theirs, theirs[0]))
+    return a, b
+
+
+def _difference(a: NDArray, b: NDArray, videos: Sequence[str], member: NDArray) -> dict[str, Any]:
+    clusters = [video for video, here in zip(videos, member, strict=True) if here]
+    ours, theirs = a[:, member], b[:, member]
+    only_ours, only_theirs = only_right(ours, theirs)
+    return {
+        "n": int(member.sum()),
+        "ours": float(ours.mean()),
+        "theirs": float(theirs.mean()),
+        "difference": paired_difference(ours, theirs, clusters, 2000),
+        "only_ours": only_ours,
+        "only_theirs": only_theirs,
+    }
+
+
+def survives_shuffling(
+    ours: Run, theirs: Run, ours_shuffled: Run, theirs_shuffled: Run
+) -> dict[str, Any]:
+    """Whether a gain is as large when the frames come in no order: then it is not about time.
+
+    `loss` is the gain minus the gain under shuffled frames, on the same questions. "not temporal": there is a
+    gain beyond its interval, and no such loss. None: there is no gain to ask this about.
+    """
+    a, b, c, d = (hits([run], theirs)[0] for run in (ours, theirs, ours_shuffled, theirs_shuffled))
+    gain = paired_difference(a, b, theirs.videos, 2000)
+    loss = paired_difference(a - b, c - d, theirs.videos, 2000)
+    not_temporal = None if gain["low"] <= 0 else bool(loss["low"] <= 0)
+    shuffled = paired_difference(c, d, theirs.videos, 2000)
+    return {"gain": gain, "shuffled": shuffled, "loss": loss, "not_temporal": not_temporal}
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two provenances say differently, by dotted name."""
+    a, b = _flat(ours), _flat(theirs)
+    return {k: (a.get(k), b.get(k)) for k in dict.fromkeys((*a, *b)) if a.get(k) != b.get(k)}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
+        leaves |= inner
+    return leaves

@@ -1,0 +1,111 @@
+"""Tables of runs as Markdown, as one self-contained page, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from storm_vlm.data.files import write_text
+from storm_vlm.evaluation.runs import Run
+from storm_vlm.evaluation.tables import Cell, Measured, Table, build_tables, measure
+
+HEADING = "STORM: evaluation"
+READING = (
+    "Accuracy in percent by the strict parser; what it cannot parse, and what could not be asked, counts as wrong. "
+    "Brackets: 95% bootstrap interval over videos. Official: the benchmark's own rule on the same raw answers, its "
+    "quirks included, over those that it has a verdict on; it presumes the benchmark's own prompt."
+)
+
+
+def write_report(runs: Sequence[Run], out: Path | None = None, paper: bool = False) -> list[Table]:
+    """The tables of these runs; into `out` go report.md, report.html and report.csv.
+
+    Gains and ratios are against the first run's system. Raises ValueError for runs that cannot be compared.
+    """
+    measured = measure(runs)
+    tables = build_tables(measured, paper)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "report.md", markdown(tables))
+        write_text(out / "report.html", html(tables, runs))
+        write_text(out / "report.csv", as_csv(measured))
+    return tables
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    parts = [f"# {HEADING}", READING]
+    for table in tables:
+        rows = [[_escaped(column) for column in table.columns], ["---"] * len(table.columns)]
+        for line in table.lines:
+            cells = [_markdown(cell) for cell in line.cells]
+            rows.append([f"*{cells[0]}*", *cells[1:]] if line.paper else cells)
+        parts.append(f"## {_escaped(table.title)}")
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        parts += ["\n".join(f"- {_escaped(note)}" for note in table.notes)] if table.notes else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(cell: Cell) -> str:
+    text = _escaped(cell.text) + (" ⚠" if cell.warning else "")
+    return f"{text}<br><sub>{_escaped(cell.small)}</sub>" if cell.small else text
+
+
+def _escaped(text: str) -> str:
+    return text.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*")
+
+
+def html(tables: Sequence[Table], runs: Sequence[Run]) -> str:
+    """One page without outside requests; light and dark as the reader's system is."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("storm_vlm"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.get_template("evaluation.html")
+    return template.render(heading=HEADING, reading=READING, tables=tables, runs=runs)
+
+
+CSV_COLUMNS = (
+    *("system", "benchmark", "control", "group", "category", "n", "accuracy", "low", "high"),
+    *("unparsed", "errors", "official", "official_scored", "seconds_per_item"),
+)
+
+
+def as_csv(measured: Measured) -> str:
+    """A line for each run and each of its categories; shares from 0 to 1."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for (system, benchmark, control), summary in measured.summaries.items():
+        run = {"system": system, "benchmark": benchmark, "control": control}
+        writer.writerows(run | line for line in _csv_lines(summary))
+    return text.getvalue()
+
+
+def _csv_lines(summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    seconds = {"seconds_per_item": summary["seconds"].get("total")}
+    yield {"group": "", "category": "all", **_csv_shares(summary), **seconds}
+    for key, group in summary["groups"].items():
+        low, high = group["macro_interval"]
+        yield {
+            "group": key,
+            "category": "macro",
+            "accuracy": group["macro"],
+            "low": low,
+            "high": high,
+        }
+        for name, category in group["categories"].items():
+            yield {"group": key, "category": name, **_csv_shares(category)}
+
+
+def _csv_shares(found: dict[str, Any]) -> dict[str, Any]:
+    low, high = found["interval"]
+    official = found["official"]
+    return {
+        **{name: found[name] for name in ("n", "accuracy", "unparsed", "errors")},
+        **{"low": low, "high": high, "official": official["accuracy"]},
+        "official_scored": official["scored"],
+    }

@@ -1,0 +1,183 @@
+"""A run on disk: `run.json` says how it was made, `answers.jsonl` (or answers-*.jsonl shards) holds its records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from storm_vlm.evaluation.records import Record
+from storm_vlm.evaluation.scoring import RULES
+from storm_vlm.evaluation.statistics import category_intervals, confidence_interval
+
+_RECORD = TypeAdapter(Record)
+
+
+class RunError(ValueError):
+    """A folder that does not hold a whole run; names file, line and field."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Provenance and records, in the order of the files."""
+
+    folder: Path
+    provenance: dict[str, Any]
+    records: tuple[Record, ...]
+
+    @property
+    def benchmark(self) -> str:
+        return str(self.provenance["benchmark"])
+
+    @property
+    def control(self) -> str:
+        """What was taken from the evidence; "" for nothing."""
+        control = self.provenance.get("control")
+        return "" if control in (None, "none") else str(control)
+
+    @property
+    def system(self) -> str:
+        """Reasoner and model, without their paths."""
+        parts = (self.provenance.get("reasoner"), self.provenance.get("model"))
+        return " · ".join(Path(str(part)).name for part in parts if part) or self.folder.name
+
+    @property
+    def videos(self) -> list[str]:
+        return [record.video for record in self.records]
+
+
+def read_run(folder: Path) -> Run:
+    """Raises RunError for a torn or malformed line and for an id that comes twice, OSError for a missing file."""
+    folder = Path(folder)
+    file = folder / "run.json"
+    try:
+        provenance = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise RunError(f"{file}: not JSON: {error}") from error
+    if not isinstance(provenance, dict) or "benchmark" not in provenance:
+        raise RunError(f"{file}: benchmark: missing")
+    shards = sorted((*folder.glob("answers.jsonl"), *folder.glob("answers-*.jsonl")))
+    if not shards:
+        raise FileNotFoundError(f"{folder} holds no answers.jsonl: run the evaluation first")
+    records: dict[str, Record] = {}
+    places: dict[str, str] = {}
+    for shard in shards:
+        for number, line in enumerate(shard.read_bytes().split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            place = f"{shard}:{number}"
+            record = _record(line, place)
+            if record.id in records:
+                raise RunError(f"{place}: id: {record.id!r} is at {places[record.id]}, too")
+            records[record.id], places[record.id] = record, place
+    return Run(folder, provenance, tuple(records.values()))
+
+
+def _record(line: bytes, place: str) -> Record:
+    try:
+        return _RECORD.validate_json(line)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = ".".join(map(str, fault["loc"])) or "torn or malformed line"
+        raise RunError(f"{place}: {field}: {fault['msg']}") from error
+
+
+def find_runs(paths: Iterable[Path]) -> list[Run]:
+    """The runs in these folders, at any depth. Raises FileNotFoundError for a folder without one."""
+    runs: list[Run] = []
+    for path in paths:
+        found = sorted(file.parent for file in Path(path).rglob("run.json"))
+        if not found:
+            raise FileNotFoundError(f"{path} holds no run.json: name the folder of a run")
+        runs += [read_run(folder) for folder in found]
+    return runs
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """All that tables need of a run. Shares are over every record; an error or unparsed answer is wrong."""
+    records = run.records
+    if not records:
+        raise RunError(f"{run.folder}: no answers yet")
+    replies = [record.reply for record in records if record.reply]
+    return {
+        "benchmark": run.benchmark,
+        "system": run.system,
+        "control": run.control,
+        "n_expected": run.provenance.get("n_expected", len(records)),
+        "videos": len(set(run.videos)),
+        **_shares(records),
+        "interval": confidence_interval([r.correct for r in records], run.videos),
+        "rules": {
+            name: _scored([rule(r.reply.text, r) if r.reply else 0.0 for r in records])
+            for name, rule in RULES.get(run.benchmark, {}).items()
+        },
+        "groups": {key: _group(run, key) for key in _keys(records)},
+        "seconds": _seconds(run),
+        "tokens": _mean([reply.tokens for reply in replies]),
+        "slots_used": _mean([reply.slots_used for reply in replies]),
+        "forced_end": _mean([reply.forced_end for reply in replies if reply.opened]),
+    }
+
+
+def _shares(records: Sequence[Record]) -> dict[str, Any]:
+    n = len(records)
+    return {
+        "n": n,
+        "accuracy": sum(r.correct for r in records) / n,
+        "unparsed": sum(not r.parsed and r.error is None for r in records) / n,
+        "errors": sum(r.error is not None for r in records) / n,
+        "official": _scored([r.official for r in records]),
+    }
+
+
+def _scored(scores: Sequence[float | None]) -> dict[str, Any]:
+    """Mean over those that the rule has a verdict on, and how many these are."""
+    given = [score for score in scores if score is not None]
+    return {"accuracy": _mean(given), "scored": len(given)}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return mean(map(float, values)) if values else None
+
+
+def _keys(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(key for record in records for key in record.groups))
+
+
+def _group(run: Run, key: str) -> dict[str, Any]:
+    """Shares and intervals of each category of one key, and their plain mean (macro)."""
+    labels = [record.groups.get(key, "(none)") for record in run.records]
+    names = sorted(set(labels))
+    members = np.array([[label == name for name in names] for label in labels])
+    hits = [record.correct for record in run.records]
+    low, high, macro = category_intervals(hits, members, run.videos)
+    categories = {
+        name: {
+            **_shares([r for r, label in zip(run.records, labels, strict=True) if label == name]),
+            "interval": (float(low[i]), float(high[i])),
+        }
+        for i, name in enumerate(names)
+    }
+    average = mean(category["accuracy"] for category in categories.values())
+    return {"macro": average, "macro_interval": macro, "categories": categories}
+
+
+def _seconds(run: Run) -> dict[str, Any]:
+    """Mean wall time of an item by phase, over the items that were timed; the total with its interval."""
+    timed = [r for r in run.records if r.reply and "total" in r.reply.seconds]
+    if not timed:
+        return {}
+    spent = [r.reply.seconds for r in timed if r.reply]
+    totals = [seconds["total"] for seconds in spent]
+    phases = list(dict.fromkeys(phase for seconds in spent for phase in seconds))
+    return {
+        **{phase: mean(seconds.get(phase, 0.0) for seconds in spent) for phase in phases},
+        "interval": confidence_interval(totals, [r.video for r in timed]),
+        "timed": len(timed),
+    }

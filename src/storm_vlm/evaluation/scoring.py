@@ -1,0 +1,285 @@
+"""The rules that other harnesses score with, quirks included, to be set beside ours on the same raw text.
+
+Ours is `storm_vlm.data.prompt.is_correct`. These were written from what the harnesses were seen to do. None:
+the rule has no verdict (it asks a judge, or drops the answer from the denominator). Where a harness guesses at
+random, a hash of the example's id guesses here, so that a figure can be made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from string import ascii_uppercase, punctuation
+from typing import Protocol
+
+import numpy as np
+
+
+class Asked(Protocol):
+    """What a rule needs of an example: `Row` and `Record` both have it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def options(self) -> tuple[str, ...]: ...
+    @property
+    def answer(self) -> str: ...
+
+
+Rule = Callable[[str, Asked], float | None]
+_QUALIFIED = ("the {}", "{}", "the correct {}", "correct {}", "the best {}", "best {}")
+_PHRASES = (
+    *(form.format("answer is") for form in _QUALIFIED),
+    *(form.format("option is") for form in _QUALIFIED[2:]),
+    *(form.format("choice is") for form in _QUALIFIED[:4]),
+    *("i choose", "i select", "i pick", "my answer is", "my choice is"),
+)
+
+
+def letter(asked: Asked) -> str:
+    """Of the right option."""
+    return ascii_uppercase[asked.options.index(asked.answer)]
+
+
+def _letters(asked: Asked) -> str:
+    return ascii_uppercase[: len(asked.options)]
+
+
+def _stripped(text: str, marks: str) -> str:
+    for mark in marks:
+        text = text.strip(mark)
+    return text
+
+
+def videomme_lmms_eval(text: str, asked: Asked) -> float:
+    """The best-ranked letter: at the start, at the end, after "answer is", "(C)", "C." … Later ones win a tie.
+
+    "A man walks so the answer is C" is A, "DNA" is A, "The best answer is: C. Because A is wrong" is A.
+    """
+    padded = f" {_stripped(text.strip(), ',.!?;:' + chr(39) + chr(34))} "
+    inner = padded.strip()
+    found: list[tuple[int, int, str]] = []
+    for choice in "ABCD":
+        if inner.startswith(choice) and not inner[1:2].isalpha():
+            found.append((10, 0, choice))
+        if inner.endswith(choice) and not inner[-2:-1].isalpha():
+            found.append((9, len(padded), choice))
+        for phrase in _PHRASES:
+            at = padded.lower().find(phrase)
+            found.append((7, padded.find(choice, at + len(phrase)) if at >= 0 else -1, choice))
+        for rank, form in enumerate(
+            (choice, f"{choice} ", f"{choice})", f"{choice}:", f"{choice}.")
+        ):
+            found.append((rank, padded.rfind(form), choice))
+        found.append((6, padded.rfind(f"({choice})"), choice))
+    _, _, choice = max((f for f in found if f[1] >= 0), default=(0, -1, ""))
+    return float(choice == letter(asked))
+
+
+def videomme_vlmevalkit(text: str, asked: Asked) -> float:
+    """The first capital A to D after some phrases are cut out: "Based on the video, C" is B."""
+    for phrase in ("The best answer is", "The correct answer is", "The answer", "Answer:"):
+        text = text.replace(phrase, "")
+    return first_capital(text, asked)
+
+
+def first_capital(text: str, asked: Asked) -> float:
+    """VideoEspresso's own rule: the first capital A to D, of whatever word."""
+    found = re.search("[ABCD]", text)
+    return float(found is not None and found[0] == letter(asked))
+
+
+def mvbench_original(text: str, asked: Asked) -> float:
+    """MVBench's own rule, as VLMEvalKit has it before its judge: the first word is part of "(c)", or holds it.
+
+    Part of it are "C" and "(C)", but "" and "(", too; "The answer is (C)" is wrong.
+    """
+    first = text.lower().strip().split(" ")[0]
+    right = f"({letter(asked).lower()})"
+    return float(first.replace(".", "") in right or right in first)
+
+
+def mvbench_lmms_eval(text: str, asked: Asked) -> float | None:
+    """The first A to E that is a word, small or not: "It is a dog, so (C)" is A. "" is dropped."""
+    if text == "":
+        return None
+    if stated := re.match(r"([A-E])\.\s*.+$", text.strip(), re.IGNORECASE):
+        return float(stated[1].upper() == letter(asked))
+    text = re.sub(r"[\n\t]", " ", text).strip()
+    numbers, plain = re.search(r"\d,\d", text), text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        plain = plain.replace(mark, "" if beside_space or numbers else " ")
+    found = re.search(r"\b[A-E]\b", re.sub(r"\.(?!\d)", "", plain), re.IGNORECASE)
+    return float(found is not None and found[0].upper() == letter(asked))
+
+
+def video_holmes_official(text: str, asked: Asked) -> float:
+    """In the last <answer>: the first of A to F that stands as "X ", "X:" or "[X", else that occurs at all."""
+    tagged = re.findall(r"<answer>\s*(.*?)\s*</answer>", text, re.DOTALL)
+    said = tagged[-1].strip() if tagged else ""
+    marked = [x for x in "ABCDEF" if any(f in said for f in (f"{x} ", f"{x}:", f"[{x}"))]
+    chosen = marked or [x for x in "ABCDEF" if x in said]
+    return float(chosen[:1] == [letter(asked)])
+
+
+def video_holmes_lmms_eval(text: str, asked: Asked) -> float:
+    """The last "(X)", else "X ", else "X.", else an option's text; else at random, as for <answer>C</answer>."""
+    padded = f" {_stripped(text, ',.!?;:' + chr(39))} "
+    chosen: list[tuple[int, str]] = []
+    for form, counted in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
+        if not chosen:
+            kept = [x for x in _letters(asked) if form.format(x) in padded]
+            chosen = [(padded.rfind(counted.format(x)), x) for x in kept]
+    if not chosen and len(padded.split()) > 5:
+        places = [padded.lower().rfind(option.lower()) for option in asked.options]
+        chosen = [(at, x) for at, x in zip(places, _letters(asked), strict=True) if at >= 0]
+    guess = _random_letter(asked) if not chosen else max(chosen, key=lambda pair: pair[0])[1]
+    return float(guess == letter(asked))
+
+
+def _random_letter(asked: Asked) -> str:
+    drawn = int.from_bytes(hashlib.sha256(asked.id.encode()).digest()[:8], "big")
+    return _letters(asked)[drawn % len(asked.options)]
+
+
+def tomato_lmms_eval(text: str, asked: Asked) -> float:
+    """The only capital that is an option's letter, else the last "(X)", else the first such letter; else A."""
+    padded = f" {_stripped(text, ',.!?;:' + chr(39))} "
+    chosen = [(padded.rfind(f"({x})"), x) for x in _letters(asked) if x in padded]
+    if not chosen and len(padded.split()) > 5:
+        places = [padded.lower().rfind(option.lower()) for option in asked.options]
+        chosen = [(at, x) for at, x in zip(places, _letters(asked), strict=True) if at >= 0]
+    guess = max(chosen, key=lambda pair: pair[0])[1] if chosen else "A"
+    return float(guess == letter(asked))
+
+
+def tvbench_lmms_eval(text: str, asked: Asked) -> float:
+    """The first letter that is a word ("a" is A), else the first character, else the one option named."""
+    letters, upper = _letters(asked), text.strip().upper()
+    word, first = re.search(r"\b[A-Z]\b", upper), re.match(r"[(\[]?([A-Z])", upper)
+    said = " ".join(text.lower().split())
+    named = [
+        x
+        for x, o in zip(letters, asked.options, strict=True)
+        if " ".join(o.lower().split()) in said
+    ]
+    if word and word[0] in letters:
+        guess = word[0]
+    elif first and first[1] in letters:
+        guess = first[1]
+    else:
+        guess = named[0] if len(named) == 1 else ""
+    return float(guess == letter(asked))
+
+
+def mmvu_lmms_eval(text: str, asked: Asked) -> float | None:
+    """Options: the right letter anywhere as a word, or the option's text. Open: one is part of the other.
+
+    Gold A, "It is a cat, answer C" is right; open, "" and "o" and "not a Dolly Zoom" are right. An open answer
+    that no rule takes goes to a judge: None.
+    """
+    said = text.strip().lower()
+    if asked.options:
+        gold = letter(asked).lower()
+        words = [
+            w for w in (w.strip(punctuation) for w in asked.answer.lower().split()) if len(w) > 2
+        ]
+        named = gold in said and any(word in said for word in words)
+        as_word = re.search(rf"\b{gold}\b", said) is not None
+        return float(as_word or asked.answer.strip().lower() in said or named)
+    said, right = _plain_powers(said), _plain_powers(asked.answer.strip().lower())
+    if said in right or right in said:
+        return 1.0
+    ours, theirs = re.findall(r"\d+\.?\d*", said), re.findall(r"\d+\.?\d*", right)
+    if ours and theirs and abs(float(ours[0]) - float(theirs[0])) < 0.01:
+        return 1.0
+    words, wanted = _words(said), _words(right)
+    if 2 <= len(wanted) <= 5 and all(word in words for word in wanted if len(word) > 2):
+        return 1.0
+    order, right_order = (re.search(r"o\s*\([^)]+\)", part) for part in (said, right))
+    return 1.0 if order and right_order and order[0] == right_order[0] else None
+
+
+def _plain_powers(text: str) -> str:
+    powers = {power: f"^{digit}" for digit, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+    return " ".join(text.translate(str.maketrans(powers)).split())
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in (word.strip(punctuation) for word in text.split()) if word]
+
+
+def tempcompass(text: str, task: str, published: str, options: Sequence[str]) -> float | None:
+    """TempCompass's own matching before its judge; `published` is the answer, `options` are the lines, as published.
+
+    "Not sure", "None of these" and "Now the man" are "no"; `<answer>yes</answer>`, "(2)" and "The best option is
+    Option 2" match nothing.
+    """
+    if task == "yes_no":
+        said = next((word for word in ("yes", "no") if text.lower().startswith(word)), None)
+        return None if said is None else float(said == published)
+    if task == "multi-choice":
+        if text == published:
+            return 1.0
+        named = re.fullmatch(r"([ABCD])(?:[.)].*)?", text, re.DOTALL)
+        return float(named[1] == published[0]) if named else None
+    if task == "caption_matching":
+        return _caption_match(text, published, options)
+    return None
+
+
+def _caption_match(text: str, published: str, options: Sequence[str]) -> float | None:
+    said = None
+    for label, _, sentence in (option.partition(": ") for option in options):
+        after_bracket = text.split(") ")[1] if ") " in text else None
+        if text == f"{label}: {sentence}" or sentence in (text, after_bracket):
+            said = label
+        if {text, text.replace(".", "")} & {label, label.split(" ")[-1]}:
+            said = label
+    return None if said is None else float(said == published.partition(":")[0])
+
+
+def vsi_choice(text: str, asked: Asked) -> float:
+    """VSI-Bench, options: the first word is the letter, in either case ("c. red"); "(C)" is wrong."""
+    return float(text.split(" ")[0].rstrip(".").strip().lower() == letter(asked).lower())
+
+
+def vsi_number(text: str, asked: Asked) -> float:
+    """VSI-Bench, numbers: mean relative accuracy, the share of ten tolerances (50% to 5%) that is kept."""
+    said, right = _first_number(text), float(asked.answer)
+    if said is None or right == 0:
+        return 0.0
+    return float((abs(said - right) / right <= 1 - np.linspace(0.5, 0.95, 10)).mean())
+
+
+_SPELLED = """0 zero 1 one 2 two 3 three 4 four 5 five 6 six 7 seven 8 eight 9 nine 10 ten 11 eleven 12 twelve
+13 thirteen 14 fourteen 15 fifteen 16 sixteen 17 seventeen 18 eighteen 19 nineteen 20 twenty 30 thirty 40 forty
+50 fifty 60 sixty 70 seventy 80 eighty 90 ninety"""
+_VALUES = {word: int(value) for value, word in re.findall(r"(\d+) (\w+)", _SPELLED)}
+
+
+def _first_number(text: str) -> float | None:
+    words = "|".join((*sorted(_VALUES, key=len, reverse=True), "hundred"))
+    spelled = rf"\b(?:{words})\b(?:[^a-z]+(?:and[^a-z]+)*(?:{words})\b)*"
+    found = re.search(rf"-?\d+(?:\.\d+)?|{spelled}", text.lower())
+    if found is None or not found[0][0].isalpha():
+        return None if found is None else float(found[0])
+    total = 0
+    for word in re.findall(words, found[0]):
+        total = max(total, 1) * 100 if word == "hundred" else total + _VALUES[word]
+    return float(total)
+
+
+#: The first rule of a benchmark is the one that `Benchmark.official_score` gives.
+RULES: dict[str, dict[str, Rule]] = {
+    "videomme": {"lmms-eval": videomme_lmms_eval, "VLMEvalKit": videomme_vlmevalkit},
+    "mvbench": {"original": mvbench_original, "lmms-eval": mvbench_lmms_eval},
+    "tvbench": {"lmms-eval": tvbench_lmms_eval},
+    "videoespresso": {"original": first_capital},
+    "video_holmes": {"original": video_holmes_official, "lmms-eval": video_holmes_lmms_eval},
+    "mmvu": {"lmms-eval": mmvu_lmms_eval},
+    "mmvu_open": {"lmms-eval": mmvu_lmms_eval},
+    "tomato": {"lmms-eval": tomato_lmms_eval},
+}

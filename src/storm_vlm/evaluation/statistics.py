@@ -1,0 +1,110 @@
+"""Shares and how sure they are: intervals by a bootstrap over videos, since questions about one video go together."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Interval = tuple[float, float]
+
+
+def _clusters(clusters: Sequence[Hashable] | None, rows: int) -> NDArray[np.int64]:
+    """Cluster numbers (rows,), in the order in which the clusters first occur; by default, each row its own."""
+    if clusters is None:
+        return np.arange(rows)
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], int)
+
+
+def _weights(groups: int, resamples: int, rng: np.random.Generator) -> Iterator[NDArray]:
+    """How often each cluster is drawn, (some resamples, groups) at a time."""
+    at_once = max(1, 2**22 // groups)
+    for first in range(0, resamples, at_once):
+        many = min(at_once, resamples - first)
+        drawn = rng.integers(0, groups, (many, groups)) + groups * np.arange(many)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=many * groups)
+        yield counts.reshape(many, groups).astype(float)
+
+
+def _sums(columns: NDArray, clusters: NDArray[np.int64]) -> NDArray:
+    """Columns (rows, M) summed within clusters: (groups, M)."""
+    sums = np.zeros((clusters.max() + 1, columns.shape[1]))
+    np.add.at(sums, clusters, columns)
+    return sums
+
+
+def _percentiles(values: NDArray) -> tuple[NDArray, NDArray]:
+    low, high = np.nanpercentile(values, [2.5, 97.5], axis=0)
+    return low, high
+
+
+def confidence_interval(
+    values: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """95% percentile bootstrap of the mean, over clusters if given, else over values."""
+    everything = np.ones((len(values), 1), bool)
+    low, high, _ = category_intervals(values, everything, clusters, resamples, seed)
+    return float(low[0]), float(high[0])
+
+
+def category_intervals(
+    values: Sequence[float],
+    members: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[NDArray, NDArray, Interval]:
+    """Lows and highs (M,) of the mean of each category, and the interval of the mean of these means (macro).
+
+    `members` (rows, M) says who belongs to which category. One resample of the clusters serves them all.
+    """
+    member = np.asarray(members, float)
+    data = np.asarray(values, float)[:, None] * member
+    clustered = _clusters(clusters, len(member))
+    hits, counts = _sums(data, clustered), _sums(member, clustered)
+    rng = np.random.default_rng(seed)
+    with np.errstate(
+        invalid="ignore"
+    ):  # a rare category may be drawn by no resample: nan, left out
+        means = np.concatenate(
+            [(w @ hits) / (w @ counts) for w in _weights(len(hits), resamples, rng)]
+        )
+    macro = np.nansum(means, 1) / (~np.isnan(means)).sum(1)
+    low, high = _percentiles(means)
+    macro_low, macro_high = _percentiles(macro)
+    return low, high, (float(macro_low), float(macro_high))
+
+
+def paired_difference(
+    ours: ArrayLike,
+    theirs: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = 4000,
+) -> dict[str, float]:
+    """Mean difference of two methods on the same rows, with a 95% interval.
+
+    Both are (rows,) or (seeds, rows) outcomes. Seeds and clusters of rows are resampled together (a two-level
+    bootstrap), so that the interval covers a new seed as well as new videos.
+    """
+    difference = np.atleast_2d(np.asarray(ours, float) - np.asarray(theirs, float))
+    seeds, rows = difference.shape
+    clustered = _clusters(clusters, rows)
+    sums, counts = _sums(difference.T, clustered), _sums(np.ones((rows, 1)), clustered)
+    rng = np.random.default_rng(0)
+    by_seed = np.concatenate(
+        [(w @ sums) / (w @ counts) for w in _weights(len(sums), resamples, rng)]
+    )  # (resamples, seeds)
+    drawn = np.concatenate(list(_weights(seeds, resamples, rng)))
+    low, high = _percentiles((by_seed * drawn).sum(1) / seeds)
+    return {"mean": float(difference.mean()), "low": float(low), "high": float(high)}
+
+
+def only_right(ours: ArrayLike, theirs: ArrayLike) -> tuple[int, int]:
+    """How many rows only ours, and only theirs, has right (what McNemar's test looks at); over all seeds."""
+    a, b = np.asarray(ours, bool), np.asarray(theirs, bool)
+    return int((a & ~b).sum()), int((~a & b).sum())

@@ -1,0 +1,303 @@
+"""Runs laid out as the paper's tables: each a `Table`, which every format is written from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from storm_vlm.evaluation.compare import SHUFFLED, overall, survives_shuffling
+from storm_vlm.evaluation.runs import Run, summarize
+
+TITLES = {
+    "videomme": "VideoMME",
+    "mvbench": "MVBench",
+    "tempcompass": "TempCompass",
+    "videoespresso": "VideoEspresso",
+    "video_holmes": "Video-Holmes",
+    "mmvu": "MMVU",
+    "mmvu_open": "MMVU, open",
+    "tvbench": "TVBench",
+    "tomato": "TOMATO",
+    "vsibench": "VSI-Bench",
+}
+LAYOUT = {
+    "Table 1: general video understanding": ("videomme", "mvbench", "tempcompass"),
+    "Table 2: video reasoning": ("videoespresso", "video_holmes", "mmvu"),
+}
+PHASES = ("decode", "vision", "prefill", "latent", "answer", "tool")
+PAPER_FILE = Path(__file__).with_name("paper_tables.yaml")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, and what has to be known about it, in smaller print."""
+
+    text: str = "-"
+    small: str = ""
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table; `paper` lines are not ours."""
+
+    cells: tuple[Cell, ...]
+    paper: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: tuple[str, ...]
+    lines: list[Line]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Runs and their summaries, by system, benchmark and control ("": none)."""
+
+    runs: dict[tuple[str, str, str], Run]
+    summaries: dict[tuple[str, str, str], dict[str, Any]]
+
+    @property
+    def systems(self) -> list[str]:
+        return list(dict.fromkeys(system for system, _, _ in self.runs))
+
+    @property
+    def benchmarks(self) -> list[str]:
+        measured = {benchmark for _, benchmark, _ in self.runs}
+        return [b for b in TITLES if b in measured] + sorted(measured - TITLES.keys())
+
+    def get(self, system: str, benchmark: str, control: str = "") -> dict[str, Any] | None:
+        return self.summaries.get((system, benchmark, control))
+
+
+def measure(runs: Sequence[Run]) -> Measured:
+    """Runs of equal system, benchmark and control are told apart by their folders' names."""
+    kept: dict[tuple[str, str, str], Run] = {}
+    for run in runs:
+        system = run.system
+        if (system, run.benchmark, run.control) in kept:
+            system = f"{system} ({run.folder.name})"
+        if (system, run.benchmark, run.control) in kept:
+            raise ValueError(f"{run.folder} is given twice")
+        kept[system, run.benchmark, run.control] = run
+    return Measured(kept, {key: summarize(run) for key, run in kept.items()})
+
+
+def build_tables(measured: Measured, with_paper: bool = False) -> list[Table]:
+    """The paper's Tables 1, 2 and 4 with our lines; then gains, controls and categories."""
+    paper = yaml.safe_load(PAPER_FILE.read_text(encoding="utf-8")) if with_paper else {}
+    tables = [_main(measured, title, names, paper) for title, names in LAYOUT.items()]
+    others = [b for b in measured.benchmarks if not any(b in names for names in LAYOUT.values())]
+    tables.append(_main(measured, "Other benchmarks", tuple(others), {}))
+    tables += [_gains(measured), _controls(measured), _latency(measured, paper)]
+    tables += [t for benchmark in measured.benchmarks for t in _categories(measured, benchmark)]
+    return [table for table in tables if table.lines]
+
+
+def title(benchmark: str) -> str:
+    return TITLES.get(benchmark, benchmark)
+
+
+def _name(system: str) -> Cell:
+    reasoner, _, model = system.partition(" · ")
+    return Cell(reasoner, model)
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _span(interval: Sequence[float]) -> str:
+    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def signed(found: dict[str, float]) -> str:
+    """A difference in points, with its interval."""
+    low, high = 100 * found["low"], 100 * found["high"]
+    return f"{100 * found['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _main(
+    measured: Measured, name: str, benchmarks: tuple[str, ...], paper: dict[str, Any]
+) -> Table:
+    lines = [
+        Line((_name(system), *(_score(measured.get(system, b)) for b in benchmarks)))
+        for system in measured.systems
+        if any(measured.get(system, b) for b in benchmarks)
+    ]
+    general = paper.get("general", {})
+    notes = [note for b in ("all", *benchmarks) for note in general.get(b, ())]
+    for row in paper.get("rows", ()):
+        if any(b in row for b in benchmarks):
+            said = [row["notes"][b] for b in benchmarks if b in row.get("notes", {})]
+            source = paper["sources"][row["source"]] if said else ""
+            notes += [
+                f"* {row['model']}, {row['frames']} frames: {note} ({source})." for note in said
+            ]
+            lines.append(_paper_line(row, benchmarks, " *" if said else ""))
+    return Table(name, ("system", *map(title, benchmarks)), lines, notes)
+
+
+def _paper_line(row: dict[str, Any], benchmarks: Sequence[str], mark: str) -> Line:
+    frames = f"{row['frames']} frames"
+    if "printed" in row:
+        frames += f", not {row['printed']} as printed"
+    label = f"{frames}; {'not in the paper' if row.get('added') else 'paper'}"
+    figures = (Cell(str(row[b])) if b in row else Cell() for b in benchmarks)
+    return Line((Cell(row["model"] + mark, label), *figures), paper=True)
+
+
+def _score(summary: dict[str, Any] | None) -> Cell:
+    if summary is None:
+        return Cell()
+    n, expected = summary["n"], summary["n_expected"]
+    said = [f"n {n:,}" if n == expected else f"only {n:,} of {expected:,}"]
+    said.append(f"unparsed {percent(summary['unparsed'])}%")
+    if summary["errors"]:
+        said.append(f"errors {percent(summary['errors'])}%")
+    official = summary["official"]
+    if official["scored"]:
+        of = "" if official["scored"] == n else f" on {official['scored']:,}"
+        said.append(f"official {percent(official['accuracy'])}{of}")
+    for name, score in list(summary["rules"].items())[1:]:  # the first is the official one
+        said.append(f"{name} rule {percent(score['accuracy'])}")
+    text = f"{percent(summary['accuracy'])} {_span(summary['interval'])}"
+    return Cell(text, " · ".join(said), warning=n != expected or summary["errors"] > 0)
+
+
+def _gains(measured: Measured) -> Table:
+    """Against the first system; each with what is left of it when the frames are shuffled."""
+    base, *others = measured.systems
+    benchmarks = [b for b in measured.benchmarks if any(measured.get(s, b) for s in others)]
+    benchmarks = [b for b in benchmarks if measured.get(base, b)]
+    lines = [
+        Line((_name(system), *(_gain(measured, system, base, b) for b in benchmarks)))
+        for system in others
+        if any(measured.get(system, b) for b in benchmarks)
+    ]
+    notes = [
+        "Paired on the same questions; intervals are over videos. A gain that is as large when every model "
+        "sees the frames in no order (no loss beyond its interval) is marked not temporal."
+    ]
+    return Table(f"Gain over {base}, points", ("system", *map(title, benchmarks)), lines, notes)
+
+
+def _gain(measured: Measured, system: str, base: str, benchmark: str) -> Cell:
+    ours, theirs = (measured.runs.get((s, benchmark, "")) for s in (system, base))
+    if ours is None or theirs is None:
+        return Cell()
+    found = overall([ours], [theirs])
+    said = [f"right: only it {found['only_ours']}, only the other {found['only_theirs']}"]
+    shuffled = [measured.runs.get((s, benchmark, SHUFFLED)) for s in (system, base)]
+    warning = False
+    if shuffled[0] and shuffled[1]:
+        left = survives_shuffling(ours, theirs, shuffled[0], shuffled[1])
+        said.append(f"shuffled {signed(left['shuffled'])}")
+        if left["not_temporal"] is not None:
+            warning = left["not_temporal"]
+            said.append("not temporal" if warning else f"lost {signed(left['loss'])}")
+    return Cell(signed(found["difference"]), " · ".join(said), warning)
+
+
+def _controls(measured: Measured) -> Table:
+    """Each system with the evidence taken away, and what that costs it."""
+    columns = list(dict.fromkeys(control for _, _, control in measured.runs if control))
+    lines: list[Line] = []
+    for system in measured.systems:
+        for benchmark in measured.benchmarks:
+            controls = [measured.runs.get((system, benchmark, control)) for control in columns]
+            full = measured.runs.get((system, benchmark, ""))
+            if any(controls):
+                cells = (_control(full, control, measured) for control in controls)
+                as_asked = _score(measured.get(system, benchmark))
+                lines.append(
+                    Line((_name(system), Cell(title(benchmark)), Cell(as_asked.text), *cells))
+                )
+    names = (column.replace("_", " ") for column in columns)
+    return Table("Controls", ("system", "benchmark", "as asked", *names), lines)
+
+
+def _control(full: Run | None, control: Run | None, measured: Measured) -> Cell:
+    if control is None:
+        return Cell()
+    summary = next(s for k, s in measured.summaries.items() if measured.runs[k] is control)
+    if full is None:
+        return Cell(percent(summary["accuracy"]))
+    cost = overall([control], [full])["difference"]
+    return Cell(f"{percent(summary['accuracy'])} {_span(summary['interval'])}", signed(cost))
+
+
+def _latency(measured: Measured, paper: dict[str, Any]) -> Table:
+    """Seconds per item, and how many times the first system's on the same benchmark."""
+    lines: list[Line] = []
+    seen = {phase for summary in measured.summaries.values() for phase in summary["seconds"]}
+    known = [phase for phase in PHASES if phase in seen]
+    for benchmark in measured.benchmarks:
+        found = {s: measured.get(s, benchmark) for s in measured.systems}
+        timed = {s: m for s, m in found.items() if m and m["seconds"]}
+        first = next(iter(timed.values()))["seconds"]["total"] if timed else 1.0
+        for system, summary in timed.items():
+            seconds, low_high = summary["seconds"], summary["seconds"]["interval"]
+            total = f"{seconds['total']:.3g} [{low_high[0]:.3g}, {low_high[1]:.3g}]"
+            phases = (Cell(f"{seconds[p]:.3g}" if p in seconds else "-") for p in known)
+            pace = (Cell(f"{seconds['total'] / first:.2f}x"), Cell(f"{1 / seconds['total']:.3g}"))
+            tokens = Cell(f"{summary['tokens']:.1f}", f"slots {summary['slots_used']:.1f}")
+            cells = (_name(system), Cell(title(benchmark)), Cell(total, f"n {seconds['timed']:,}"))
+            lines.append(Line((*cells, *pace, *phases, tokens)))
+    latency = paper.get("latency", {"rows": ()})
+    for row in latency["rows"]:
+        figures = (Cell(str(row["seconds"])), Cell(), Cell(str(row["items_per_second"])))
+        gaps = (Cell(),) * (len(known) + 1)
+        name = Cell(row["model"], "paper")
+        lines.append(Line((name, Cell("MMVU"), *figures, *gaps), paper=True))
+    columns = (
+        "system",
+        "benchmark",
+        "s per item",
+        "ratio",
+        "items per s",
+        *known,
+        "tokens written",
+    )
+    notes = ["Wall time by phase in seconds, means over items. Ratios are within one benchmark."]
+    return Table(
+        "Table 4: latency", columns, lines, notes + [n for n in [latency.get("note")] if n]
+    )
+
+
+def _categories(measured: Measured, benchmark: str) -> list[Table]:
+    """A table for each way in which the benchmark is broken down."""
+    systems = [s for s in measured.systems if measured.get(s, benchmark)]
+    summaries = [measured.summaries[s, benchmark, ""] for s in systems]
+    tables: list[Table] = []
+    for key in dict.fromkeys(key for summary in summaries for key in summary["groups"]):
+        groups = [summary["groups"].get(key, {"categories": {}}) for summary in summaries]
+        names = dict.fromkeys(name for group in groups for name in group["categories"])
+        lines = [
+            Line((Cell(name), *(_category(group["categories"].get(name)) for group in groups)))
+            for name in names
+        ]
+        macro = (
+            Cell(f"{percent(g['macro'])} {_span(g['macro_interval'])}") if "macro" in g else Cell()
+            for g in groups
+        )
+        lines.append(Line((Cell("mean of these (macro)"), *macro)))
+        words = key.replace("_", " ")
+        tables.append(Table(f"{title(benchmark)} by {words}", (words, *systems), lines))
+    return tables
+
+
+def _category(found: dict[str, Any] | None) -> Cell:
+    if found is None:
+        return Cell()
+    said = f"n {found['n']:,} · unparsed {percent(found['unparsed'])}%"
+    if found["official"]["scored"]:
+        said += f" · official {percent(found['official']['accuracy'])}"
+    return Cell(f"{percent(found['accuracy'])} {_span(found['interval'])}", said)

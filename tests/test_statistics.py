@@ -1,0 +1,134 @@
+"""Intervals over videos, paired differences, and their coverage."""
+
+import time
+
+import numpy as np
+import pytest
+
+from storm_vlm.evaluation.statistics import (
+    category_intervals,
+    confidence_interval,
+    only_right,
+    paired_difference,
+)
+
+
+def clustered(
+    rng: np.random.Generator, videos: int, questions: int
+) -> tuple[np.ndarray, list[int]]:
+    """Hits (rows,) with mean 1/2; the questions of a video are about as hard as each other."""
+    ease = rng.beta(0.6, 0.6, videos)
+    hits = (rng.random((videos, questions)) < ease[:, None]).astype(float)
+    return hits.ravel(), np.repeat(np.arange(videos), questions).tolist()
+
+
+def test_interval_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        low, high = confidence_interval(rng.random(80) < 0.4, resamples=300)
+        covered += low <= 0.4 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_clustered_interval_covers_where_one_over_questions_does_not() -> None:
+    rng = np.random.default_rng(0)
+    covered = {"videos": 0, "questions": 0}
+    for _ in range(200):
+        hits, videos = clustered(rng, 60, 6)
+        for name, clusters in (("videos", videos), ("questions", None)):
+            low, high = confidence_interval(hits, clusters, resamples=300)
+            covered[name] += low <= 0.5 <= high
+    assert 0.89 <= covered["videos"] / 200 <= 0.99
+    assert covered["questions"] / 200 < 0.8
+
+
+def test_clusters_of_one_are_no_clusters() -> None:
+    rng = np.random.default_rng(1)
+    hits = rng.random(150) < 0.3
+    assert confidence_interval(hits, [f"v{i}" for i in range(150)]) == confidence_interval(hits)
+    # What resampling the values themselves gives.
+    plain = np.asarray(hits, float)[np.random.default_rng(7).integers(0, 150, (2000, 150))].mean(1)
+    assert confidence_interval(hits) == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.01)
+
+
+def test_the_same_question_asked_thrice_is_not_three_questions() -> None:
+    rng = np.random.default_rng(2)
+    hits = (rng.random(100) < 0.5).astype(float)
+    once = confidence_interval(hits)
+    thrice = confidence_interval(np.repeat(hits, 3), np.repeat(np.arange(100), 3).tolist())
+    assert thrice == pytest.approx(once, abs=1e-12)
+
+
+def test_categories_have_their_own_intervals_and_macro_weighs_them_equally() -> None:
+    rng = np.random.default_rng(3)
+    big, small = (rng.random(900) < 0.9).astype(float), (rng.random(100) < 0.1).astype(float)
+    hits = np.concatenate([big, small])
+    members = np.zeros((1000, 2), bool)
+    members[:900, 0] = members[900:, 1] = True
+    low, high, macro = category_intervals(hits, members)
+    assert low[0] < big.mean() < high[0]
+    assert low[1] < small.mean() < high[1]
+    assert high[1] - low[1] > high[0] - low[0]  # fewer questions, less sure
+    assert macro[0] < (big.mean() + small.mean()) / 2 < macro[1] < hits.mean()
+
+
+def test_a_category_that_a_resample_misses_does_no_harm() -> None:
+    members = np.zeros((20, 2), bool)
+    members[:, 0] = members[0, 1] = True
+    low, high, macro = category_intervals(np.ones(20), members)
+    assert (low == 1).all() and (high == 1).all() and macro == (1, 1)
+
+
+def test_paired_difference_is_sharper_than_an_unpaired_one() -> None:
+    rng = np.random.default_rng(0)
+    theirs = (rng.random((3, 300)) < 0.5).astype(float)
+    ours = np.maximum(theirs, rng.random((3, 300)) < 0.2)
+    found = paired_difference(ours, theirs)
+    assert found["low"] < found["mean"] < found["high"]
+    assert found["mean"] == pytest.approx((ours - theirs).mean())
+    assert found["low"] > 0.03
+    unpaired = confidence_interval(ours[0])[1] - confidence_interval(theirs[0])[0]
+    assert found["high"] - found["low"] < unpaired
+
+
+def test_paired_difference_knows_of_videos_and_of_seeds() -> None:
+    rng = np.random.default_rng(0)
+    hits, videos = clustered(rng, 60, 6)
+    zeros = np.zeros_like(hits)
+
+    def width(ours: np.ndarray, theirs: np.ndarray, clusters: list[int] | None) -> float:
+        found = paired_difference(ours, theirs, clusters)
+        return found["high"] - found["low"]
+
+    assert width(hits, zeros, videos) > 1.3 * width(hits, zeros, None)
+    low, high = confidence_interval(hits, videos, 4000)
+    assert width(hits, zeros, videos) == pytest.approx(high - low, abs=0.01)
+    # Seeds that disagree widen the interval; three times the same seed does not.
+    alike, unlike = np.stack([hits] * 3), np.stack([hits, hits * 0, hits * 0 + 1])
+    assert width(alike, alike * 0, videos) == pytest.approx(width(hits, zeros, videos), abs=0.01)
+    assert width(unlike, unlike * 0, videos) > 3 * width(hits, zeros, videos)
+
+
+def test_paired_interval_covers_a_new_seed_and_new_videos() -> None:
+    rng = np.random.default_rng(5)
+    covered = 0
+    for _ in range(150):
+        gain = 0.1 + 0.1 * rng.standard_normal((12, 1))  # of each seed
+        gain = gain + 0.3 * np.repeat(rng.standard_normal((1, 40)), 3, axis=1)  # of each video
+        videos = np.repeat(np.arange(40), 3).tolist()
+        found = paired_difference(gain, np.zeros((12, 120)), videos, resamples=300)
+        covered += found["low"] <= 0.1 <= found["high"]
+    assert 0.87 <= covered / 150 <= 0.99
+
+
+def test_only_right_counts_discordant_rows() -> None:
+    assert only_right([1, 1, 0, 0, 1], [1, 0, 1, 0, 0]) == (2, 1)
+
+
+def test_ten_thousand_rows_are_quick() -> None:
+    rng = np.random.default_rng(0)
+    hits, members = rng.random(10_000) < 0.5, rng.random((10_000, 30)) < 0.1
+    began = time.process_time()
+    category_intervals(hits, members, (np.arange(10_000) // 3).tolist(), 2000)
+    assert time.process_time() - began < 8
