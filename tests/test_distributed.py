@@ -88,23 +88,44 @@ def test_four_accumulated_rows_are_one_batch_of_four(at_once, tmp_path, backbone
     assert_same(train(run), at_once)
 
 
-def test_two_processes_are_one(at_once, tmp_path, backbone, rows_file) -> None:
-    """Under DDP. (`accelerate launch` starts CPU processes through MPI alone; so torchrun does.)"""
-    run = config(tmp_path / "run", backbone, rows_file, batch=2)
-    file = tmp_path / "run.yaml"
+def in_two_processes(run: TrainConfig, **environment: str) -> dict[str, Any]:
+    """Train, and say what launched it. (For CPU processes `accelerate launch` wants MPI; so torchrun starts them.)"""
+    file = Path(run.output_dir).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [sys.executable, "-m", *command, "-m", "storm_vlm", "train", str(file)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "STORM_DEBUG": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "STORM_DEBUG": "1", **environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert_same(tmp_path / "run", at_once)
-    launched = json.loads((tmp_path / "run" / "versions.json").read_text())
+    return json.loads((Path(run.output_dir) / "versions.json").read_text())
+
+
+def test_two_processes_are_one(at_once, tmp_path, backbone, rows_file) -> None:
+    """Under DDP."""
+    launched = in_two_processes(config(tmp_path / "run", backbone, rows_file, batch=2))
     assert (launched["processes"], launched["distributed"]) == (2, "MULTI_CPU")
+    assert_same(tmp_path / "run", at_once)
+
+
+def test_two_processes_of_deepspeed_are_one(at_once, tmp_path, backbone, rows_file) -> None:
+    """ZeRO-2, with the recipe's settings. Needs deepspeed, and a C++ compiler for its CPU communication."""
+    pytest.importorskip("deepspeed")
+    recipe = yaml.safe_load((RECIPES / "zero2.yaml").read_text())["deepspeed_config"]
+    settings = {
+        "zero_optimization": {"stage": recipe["zero_stage"]},
+        "gradient_accumulation_steps": recipe["gradient_accumulation_steps"],
+        "gradient_clipping": recipe["gradient_clipping"],
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_allow_untested_optimizer": True,  # SGD
+    }
+    run = config(tmp_path / "run", backbone, rows_file, batch=2, deepspeed=settings)
+    launched = in_two_processes(run, DS_ACCELERATOR="cpu")
+    assert (launched["processes"], launched["distributed"]) == (2, "DEEPSPEED")
+    assert_same(tmp_path / "run", at_once)
 
 
 def gradients_of_sharded_model(

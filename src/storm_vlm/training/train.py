@@ -204,6 +204,8 @@ def _save(trainer: StormTrainer, processor: Any) -> None:
         return
     output = Path(str(trainer.args.output_dir))
     model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    for tied in unwrap(model).all_tied_weights_keys:  # gathered as if they were not
+        weights.pop(tied, None)
     model.save_pretrained(output, state_dict=weights)
     unwrap(model).config.save_pretrained(output)  # adapters know nothing of latent tokens
     processor.save_pretrained(output)
