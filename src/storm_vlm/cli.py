@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from storm_vlm.construction import commands as construction
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Latent video reasoning with STORM."
 )
@@ -231,6 +233,8 @@ def micro(
 
 bench = typer.Typer(no_args_is_help=True, help="Measure; every figure is a ratio within one run.")
 app.add_typer(bench, name="bench")
+app.add_typer(construction.app, name="build")
+bench.command("build")(construction.bench_build)
 
 
 @bench.command("train")

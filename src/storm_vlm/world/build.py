@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -49,22 +49,14 @@ def build_world(folder: str | Path, kind: Kind, split: Split, count: int, seed: 
     are there are kept, so an interrupted call can be repeated.
     """
     folder = Path(folder)
-    rng = random.Random(f"{kind}/{split}/{seed}")
-    if kind == "reasoning":
-        far = split == "ood"
-        difficulty, horizon = (OUT_OF_DISTRIBUTION, FAR_HORIZON) if far else (REASONING, HORIZON)
-        asked: Iterable[tuple[Scene, list[Question]]] = (
-            (scene, [question])
-            for scene, question in sample_reasoning(rng, difficulty, count, horizon)
-        )
-    else:
-        asked = sample_perception(rng, count)
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     (folder / "thoughts").mkdir(exist_ok=True)
     names = (f"{kind}-{split}-{seed}-{i:05d}" for i in range(count))
     with ThreadPoolExecutor() as pool:  # encoding leaves Python's lock alone
         written = pool.map(
-            lambda name, scene: _write_scene(folder, name, split, *scene), names, asked
+            lambda name, scene: _write_scene(folder, name, split, count, *scene),
+            names,
+            draw_scenes(kind, split, count, seed),
         )
         rows = [
             row
@@ -76,8 +68,27 @@ def build_world(folder: str | Path, kind: Kind, split: Split, count: int, seed: 
     return path
 
 
+def draw_scenes(
+    kind: Kind, split: Split, count: int, seed: int
+) -> Iterator[tuple[Scene, list[Question]]]:
+    """The scenes of `build_world`, with their questions; the same arguments give the same scenes."""
+    rng = random.Random(f"{kind}/{split}/{seed}")
+    if kind == "perception":
+        yield from sample_perception(rng, count)
+        return
+    far = split == "ood"
+    difficulty, horizon = (OUT_OF_DISTRIBUTION, FAR_HORIZON) if far else (REASONING, HORIZON)
+    for scene, question in sample_reasoning(rng, difficulty, count, horizon):
+        yield scene, [question]
+
+
 def _write_scene(
-    folder: Path, name: str, split: Split, scene: Scene, questions: Sequence[Question]
+    folder: Path,
+    name: str,
+    split: Split,
+    count: int,
+    scene: Scene,
+    questions: Sequence[Question],
 ) -> list[Row]:
     clip = folder.absolute() / "clips" / f"{name}.mp4"
     if not clip.exists():
@@ -96,6 +107,7 @@ def _write_scene(
                 "family": question.family,
                 "steps": question.steps,
                 "balls": len(scene.tracks),
+                "scenes": count,  # answers are balanced over all, so that scenes depend on it
                 "shortcuts": shortcuts(scene, question) if question.steps else {},
             },
         )
