@@ -100,6 +100,13 @@ class Builder:
         """Store the result of the source's `row`."""
         self.store.write("rows", self.key(row), draft.model_dump_json().encode())
 
+    def spent(self) -> dict[str, Any]:
+        """Time, and what the store holds of what costs."""
+        teacher = self.tools.teacher
+        videos = len(self.store.files("thoughts", ".mp4"))
+        totals = {"teacher": teacher.spent.totals(teacher.config)} if teacher else {}
+        return {"time": time.perf_counter(), "thought_videos": videos, **totals}
+
     def build(self, row: Row) -> State:
         """All steps of one row."""
         draft, done = self.begin(row)
@@ -161,12 +168,13 @@ def run(
     """
     rows = load_rows(source, config)
     builder = Builder(config, store or Path(out) / "store")
-    began = time.perf_counter()
+    began = builder.spent()
     mine = [row for row in rows if shard is None or shard.holds(row)]
     states = (work or in_threads)(builder, mine)
+    account = _account(states, began, builder.spent())
     if shard is None:
-        return collect(source, out, config, store, _account(builder, states, began))
-    summary = {"rows": len(mine), **_account(builder, states, began)}
+        return collect(source, out, config, store, account)
+    summary = {"rows": len(mine), **account}
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / f"summary-{shard.number}of{shard.count}.json", summary)
     return summary
@@ -261,21 +269,16 @@ def _with_scores(row: Row, scores: dict[str, float]) -> Row:
     )
 
 
-def _account(builder: Builder, states: Counter[str], began: float) -> dict[str, Any]:
-    """What the run took. `stopped` says why rows are unfinished."""
-    account: dict[str, Any] = {
+def _account(states: Counter[str], began: dict[str, Any], ended: dict[str, Any]) -> dict[str, Any]:
+    """What the run took. `stopped` says why rows are unfinished, if some are."""
+    made = ended["thought_videos"] - began["thought_videos"]
+    account = {
         "stopped": next((why for why in ("budget", "unanswered") if states[why]), None),
         "states": dict(states),
-        "seconds": round(time.perf_counter() - began, 3),
-        "thought_videos_made_now": builder.tools.imagined,
+        "seconds": round(ended["time"] - began["time"], 3),
+        "thought_videos_made": made,
     }
-    if teacher := builder.tools.teacher:
-        spent = teacher.spent
-        account["teacher"] = {
-            "calls_made_now": spent.now,
-            "calls_in_store": spent.calls,
-            "prompt_tokens": spent.prompt_tokens,
-            "completion_tokens": spent.completion_tokens,
-            "cost": round(spent.cost(teacher.config), 6),
-        }
+    if "teacher" in ended:
+        calls = ended["teacher"]["calls"] - began["teacher"]["calls"]
+        account["teacher"] = {"calls_made": calls, "in_store": ended["teacher"]}
     return account

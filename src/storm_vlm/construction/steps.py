@@ -62,7 +62,6 @@ class Tools:
         self.config = config
         self.store = store
         self.teacher = Teacher(config.teacher, store) if config.teacher.model else None
-        self.imagined = 0  # thought videos made by this process
 
         self.generator: Generator = GENERATORS[config.generator](config)
         self._lock = threading.Lock()
@@ -117,8 +116,8 @@ def write_video_prompt(tools: Tools, draft: Draft) -> Draft:
     row, config = draft.row, tools.config
     if row.meta.get("video_prompt"):
         return draft.noted("prompt", {"status": "given"})
-    if not tools.generator.needs_prompt:
-        return draft
+    if "thoughts" in config.steps and not tools.generator.needs_prompt:
+        return draft  # asked for alone, prompts are for a generator of somebody else's
     if not tools.teacher or not row.plan:
         what = "plan" if tools.teacher else "teacher"
         raise ValueError(
@@ -155,7 +154,6 @@ def imagine(tools: Tools, draft: Draft) -> Draft:
         )  # first: the video's being there means finished
         with store.place("thoughts", key, ".mp4") as unfinished:
             write_video(unfinished, _even(imagined.frames), imagined.fps, crf=CRF)
-        tools.imagined += 1
     provenance = {"steps": notes, "prompt": prompt, **decided, "key": key}
     thought = ThoughtVideo(
         path=str(path), source=generator.source, generator=generator.name, provenance=provenance

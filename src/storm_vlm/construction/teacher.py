@@ -36,7 +36,7 @@ class _Filtered(Exception):
 
 
 class BudgetReached(Exception):
-    """Another call might cost more than `max_cost`."""
+    """`max_cost` is spent. Calls that were under way still count: it is passed by `workers` calls at most."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,34 @@ class Asked(Generic[Answer]):
         return {"status": self.status, "teacher": config.model, "responses": list(self.keys)}
 
 
-@dataclass
 class Spent:
-    """Calls and tokens of all responses in the store, and `now`, the calls that this process made."""
+    """Calls and tokens of all responses in the store, whoever asked for them: threads, shards, earlier runs."""
 
-    calls: int = 0
-    now: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._usage: dict[str, tuple[int, int]] = {}  # tokens of prompt and completion, by key
 
-    def add(self, response: dict[str, Any]) -> None:
-        usage = response.get("usage") or {}
-        self.calls += 1
-        self.prompt_tokens += usage.get("prompt_tokens") or 0
-        self.completion_tokens += usage.get("completion_tokens") or 0
+    def refresh(self) -> None:
+        """Read the responses that have come since."""
+        with self._lock:
+            for path in self._store.files("teacher"):
+                if path.stem not in self._usage:
+                    usage = json.loads(path.read_bytes()).get("usage") or {}
+                    asked, said = usage.get("prompt_tokens"), usage.get("completion_tokens")
+                    self._usage[path.stem] = (asked or 0, said or 0)
 
-    def cost(self, config: TeacherConfig) -> float:
-        millions = self.prompt_tokens * config.price_in + self.completion_tokens * config.price_out
-        return millions / 1e6
+    def totals(self, config: TeacherConfig) -> dict[str, float]:
+        self.refresh()
+        asked = sum(prompt for prompt, _ in self._usage.values())
+        said = sum(completion for _, completion in self._usage.values())
+        cost = (asked * config.price_in + said * config.price_out) / 1e6
+        return {
+            "calls": len(self._usage),
+            "prompt_tokens": asked,
+            "completion_tokens": said,
+            "cost": round(cost, 6),
+        }
 
 
 class Teacher:
@@ -83,9 +93,7 @@ class Teacher:
         self.store = store
         self._lock = threading.Lock()
         self._client: OpenAI | None = None
-        self.spent = Spent()
-        for path in store.files("teacher"):
-            self.spent.add(json.loads(path.read_bytes()))
+        self.spent = Spent(store)
 
     def ask(self, messages: Messages, kind: type[Answer], **context: Any) -> Asked[Answer]:
         """An answer that is valid as `kind`, after `repairs` at most.
@@ -138,8 +146,6 @@ class Teacher:
             response = _completion(raw)
             if response is not None:
                 self.store.write("teacher", key, raw)
-                with self._lock:
-                    self.spent.add(response)
                 return key, response
         raise Unanswered(f"{self.config.model} answers with what is no chat completion")
 
@@ -148,10 +154,9 @@ class Teacher:
         import openai
 
         limit = self.config.max_cost
+        if limit is not None and self.spent.totals(self.config)["cost"] >= limit:
+            raise BudgetReached
         with self._lock:
-            if limit is not None and self.spent.cost(self.config) >= limit:
-                raise BudgetReached
-            self.spent.now += 1
             self._client = self._client or self._connect()
         try:
             response = self._client.chat.completions.with_raw_response.create(

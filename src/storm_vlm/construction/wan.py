@@ -123,9 +123,9 @@ def load(wan: dict[str, Any]) -> Any:
     """
     try:
         import torch
-        from diffusers import (  # pyright: ignore[reportPrivateImportUsage]
-            UniPCMultistepScheduler,
-            WanImageToVideoPipeline,
+        from diffusers import (
+            UniPCMultistepScheduler,  # pyright: ignore[reportPrivateImportUsage]
+            WanImageToVideoPipeline,  # pyright: ignore[reportPrivateImportUsage]
         )
     except ImportError as error:
         raise ValueError("Wan needs diffusers: pip install 'storm-vlm[build]'") from error
