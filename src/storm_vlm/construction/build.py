@@ -27,7 +27,7 @@ from storm_vlm.construction.steps import STEP_FUNCTIONS, Draft, Tools
 from storm_vlm.construction.store import Store, file_hash, key_of
 from storm_vlm.construction.teacher import BudgetReached, Unanswered
 from storm_vlm.data.files import write_json, write_text
-from storm_vlm.data.schema import Row, read_rows, write_rows
+from storm_vlm.data.schema import Row, portable, read_rows, write_rows
 from storm_vlm.data.video import VideoError
 from storm_vlm.versions import commit, versions
 
@@ -209,8 +209,11 @@ def collect(
     kept, rejects = apply_filters(done, config.filters)
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out / "rows.jsonl", kept)
-    lines = (json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
-    write_text(out / "rejects.jsonl", "".join(lines))
+    lines = (
+        json.dumps({**reject, "row": portable(reject["row"], out).model_dump()}, ensure_ascii=False)
+        for reject in rejects
+    )
+    write_text(out / "rejects.jsonl", "".join(line + "\n" for line in lines))
     summary = {
         "rows": len(drafts),
         "kept": len(kept),
@@ -251,7 +254,7 @@ def apply_filters(
         if reason is not None:
             told = {"id": draft.row.id, "reason": reason, "score": score, "detail": draft.detail}
             told |= {"threshold": limits.get(reason), "scores": scores}
-            rejects.append({**told, "row": draft.row.model_dump(mode="json")})
+            rejects.append({**told, "row": draft.row})
             continue
         if draft.fingerprint:
             prints.append(draft.fingerprint)

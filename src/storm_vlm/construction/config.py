@@ -48,6 +48,10 @@ class WanConfig(_Frozen):
     model: str = Field("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", description="Folder or hub name.")
     revision: str | None = None
     device: str = Field("cuda", description="cpu for a tiny model only.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16",
+        description="Of transformer and text encoder; VAE and image encoder keep float32.",
+    )
     area: int = Field(480 * 832, ge=256, description="Pixels of a frame; 720*1280 for 720P models.")
     num_frames: int = Field(81, ge=5, description="4n + 1; at 16 frames a second.")
     steps: int = Field(40, ge=1, description="Of denoising; 4 with a step-distilled LoRA.")

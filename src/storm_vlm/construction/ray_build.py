@@ -59,8 +59,10 @@ def _flow(builder: Builder, rows: list[Row]) -> Counter[str]:
     # One row to a block: what a dying worker takes with it is one row's step.
     data: Any = ray.data.from_items(items, override_num_blocks=len(items))
     # Mostly waiting for the teacher, hence a quarter of a CPU.
-    data = data.map(prepare, fn_args=told, concurrency=config.workers, num_cpus=0.25)
-    data = data.map(Imaginer, fn_constructor_args=told, concurrency=(1, max(gpus, 1)), **resources)
+    asking = ray.data.TaskPoolStrategy(size=config.workers)
+    actors = ray.data.ActorPoolStrategy(min_size=1, max_size=max(gpus, 1))
+    data = data.map(prepare, fn_args=told, compute=asking, num_cpus=0.25)
+    data = data.map(Imaginer, fn_constructor_args=told, compute=actors, **resources)
     data = data.map(finish, fn_args=told, num_cpus=0.5)
     return Counter(item["state"] for item in data.take_all())
 

@@ -26,8 +26,8 @@ FPS = 16.0  # what Wan was trained on
 class Wan:
     """Animates the first keyframe, or leads from keyframe to keyframe. Loads at the first request.
 
-    Text encoder and transformer in bf16 (fp32 on a CPU), VAE and image encoder always in fp32, as the model
-    card asks. One video at a time: a lock keeps the threads of a run apart.
+    VAE and image encoder stay in fp32, as the model card asks. One video at a time: a lock keeps the threads of a
+    run apart.
     """
 
     source: ClassVar[Source] = "generated"
@@ -130,11 +130,11 @@ def load(wan: dict[str, Any]) -> Any:
     except ImportError as error:
         raise ValueError("Wan needs diffusers: pip install 'storm-vlm[build]'") from error
     device = torch.device(wan["device"])
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    kept = {"vae": torch.float32, "image_encoder": torch.float32}
     pipe = WanImageToVideoPipeline.from_pretrained(
         wan["model"],
         revision=wan["revision"],
-        torch_dtype={"vae": torch.float32, "image_encoder": torch.float32, "default": dtype},
+        dtype={**kept, "default": getattr(torch, wan["dtype"])},
     )
     pipe.set_progress_bar_config(disable=True)
     if wan["flow_shift"] is not None:
