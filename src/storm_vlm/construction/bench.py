@@ -185,14 +185,11 @@ class _Trial:
         """After the last run: what differs from the undisturbed build."""
         self._look()
         wanted, got = (_ids(folder / "rows.jsonl") for folder in (reference, self.out))
-        lines = [
-            (folder / "rows.jsonl").read_text().splitlines() for folder in (reference, self.out)
-        ]
         self.found["rows_lost"] += len((wanted - got).keys())
         self.found["rows_duplicated"] += sum(count - 1 for count in got.values())
-        self.found["rows_changed"] += lines[0] != lines[1]
-        rejects = [_ids(folder / "rejects.jsonl") for folder in (reference, self.out)]
-        self.found["rejects_changed"] += rejects[0] != rejects[1]
+        for name in ("rows", "rejects"):
+            files = [(folder / f"{name}.jsonl").read_bytes() for folder in (reference, self.out)]
+            self.found[f"{name}_changed"] += files[0] != files[1]
         return self.found
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-_WORDS = ("glides", "slows", "turns", "rolls", "the object", "along the floor", "then", "and rests")
+_WORDS = ("it", "glides", "slows", "turns", "rolls", "rises", "falls", "then", "rests")
 
 
 @dataclass
