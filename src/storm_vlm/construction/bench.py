@@ -27,7 +27,7 @@ from storm_vlm.data.schema import read_rows, write_rows
 from storm_vlm.versions import commit, versions
 from storm_vlm.world.build import build_world
 
-STORED_WITHIN = 1.0  # seconds from the end of an answer to its being safe in the store
+STORED_WITHIN = 0.5  # seconds from the end of an answer to its being safe in the store
 PRELOADED = ["storm_vlm.construction.build", "openai"]
 
 
@@ -129,7 +129,9 @@ def kill_trials(source: Path, folder: Path, kills: int, rng: random.Random) -> d
                 os.kill(process.pid or 0, signal.SIGKILL)
                 process.join()
                 found["kills_tried"] += 1
+                teacher.settle()
                 trial.note_kill(killed_at)
+            teacher.settle()
             found += trial.count(reference)
             shutil.rmtree(out)
     names = ("rows_lost", "rows_duplicated", "rows_changed", "rejects_changed")
@@ -156,10 +158,12 @@ class _Trial:
         self.found: Counter[str] = Counter()
 
     def note_kill(self, killed_at: float) -> None:
+        of_this_run = self.teacher.calls[self.seen :]
         self._look()
-        store = Store(self.out / "store")
-        self.finished |= {path.stem for path in store.files("teacher")}
-        for call in self.teacher.calls:  # answered long ago: should be in the store, is it or not
+        self.finished |= {path.stem for path in Store(self.out / "store").files("teacher")}
+        for (
+            call
+        ) in of_this_run:  # answered long before the kill: should be in the store, is it or not
             if call.sent is not None and call.sent < killed_at - STORED_WITHIN:
                 self.finished.add(call.key)
 

@@ -35,6 +35,8 @@ class StubTeacher(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.latency = latency
         self.calls: list[Call] = []
+        self._open = 0  # connections
+        self._counting = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def __enter__(self) -> Self:
@@ -44,6 +46,23 @@ class StubTeacher(ThreadingHTTPServer):
     def __exit__(self, *_: object) -> None:
         self.shutdown()
         self.server_close()
+
+    def settle(self) -> None:
+        """Wait until no connection is open: what a killed client had sent may still be under way."""
+        quiet = 0
+        while quiet < 3:
+            time.sleep(0.01)
+            quiet = 0 if self._open else quiet + 1
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._counting:
+            self._open += 1
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        with self._counting:
+            self._open -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients are killed on purpose; a broken pipe is no news."""
