@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -243,6 +244,35 @@ def test_a_broken_video_is_a_reject(source: Path, tmp_path: Path) -> None:
     assert summary["rejected"]["video"] == 2 and summary["unfinished"] == 0
 
 
+def test_results_belong_to_what_a_video_shows_not_to_its_name(
+    source: Path, teacher: StubTeacher, tmp_path: Path
+) -> None:
+    one, other, *_ = read_rows(source)
+    clip = tmp_path / "clip.mp4"
+    write_rows(tmp_path / "rows.jsonl", [one.model_copy(update={"video": str(clip)})])
+    settings = config(teacher=told(teacher))
+
+    def build_with(video: str) -> Any:
+        shutil.copy(video, clip)
+        return run(tmp_path / "rows.jsonl", tmp_path / "out", settings)["teacher"]["calls_made"]
+
+    assert [build_with(video) for video in (one.video, other.video, one.video)] == [2, 2, 0]
+    write_rows(tmp_path / "moved.jsonl", [one])
+    assert run(tmp_path / "moved.jsonl", tmp_path / "out", settings)["teacher"]["calls_made"] == 0
+    assert read_rows(tmp_path / "out" / "rows.jsonl")[0].video == one.video
+
+
+def test_a_file_is_in_the_store_whole_or_not_at_all(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(KeyboardInterrupt), store.place("thoughts", "ab", ".mp4") as unfinished:
+        unfinished.write_bytes(b"half of")
+        assert not store.files("thoughts", ".mp4")
+        raise KeyboardInterrupt
+    assert not store.files("thoughts", ".mp4") and not list((tmp_path / "unfinished").iterdir())
+    store.write("rows", "cd", b"whole")
+    assert (store.read("rows", "cd"), store.read("rows", "ab")) == (b"whole", None)
+
+
 def test_the_future_is_what_follows_the_window(source: Path, tmp_path: Path) -> None:
     (row, other, *_) = read_rows(source)
     write_rows(tmp_path / "cut.jsonl", [row.model_copy(update={"end": 0.6}), other])
@@ -287,15 +317,22 @@ def test_the_trial_notices_what_is_done_twice(tmp_path: Path) -> None:
         store.write("teacher", "aa", b"{}")
         store.path("thoughts", "cc", ".mp4").parent.mkdir(parents=True)
         store.path("thoughts", "cc", ".mp4").write_bytes(b"one")
-        teacher.calls += [Call("aa", 0.0, 0.0), Call("bb", 0.0, 9.9), Call("dd", 0.0, 5.0)]
-        trial.note_kill(10.0)  # aa is stored; dd should have been; bb may have been cut off
-        teacher.calls += [Call(key, 11.0, 11.0) for key in ("aa", "bb", "dd", "ee", "ee")]
+
+        def call(key: str, question: str, sent: float) -> Call:
+            user = {"content": [{"text": question}]}
+            return Call(key, {"messages": [{}, user]}, 0.0, sent)
+
+        teacher.calls += [call("aa", "1", 9.9), call("bb", "2", 9.9), call("dd", "3", 5.0)]
+        teacher.calls += [call("gg", "4", 9.9), call("hh", "4", 9.9)]
+        trial.note_kill(
+            10.0
+        )  # aa is stored; dd and gg must have been; bb and hh may have been cut off
+        teacher.calls += [call(key, "", 11.0) for key in ("aa", "bb", "dd", "gg", "hh", "ee", "ee")]
         store.path("thoughts", "cc", ".mp4").unlink()
         store.path("thoughts", "cc", ".mp4").write_bytes(b"two")
         trial._look()
-        assert (
-            trial.found["teacher_calls_repeated"] == 3 and trial.found["teacher_calls_cut_off"] == 1
-        )
+        assert trial.found["teacher_calls_repeated"] == 4
+        assert trial.found["teacher_calls_cut_off"] == 2
         assert trial.found["thought_videos_repeated"] == 1
 
 

@@ -30,12 +30,10 @@ class BadTeacher(StubTeacher):
     def __init__(self, *script: str | Fault) -> None:
         super().__init__()
         self.script = list(script)
-        self.bodies: list[dict[str, Any]] = []
         self.lock = threading.Lock()
 
     def respond(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         with self.lock:
-            self.bodies.append(body)
             act = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         send(handler, 200, completion(act)) if isinstance(act, str) else act(handler)
 
@@ -94,8 +92,8 @@ def test_one_mishap_is_retried_and_one_answer_is_stored(fault: Fault, tmp_path: 
         teacher = make(server, tmp_path)
         asked = ask(teacher)
         assert (asked.value.selected, asked.status) == ([1, 3], "ok")
-        assert len(server.bodies) == 2
-        assert ask(teacher) == asked and len(server.bodies) == 2  # from the store
+        assert len(server.calls) == 2
+        assert ask(teacher) == asked and len(server.calls) == 2  # from the store
         assert teacher.spent.totals(teacher.config)["calls"] == 1
 
 
@@ -132,8 +130,8 @@ def test_an_answer_that_cannot_be_used_is_repaired(bad: str, told: str, tmp_path
     with BadTeacher(bad, GOOD) as server:
         asked = ask(make(server, tmp_path))
         assert (asked.value.selected, asked.status, len(asked.keys)) == ([1, 3], "repaired", 2)
-        assert told in server.bodies[1]["messages"][-1]["content"]
-        assert server.bodies[1]["messages"][-2] == {"role": "assistant", "content": bad}
+        assert told in server.calls[1].body["messages"][-1]["content"]
+        assert server.calls[1].body["messages"][-2] == {"role": "assistant", "content": bad}
 
 
 def test_repairs_end_and_are_not_paid_again(tmp_path: Path) -> None:
@@ -141,13 +139,13 @@ def test_repairs_end_and_are_not_paid_again(tmp_path: Path) -> None:
         for _ in range(2):
             asked = ask(make(server, tmp_path, repairs=2))
             assert (asked.value, asked.status) == (None, "invalid")
-            assert len(server.bodies) == 3
+            assert len(server.calls) == 3
 
 
 def test_a_refusal_is_not_argued_with(tmp_path: Path) -> None:
     with BadTeacher(refusal) as server:
         assert ask(make(server, tmp_path)).status == "refused"
-        assert len(server.bodies) == 1
+        assert len(server.calls) == 1
         server.script = [status(400, "content_policy_violation")]
         other = [{"role": "user", "content": "other frames?"}]
         assert ask(make(server, tmp_path), other).status == "refused"
@@ -207,7 +205,7 @@ def test_many_threads_share_one_teacher(tmp_path: Path) -> None:
         each = [[{"role": "user", "content": str(i)}] for i in range(16)]
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(lambda messages: ask(teacher, messages), each))
-        assert all(asked.status == "ok" for asked in found) and len(server.bodies) == 16
+        assert all(asked.status == "ok" for asked in found) and len(server.calls) == 16
         began = sorted(call.began for call in server.calls)
         assert began[7] < min(call.sent or 0 for call in server.calls)  # eight under way at once
 

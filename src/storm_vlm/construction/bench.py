@@ -70,11 +70,12 @@ def bench_build(
 
 
 def bare_rows(folder: Path, count: int) -> Path:
-    """Rows of the micro world that have nothing yet that construction makes."""
+    """Rows of the micro world, each with a question of its own, and nothing yet of what construction makes."""
     rows = read_rows(build_world(folder / "world", "reasoning", "train", count))
     bare = {"keyframes": (), "plan": None, "thought_video": None}
     path = folder / "world" / "bare.jsonl"
-    write_rows(path, [row.model_copy(update=bare) for row in rows])
+    own = [{**bare, "question": f"Clip {i}: {row.question}"} for i, row in enumerate(rows)]
+    write_rows(path, [row.model_copy(update=more) for row, more in zip(rows, own, strict=True)])
     return path
 
 
@@ -93,9 +94,9 @@ def stub_config(teacher: StubTeacher, workers: int = 4) -> BuildConfig:
 def kill_trials(source: Path, folder: Path, kills: int, rng: random.Random) -> dict[str, Any]:
     """Kill builds of `source` at random moments, `kills` times; compare the outcome with an undisturbed build.
 
-    Each build is started again until it ends, then the next one begins. `teacher_calls_repeated` are calls for
-    answers that were in the store, or had `STORED_WITHIN` seconds to get there; calls that a kill cut off
-    between server and store, which no client can help, are counted apart.
+    Each build is started again until it ends, then the next one begins. `teacher_calls_repeated` are calls whose
+    answer was in the store, or must have been: it had been used to ask on, or had had `STORED_WITHIN` seconds to
+    get there. Calls that a kill cut off between server and store, which no client can help, are counted apart.
     """
     # Processes are forked from one that has everything imported: a kill should hit work, not imports.
     context = multiprocessing.get_context("forkserver")
@@ -161,10 +162,11 @@ class _Trial:
         of_this_run = self.teacher.calls[self.seen :]
         self._look()
         self.finished |= {path.stem for path in Store(self.out / "store").files("teacher")}
-        for (
-            call
-        ) in of_this_run:  # answered long before the kill: should be in the store, is it or not
-            if call.sent is not None and call.sent < killed_at - STORED_WITHIN:
+        # Answered long before the kill, or used to ask on: must be in the store, whether it is or not.
+        last = {call.question: call.key for call in of_this_run}
+        for call in of_this_run:
+            long_ago = call.sent is not None and call.sent < killed_at - STORED_WITHIN
+            if long_ago or last[call.question] != call.key:
                 self.finished.add(call.key)
 
     def _look(self) -> None:

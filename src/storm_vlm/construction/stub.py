@@ -18,8 +18,14 @@ class Call:
     """A request: its `Idempotency-Key`, when it came, when all of the answer was sent (None: not yet)."""
 
     key: str
+    body: dict[str, Any]
     began: float
     sent: float | None = None
+
+    @property
+    def question(self) -> str:
+        """What tells the rows apart, if no two ask the same."""
+        return self.body["messages"][1]["content"][0]["text"].splitlines()[0]
 
 
 class StubTeacher(ThreadingHTTPServer):
@@ -77,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        call = Call(self.headers.get("Idempotency-Key", ""), time.monotonic())
+        call = Call(self.headers.get("Idempotency-Key", ""), body, time.monotonic())
         self.server.calls.append(call)
         time.sleep(self.server.latency)
         self.server.respond(self, body)
