@@ -141,3 +141,5 @@ def _report(summary: dict[str, Any], out: Path) -> None:
         }
         console.print(told[why])
         raise typer.Exit(STOPPED[why])
+    if summary.get("unfinished"):
+        console.print("unfinished rows are not in this store, as these settings would make them")

@@ -119,7 +119,9 @@ class BuildConfig(_Frozen):
             "price_out",
             "max_cost",
         }
-        return self.model_dump(
-            mode="json",
-            exclude={"workers": True, "filters": True, "splits": True, "teacher": free},
-        )
+        unused: dict[str, Any] = {"workers": True, "filters": True, "splits": True, "teacher": free}
+        if not self.teacher.model:
+            unused["teacher"] = True
+        if self.generator != "wan":
+            unused["wan"] = True
+        return self.model_dump(mode="json", exclude=unused)
