@@ -62,10 +62,12 @@ class Tools:
         self.config = config
         self.store = store
         self.teacher = Teacher(config.teacher, store) if config.teacher.model else None
-
         self.generator: Generator = GENERATORS[config.generator](config)
         self._lock = threading.Lock()
         self._off_topic: Callable[[np.ndarray, str], float] | None = None
+
+    def keeps_thought_video(self, row: Row) -> bool:
+        return row.thought_video is not None and not self.config.replace
 
     def off_topic(self, frames: np.ndarray, text: str) -> float:
         with self._lock:
@@ -77,8 +79,8 @@ class Tools:
 def select_keyframes(tools: Tools, draft: Draft) -> Draft:
     """Times of at most K frames that matter: the teacher's choice, else spread evenly."""
     row, config = draft.row, tools.config
-    if row.keyframes:
-        return draft.noted("keyframes", {"status": "given"})
+    if row.keyframes or tools.keeps_thought_video(row):
+        return draft
     clip = read_video(row.video, config.candidates, row.start, row.end, config.max_side)
     times = [float(time) for time in clip.timestamps]
     note: dict[str, Any] = {"status": "uniform", "candidates": len(times)}
@@ -100,10 +102,8 @@ def select_keyframes(tools: Tools, draft: Draft) -> Draft:
 def write_plan(tools: Tools, draft: Draft) -> Draft:
     """The teacher's reasoning from the keyframes to the answer."""
     row, config = draft.row, tools.config
-    if row.plan:
-        return draft.noted("plan", {"status": "given"})
-    if not tools.teacher:
-        return draft.noted("plan", {"status": "none"})
+    if row.plan or not tools.teacher or tools.keeps_thought_video(row):
+        return draft
     frames = [_jpeg(frame) for frame in _keyframes(row, config.max_side)]
     messages = plan_messages(row, frames, row.keyframes, config.show_answer, config.teacher.detail)
     asked = tools.teacher.ask(messages, Plan)
@@ -114,8 +114,8 @@ def write_plan(tools: Tools, draft: Draft) -> Draft:
 def write_video_prompt(tools: Tools, draft: Draft) -> Draft:
     """The plan as something to be seen, if the generator wants words."""
     row, config = draft.row, tools.config
-    if row.meta.get("video_prompt"):
-        return draft.noted("prompt", {"status": "given"})
+    if row.meta.get("video_prompt") or tools.keeps_thought_video(row):
+        return draft
     if "thoughts" in config.steps and not tools.generator.needs_prompt:
         return draft  # asked for alone, prompts are for a generator of somebody else's
     if not tools.teacher or not row.plan:
@@ -135,13 +135,15 @@ def write_video_prompt(tools: Tools, draft: Draft) -> Draft:
 def imagine(tools: Tools, draft: Draft) -> Draft:
     """The thought video, made unless the store has it, and all that led to it as its provenance."""
     row, generator, store = draft.row, tools.generator, tools.store
-    if row.thought_video and not tools.config.replace:
+    if tools.keeps_thought_video(row):
         return draft
     if not row.keyframes:
         raise ValueError(f"{row.id}: has no keyframes; run the step keyframes first")
     meta = dict(row.meta)
     prompt = str(meta.pop("video_prompt", ""))
-    notes = meta.pop("construction", {})
+    given = {"keyframes": row.keyframes, "plan": row.plan, "prompt": prompt}
+    notes = {step: {"status": "given"} for step, value in given.items() if value}
+    notes |= meta.pop("construction", {})
     request = Request(row, _keyframes(row), prompt)
     decided = {"seed": tools.config.seed, "settings": generator.settings()}
     key = key_of(generator=generator.name, **decided, **generator.determined_by(request))
