@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from storm_vlm.construction import commands as construction
 from storm_vlm.evaluation.report_commands import app as report_app
 from storm_vlm.formats.commands import app as formats
 
@@ -246,6 +247,8 @@ def micro(
 bench = typer.Typer(no_args_is_help=True, help="Measure; every figure is a ratio within one run.")
 app.add_typer(bench, name="bench")
 app.add_typer(formats)
+app.add_typer(construction.app, name="build")
+bench.command("build")(construction.bench_build)
 
 
 @bench.command("train")

@@ -104,15 +104,20 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     Absolute paths beneath the file's folder become relative to it; others are kept as they are.
     """
     path = Path(path).absolute()
-
-    def shorten(name: str) -> str:
-        inside = Path(name).is_relative_to(path.parent)
-        return Path(name).relative_to(path.parent).as_posix() if inside else name
-
-    dumped = (_with_paths(row, shorten).model_dump() for row in rows)
+    dumped = (portable(row, path.parent).model_dump() for row in rows)
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in dumped)
     with in_one_step(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.writelines(lines)  # one at a time: a data set need not fit into memory
+
+
+def portable(row: Row, folder: Path) -> Row:
+    """The row as a file in ``folder`` (absolute) holds it: paths beneath the folder relative to it."""
+
+    def shorten(name: str) -> str:
+        inside = Path(name).is_relative_to(folder)
+        return Path(name).relative_to(folder).as_posix() if inside else name
+
+    return _with_paths(row, shorten)
 
 
 def _with_paths(row: Row, change: Callable[[str], str]) -> Row:

@@ -5,22 +5,26 @@ hands the processor frames with :func:`video_metadata`, never file names, so tha
 depend on which decoder libraries a machine happens to have.
 """
 
+from __future__ import annotations
+
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import av
 import numpy as np
 from av.error import FFmpegError
 from av.video.stream import VideoStream
-from transformers.video_utils import VideoMetadata
 
 from storm_vlm.data.decode import EPSILON, VideoError, VideoSource
 from storm_vlm.data.files import in_one_step
+
+if TYPE_CHECKING:
+    from transformers.video_utils import VideoMetadata
 
 __all__ = [
     "Clip",
@@ -62,6 +66,8 @@ def video_metadata(clip: Clip) -> VideoMetadata:
     the *sampled* rate. Frames without metadata count as 24 fps whatever their true spacing.
     Pass ``do_sample_frames=False`` with it: the frames are sampled already.
     """
+    from transformers.video_utils import VideoMetadata  # brings torch, which reading does not need
+
     count, height, width = clip.frames.shape[:3]
     return VideoMetadata(
         total_num_frames=count,

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from storm_vlm.configs import ConfigError, parse_config
 from storm_vlm.latent import AlignmentReduction, TargetNormalization
 
+__all__ = ["ConfigError", "Method", "TrainConfig", "load_config"]
+
 TargetSource = Literal["thought_video", "future", "keyframes", "self_distilled", "shuffled", "none"]
-
-
-class ConfigError(ValueError):
-    """A config file that cannot be used; names the file, the key and the mend."""
 
 
 class Method(BaseModel):
@@ -120,41 +117,10 @@ class TrainConfig(BaseModel):
         return self
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML takes `1e-4` for a string (YAML 1.1 wants `1.0e-4`); everybody else takes it for a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
     """Read a YAML file; `overrides` are `key=value` with dots for nesting (`training.max_steps=10`).
 
     Raises:
         ConfigError: unreadable, an unknown key, or a value of the wrong kind.
     """
-    try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the config {path}: {error}") from error
-    for override in overrides or []:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise ConfigError(f"an override is key=value, got {override!r}")
-        *parents, last = key.split(".")
-        place = raw
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = yaml.load(value, _Loader)
-    try:
-        return TrainConfig.model_validate(raw)
-    except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'config'}: {fault['msg']}"
-            for fault in error.errors()
-        )
-        raise ConfigError(f"{path}: {faults}") from error
+    return parse_config(TrainConfig, path, overrides)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
@@ -59,44 +59,50 @@ def build_world(
     them (`Row.end`), as real videos do: the real future, cover and all.
     """
     folder = Path(folder)
-    rng = random.Random(f"{kind}/{split}/{seed}")
-    if kind == "reasoning":
-        far = split == "ood"
-        difficulty, horizon = (OUT_OF_DISTRIBUTION, FAR_HORIZON) if far else (REASONING, HORIZON)
-        asked: Iterable[tuple[Scene, list[Question]]] = (
-            (scene, [question])
-            for scene, question in sample_reasoning(rng, difficulty, count, horizon)
-        )
-    else:
-        asked = sample_perception(rng, count)
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     (folder / "thoughts").mkdir(exist_ok=True)
-    set_name = f"{kind}-{split}-{seed}" + ("-continued" if continued else "")
-    names = (f"{set_name}-{i:05d}" for i in range(count))
+    names = (f"{kind}-{split}-{seed}-{i:05d}" for i in range(count))
     with ThreadPoolExecutor() as pool:  # encoding leaves Python's lock alone
         written = pool.map(
-            lambda name, scene: _write_scene(folder, name, split, continued, *scene), names, asked
+            lambda name, scene: _write_scene(folder, name, split, count, continued, *scene),
+            names,
+            draw_scenes(kind, split, count, seed),
         )
         rows = [
             row
             for rows in tqdm(written, f"{split} clips", total=count, leave=False)
             for row in rows
         ]
-    path = folder / f"{set_name}.jsonl"
+    path = folder / f"{kind}-{split}-{seed}{'-continued' if continued else ''}.jsonl"
     write_rows(path, rows)
     return path
+
+
+def draw_scenes(
+    kind: Kind, split: Split, count: int, seed: int
+) -> Iterator[tuple[Scene, list[Question]]]:
+    """The scenes of `build_world`, with their questions; the same arguments give the same scenes."""
+    rng = random.Random(f"{kind}/{split}/{seed}")
+    if kind == "perception":
+        yield from sample_perception(rng, count)
+        return
+    far = split == "ood"
+    difficulty, horizon = (OUT_OF_DISTRIBUTION, FAR_HORIZON) if far else (REASONING, HORIZON)
+    for scene, question in sample_reasoning(rng, difficulty, count, horizon):
+        yield scene, [question]
 
 
 def _write_scene(
     folder: Path,
     name: str,
     split: Split,
+    count: int,
     continued: bool,
     scene: Scene,
     questions: Sequence[Question],
 ) -> list[Row]:
     # What a file shows is in its name: a call with another count would else keep what it finds.
-    shown = repr((scene.tiles, scene.tracks, sorted(scene.cover), questions))
+    shown = repr((scene.tiles, scene.tracks, sorted(scene.cover), questions, continued))
     file = f"{name}-{hashlib.sha256(shown.encode()).hexdigest()[:8]}.mp4"
     clip = folder.absolute() / "clips" / file
     if not clip.exists():
@@ -117,6 +123,7 @@ def _write_scene(
                 "family": question.family,
                 "steps": question.steps,
                 "balls": len(scene.tracks),
+                "scenes": count,  # answers are balanced over all, so that scenes depend on it
                 "shortcuts": shortcuts(scene, question) if question.steps else {},
             },
         )

@@ -1,0 +1,97 @@
+"""Is a thought video fit to be learned from? Each filter is a function from frames to a score.
+
+Frames are uint8 (T, H, W, 3). Scores lie between 0 and 1, or little above. `LOW_IS_BAD` names those that a row
+must reach; the others must not be exceeded. Thresholds are in `FilterConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
+
+LOW_IS_BAD = frozenset({"blank", "frozen", "duplicate"})
+PRINTED = 5  # frames of a video that its fingerprint looks at
+
+
+def blank(frames: np.ndarray) -> float:
+    """Contrast of the emptiest frame: the standard deviation of its grey levels."""
+    return float(_grey(frames).std(axis=(1, 2)).min())
+
+
+def frozen(frames: np.ndarray) -> float:
+    """How far the picture gets from the first frame: the largest mean absolute difference to it."""
+    grey = _grey(frames)
+    return float(np.abs(grey - grey[0]).mean(axis=(1, 2)).max())
+
+
+def flicker(frames: np.ndarray) -> float:
+    """How the brightness of the whole picture jumps about: mean absolute second difference in time."""
+    light = _grey(frames).mean(axis=(1, 2))
+    return float(np.abs(np.diff(light, 2)).mean()) if len(light) > 2 else 0.0
+
+
+def mismatch(frames: np.ndarray, keyframe: np.ndarray) -> float:
+    """Mean absolute difference of the first frame to the keyframe (H', W', 3) it should start from, both small."""
+    small = [
+        np.asarray(_small(frame, (32, 32)), np.float32) / 255 for frame in (frames[0], keyframe)
+    ]
+    return float(np.abs(small[0] - small[1]).mean())
+
+
+def fingerprint(frames: np.ndarray) -> str:
+    """A perceptual hash, in hexadecimal: of five frames, whether each of 8 x 8 places is darker than its right."""
+    bits = []
+    for index in np.linspace(0, len(frames) - 1, PRINTED).round().astype(int):
+        grey = np.asarray(_small(frames[index], (9, 8)).convert("L"), np.int16)
+        bits.append(grey[:, :-1] < grey[:, 1:])
+    return np.packbits(np.stack(bits)).tobytes().hex()
+
+
+def duplicate(print_: str, earlier: Sequence[str]) -> float:
+    """Share of the fingerprint's bits in which it differs from the nearest earlier one; 1 without any."""
+    if not earlier:
+        return 1.0
+    mine = np.frombuffer(bytes.fromhex(print_), np.uint8)
+    others = np.frombuffer(bytes.fromhex("".join(earlier)), np.uint8).reshape(len(earlier), -1)
+    return float(np.unpackbits(mine ^ others, axis=1).mean(axis=1).min())
+
+
+def off_topic(model: str) -> Callable[[np.ndarray, str], float]:
+    """(frames, text) -> 1 minus the cosine of the text and the mean of four frames, by a CLIP or SigLIP model."""
+    import torch
+    from transformers import AutoModel, AutoProcessor
+
+    processor: Any = AutoProcessor.from_pretrained(model)
+    embedder: Any = AutoModel.from_pretrained(model).eval()
+
+    @torch.inference_mode()
+    def score(frames: np.ndarray, text: str) -> float:
+        indices = np.linspace(0, len(frames) - 1, 4).round().astype(int)
+        images = processor(
+            images=[Image.fromarray(frames[i]) for i in indices], return_tensors="pt"
+        )
+        words = processor(text=[text], padding="max_length", truncation=True, return_tensors="pt")
+        seen = _pooled(embedder.get_image_features(**images)).mean(dim=0)
+        said = _pooled(embedder.get_text_features(**words))[0]
+        return 1 - float(torch.cosine_similarity(seen, said, dim=0))
+
+    return score
+
+
+def _pooled(features: Any) -> torch.Tensor:
+    pooled = features if hasattr(features, "norm") else features.pooler_output
+    return pooled / pooled.norm(dim=-1, keepdim=True)
+
+
+def _grey(frames: np.ndarray) -> np.ndarray:
+    return frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
+
+
+def _small(frame: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(frame).resize(size, Image.Resampling.BOX)

@@ -1,0 +1,221 @@
+"""The five steps from a row to a training row (paper section 3.2). Each takes a draft and returns the next.
+
+A row that has what a step would make is left as it is, and nobody is paid: importers may bring keyframes, plans
+or prompts of their own, and a step may be replaced by any program that writes rows. Between steps, what is not a
+field of a row is in its `meta`: `video_prompt`, and `construction`, how things came about.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+
+from storm_vlm.construction import filters
+from storm_vlm.construction.config import BuildConfig, Step
+from storm_vlm.construction.generators import GENERATORS, Generator, Rejected, Request
+from storm_vlm.construction.prompts import (
+    Keyframes,
+    Plan,
+    VideoPrompt,
+    keyframe_messages,
+    plan_messages,
+    video_messages,
+)
+from storm_vlm.construction.store import Store, key_of
+from storm_vlm.construction.teacher import Asked, Teacher
+from storm_vlm.data.schema import Row, ThoughtVideo
+from storm_vlm.data.video import read_video, write_video
+
+CRF = 12  # near-lossless: the codec should not decide what is learned
+JUDGED = 32  # frames of a thought video that the filters look at
+
+
+class Draft(BaseModel):
+    """A row in the making. ``rejected`` says why it is out, if it is; scores come from the last step."""
+
+    model_config = ConfigDict(frozen=True)
+
+    row: Row
+    rejected: str | None = None
+    detail: str = ""
+    scores: dict[str, float] = {}
+    fingerprint: str = ""
+
+    def noted(self, step: str, note: dict[str, Any], **fields: Any) -> Draft:
+        """With fields of the row set, and a note how that came about."""
+        meta = dict(fields.pop("meta", self.row.meta))
+        meta["construction"] = {**meta.get("construction", {}), step: note}
+        return self.model_copy(update={"row": self.row.model_copy(update={**fields, "meta": meta})})
+
+
+class Tools:
+    """What the steps work with. Made once per process; models are loaded when they are needed."""
+
+    def __init__(self, config: BuildConfig, store: Store) -> None:
+        self.config = config
+        self.store = store
+        self.teacher = Teacher(config.teacher, store) if config.teacher.model else None
+        self.generator: Generator = GENERATORS[config.generator](config)
+        self._lock = threading.Lock()
+        self._off_topic: Callable[[np.ndarray, str], float] | None = None
+
+    def keeps_thought_video(self, row: Row) -> bool:
+        return row.thought_video is not None and not self.config.replace
+
+    def off_topic(self, frames: np.ndarray, text: str) -> float:
+        with self._lock:
+            model = str(self.config.off_topic_model)
+            self._off_topic = self._off_topic or filters.off_topic(model)
+            return self._off_topic(frames, text)
+
+
+def select_keyframes(tools: Tools, draft: Draft) -> Draft:
+    """Times of at most K frames that matter: the teacher's choice, else spread evenly."""
+    row, config = draft.row, tools.config
+    if row.keyframes or tools.keeps_thought_video(row):
+        return draft
+    clip = read_video(row.video, config.candidates, row.start, row.end, config.max_side)
+    times = [float(time) for time in clip.timestamps]
+    note: dict[str, Any] = {"status": "uniform", "candidates": len(times)}
+    if tools.teacher:
+        shown, detail = config.show_answer, config.teacher.detail
+        messages = keyframe_messages(
+            row, [_jpeg(f) for f in clip.frames], times, config.keyframes, shown, detail
+        )
+        asked = tools.teacher.ask(messages, Keyframes, candidates=len(times), most=config.keyframes)
+        note |= asked.provenance(config.teacher) | {"answer_shown": shown}
+        if asked.value:
+            chosen = tuple(times[i] for i in asked.value.selected)
+            return draft.noted("keyframes", note, keyframes=chosen)
+        note["status"] += ", uniform"
+    spread = np.linspace(0, len(times) - 1, min(config.keyframes, len(times))).round().astype(int)
+    return draft.noted("keyframes", note, keyframes=tuple(times[i] for i in spread))
+
+
+def write_plan(tools: Tools, draft: Draft) -> Draft:
+    """The teacher's reasoning from the keyframes to the answer."""
+    row, config = draft.row, tools.config
+    if row.plan or not tools.teacher or tools.keeps_thought_video(row):
+        return draft
+    frames = [_jpeg(frame) for frame in _keyframes(row, config.max_side)]
+    messages = plan_messages(row, frames, row.keyframes, config.show_answer, config.teacher.detail)
+    asked = tools.teacher.ask(messages, Plan)
+    note = asked.provenance(config.teacher) | {"answer_shown": config.show_answer}
+    return draft.noted("plan", note, plan=_needed("plan", asked).plan.strip())
+
+
+def write_video_prompt(tools: Tools, draft: Draft) -> Draft:
+    """The plan as something to be seen, if the generator wants words."""
+    row, config = draft.row, tools.config
+    if row.meta.get("video_prompt") or tools.keeps_thought_video(row):
+        return draft
+    if "thoughts" in config.steps and not tools.generator.needs_prompt:
+        return draft  # asked for alone, prompts are for a generator of somebody else's
+    if not tools.teacher or not row.plan:
+        what = "plan" if tools.teacher else "teacher"
+        raise ValueError(
+            f"{row.id}: {config.generator} needs a prompt and there is no {what} to make one from: name a "
+            "teacher.model and run the step plans, or give rows meta.video_prompt"
+        )
+    (frame,) = _keyframes(row, config.max_side, first=True)
+    messages = video_messages(row, _jpeg(frame), row.keyframes[0], config.teacher.detail)
+    asked = tools.teacher.ask(messages, VideoPrompt)
+    text = " ".join(_needed("prompt", asked).prompt.split())
+    note = asked.provenance(config.teacher)
+    return draft.noted("prompt", note, meta={**row.meta, "video_prompt": text})
+
+
+def imagine(tools: Tools, draft: Draft) -> Draft:
+    """The thought video, made unless the store has it, and all that led to it as its provenance."""
+    row, generator, store = draft.row, tools.generator, tools.store
+    if tools.keeps_thought_video(row):
+        return draft
+    if not row.keyframes:
+        raise ValueError(f"{row.id}: has no keyframes; run the step keyframes first")
+    meta = dict(row.meta)
+    prompt = str(meta.pop("video_prompt", ""))
+    given = {"keyframes": row.keyframes, "plan": row.plan, "prompt": prompt}
+    notes = {step: {"status": "given"} for step, value in given.items() if value}
+    notes |= meta.pop("construction", {})
+    request = Request(row, _keyframes(row), prompt)
+    decided = {"seed": tools.config.seed, "settings": generator.settings()}
+    key = key_of(generator=generator.name, **decided, **generator.determined_by(request))
+    path = store.path("thoughts", key, ".mp4")
+    if not path.exists():
+        imagined = generator.imagine(request)
+        costs = {"frames": len(imagined.frames), **imagined.costs}
+        store.write(
+            "thoughts", key, json.dumps(costs).encode()
+        )  # first: the video's being there means finished
+        with store.place("thoughts", key, ".mp4") as unfinished:
+            write_video(unfinished, _even(imagined.frames), imagined.fps, crf=CRF)
+    provenance = {"steps": notes, "prompt": prompt, **decided, "key": key}
+    thought = ThoughtVideo(
+        path=str(path), source=generator.source, generator=generator.name, provenance=provenance
+    )
+    return draft.model_copy(
+        update={"row": row.model_copy(update={"thought_video": thought, "meta": meta})}
+    )
+
+
+def judge(tools: Tools, draft: Draft) -> Draft:
+    """Scores of the thought video; thresholds are applied when results are collected."""
+    row = draft.row
+    if row.thought_video is None:
+        raise ValueError(f"{row.id}: has no thought video to judge; run the step thoughts first")
+    frames = read_video(row.thought_video.path, JUDGED).frames
+    scores = {
+        "blank": filters.blank(frames),
+        "frozen": filters.frozen(frames),
+        "flicker": filters.flicker(frames),
+    }
+    if row.thought_video.source in ("generated", "keyframes") and row.keyframes:
+        (first,) = _keyframes(row, first=True)
+        scores["mismatch"] = filters.mismatch(frames, first)
+    if tools.config.off_topic_model:
+        text = str(row.thought_video.provenance.get("prompt") or row.question)
+        scores["off_topic"] = tools.off_topic(frames, text)
+    rounded = {name: round(score, 6) for name, score in scores.items()}
+    return draft.model_copy(update={"scores": rounded, "fingerprint": filters.fingerprint(frames)})
+
+
+STEP_FUNCTIONS: dict[Step, Callable[[Tools, Draft], Draft]] = {
+    "keyframes": select_keyframes,
+    "plans": write_plan,
+    "prompts": write_video_prompt,
+    "thoughts": imagine,
+    "filter": judge,
+}
+
+
+def _needed(step: str, asked: Asked[Any]) -> Any:
+    if asked.value is None:
+        raise Rejected(f"{step}_{asked.status}", "the teacher gave nothing that could be used")
+    return asked.value
+
+
+def _keyframes(
+    row: Row, max_side: int | None = None, first: bool = False
+) -> tuple[np.ndarray, ...]:
+    """The frames on screen at the row's keyframes."""
+    times = row.keyframes[:1] if first else row.keyframes
+    return tuple(read_video(row.video, 1, t, t + 1e-3, max_side).frames[0] for t in times)
+
+
+def _jpeg(frame: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def _even(frames: np.ndarray) -> np.ndarray:
+    """Without a last odd row or column, which the codec could not hold."""
+    height, width = (side // 2 * 2 for side in frames.shape[1:3])
+    return frames[:, :height, :width]

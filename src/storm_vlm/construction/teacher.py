@@ -1,0 +1,204 @@
+"""The teacher: any OpenAI-compatible endpoint, asked once for each thing, whatever happens in between.
+
+An HTTP response is stored, and synced to disk, before anything else is done with it, under the hash of the
+request. A later run that comes to the same request, be it a repair in the middle of a conversation, reads it from
+there. So the only calls ever paid twice are those that a kill, a broken connection or a timeout catches between
+the server's work and the `os.replace` of its response here. The key is sent along as `Idempotency-Key`, by which a
+server may close even that gap.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from storm_vlm.construction.config import TeacherConfig
+from storm_vlm.construction.prompts import Messages, repair_message
+from storm_vlm.construction.store import Store, key_of
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+class Unanswered(Exception):
+    """The endpoint did not answer, retries and all: the row stays unfinished, for the next run."""
+
+
+class _Filtered(Exception):
+    """The endpoint's content filter turned the request down."""
+
+
+class BudgetReached(Exception):
+    """`max_cost` is spent. Calls that were under way still count: it is passed by `workers` calls at most."""
+
+
+@dataclass(frozen=True)
+class Asked(Generic[Answer]):
+    """What came of a question.
+
+    ``status``: `ok`, `repaired`, `refused` or `invalid`; ``value`` is None for the last two. ``keys`` names the
+    responses in the store, one for each turn.
+    """
+
+    value: Answer | None
+    status: str
+    keys: tuple[str, ...]
+
+    def provenance(self, config: TeacherConfig) -> dict[str, Any]:
+        return {"status": self.status, "teacher": config.model, "responses": list(self.keys)}
+
+
+class Spent:
+    """Calls and tokens of all responses in the store, whoever asked for them: threads, shards, earlier runs."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._usage: dict[str, tuple[int, int]] = {}  # tokens of prompt and completion, by key
+
+    def refresh(self) -> None:
+        """Read the responses that have come since."""
+        with self._lock:
+            for path in self._store.files("teacher"):
+                if path.stem not in self._usage:
+                    usage = json.loads(path.read_bytes()).get("usage") or {}
+                    asked, said = usage.get("prompt_tokens"), usage.get("completion_tokens")
+                    self._usage[path.stem] = (asked or 0, said or 0)
+
+    def totals(self, config: TeacherConfig) -> dict[str, float]:
+        self.refresh()
+        asked = sum(prompt for prompt, _ in self._usage.values())
+        said = sum(completion for _, completion in self._usage.values())
+        cost = (asked * config.price_in + said * config.price_out) / 1e6
+        return {
+            "calls": len(self._usage),
+            "prompt_tokens": asked,
+            "completion_tokens": said,
+            "cost": round(cost, 6),
+        }
+
+
+class Teacher:
+    """Safe to use from many threads."""
+
+    def __init__(self, config: TeacherConfig, store: Store) -> None:
+        self.config = config
+        self.store = store
+        self._lock = threading.Lock()
+        self._client: OpenAI | None = None
+        self.spent = Spent(store)
+
+    def ask(self, messages: Messages, kind: type[Answer], **context: Any) -> Asked[Answer]:
+        """An answer that is valid as `kind`, after `repairs` at most.
+
+        Raises:
+            Unanswered: no response to be had.
+            BudgetReached: before a call, never between a call and its storing.
+            ValueError: the endpoint refuses requests (a wrong key, model or option): nothing will work.
+        """
+        keys: list[str] = []
+        for turn in range(self.config.repairs + 1):
+            try:
+                key, response = self._respond(messages, kind)
+            except _Filtered:
+                return Asked(None, "refused", tuple(keys))
+            keys.append(key)
+            message = response["choices"][0]["message"]
+            text = message.get("content") or ""
+            if message.get("refusal"):
+                return Asked(None, "refused", tuple(keys))
+            try:
+                value = kind.model_validate_json(_json_part(text), context=context)
+            except ValidationError as error:
+                fault = "; ".join(fault["msg"] for fault in error.errors())
+                said = {"role": "assistant", "content": text}
+                messages = [*messages, said, repair_message(fault)]
+            else:
+                return Asked(value, "repaired" if turn else "ok", tuple(keys))
+        return Asked(None, "invalid", tuple(keys))
+
+    def _respond(self, messages: Messages, kind: type[BaseModel]) -> tuple[str, dict[str, Any]]:
+        """The key and the JSON of a chat completion, from the store if it is there."""
+        body: dict[str, Any] = {
+            "model": self.config.model,
+            "messages": messages,
+            "temperature": self.config.temperature,
+            "max_tokens": self.config.max_tokens,
+        }
+        if self.config.response_format == "json_schema":
+            schema = {"name": kind.__name__, "strict": True, "schema": kind.model_json_schema()}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif self.config.response_format == "json_object":
+            body["response_format"] = {"type": "json_object"}
+        key = key_of(**body)
+        stored = self.store.read("teacher", key)
+        if stored is not None:
+            return key, json.loads(stored)
+        for _ in range(self.config.retries + 1):
+            raw = self._call(body, key)
+            response = _completion(raw)
+            if response is not None:
+                self.store.write("teacher", key, raw)
+                return key, response
+        raise Unanswered(f"{self.config.model} answers with what is no chat completion")
+
+    def _call(self, body: dict[str, Any], key: str) -> bytes:
+        """One answered request. Retries, backoff and Retry-After are the client's."""
+        import openai
+
+        limit = self.config.max_cost
+        if limit is not None and self.spent.totals(self.config)["cost"] >= limit:
+            raise BudgetReached
+        with self._lock:
+            self._client = self._client or self._connect()
+        try:
+            response = self._client.chat.completions.with_raw_response.create(
+                **body, extra_headers={"Idempotency-Key": key}
+            )
+            return response.content
+        except (
+            openai.APIConnectionError,
+            openai.RateLimitError,
+            openai.InternalServerError,
+        ) as error:
+            raise Unanswered(f"{type(error).__name__}: {error}") from error
+        except openai.APIStatusError as error:
+            if "content" in str(error.code or ""):  # content_filter, content_policy_violation
+                raise _Filtered from error
+            where = self.config.base_url or "the teacher's endpoint"
+            raise ValueError(f"{where} refuses the request: {error}") from error
+
+    def _connect(self) -> OpenAI:
+        from openai import OpenAI
+
+        key = os.environ.get(self.config.api_key_env)
+        if not key and not self.config.base_url:
+            raise ValueError(f"no API key: set {self.config.api_key_env}, or name a base_url")
+        return OpenAI(
+            api_key=key or "none",  # own servers mostly want none
+            base_url=self.config.base_url,
+            max_retries=self.config.retries,
+            timeout=self.config.timeout,
+        )
+
+
+def _completion(raw: bytes) -> dict[str, Any] | None:
+    """A chat completion, or None for a body that was cut off or is something else."""
+    try:
+        response = json.loads(raw)
+        return response if isinstance(response["choices"][0]["message"], dict) else None
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _json_part(text: str) -> str:
+    """What is between the outermost braces: some models wrap their JSON in a code fence."""
+    start, end = text.find("{"), text.rfind("}")
+    return text[start : end + 1] if 0 <= start < end else text

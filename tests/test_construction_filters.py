@@ -1,0 +1,124 @@
+"""Each filter tells a bad video from a good one, and from those that other filters are for."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storm_vlm.construction import filters
+from storm_vlm.construction.build import apply_filters
+from storm_vlm.construction.config import BuildConfig, FilterConfig
+from storm_vlm.construction.steps import Draft
+from storm_vlm.data.schema import Row, ThoughtVideo
+from storm_vlm.data.video import read_video
+
+DEFAULT = FilterConfig.model_validate({})
+
+
+@pytest.fixture(scope="module")
+def good(reasoning_rows: list[Row]) -> np.ndarray:
+    return read_video(reasoning_rows[0].video, 6).frames
+
+
+def bad_ones(good: np.ndarray) -> dict[str, np.ndarray]:
+    dimmed = good.copy()
+    dimmed[1::2] //= 3
+    grey = np.full_like(good, 90)
+    grey[:, :10] += np.arange(len(good), dtype=np.uint8)[:, None, None, None] * 40
+    return {"blank": grey // 8 + 100, "frozen": np.repeat(good[:1], 6, axis=0), "flicker": dimmed}
+
+
+def passes(name: str, frames: np.ndarray) -> bool:
+    score = getattr(filters, name)(frames)
+    limit = getattr(DEFAULT, name)
+    return score >= limit if name in filters.LOW_IS_BAD else score <= limit
+
+
+@pytest.mark.parametrize("name", ["blank", "frozen", "flicker"])
+def test_a_filter_finds_its_own(name: str, good: np.ndarray) -> None:
+    assert passes(name, good)
+    assert {bad: passes(name, frames) for bad, frames in bad_ones(good).items()}[name] is False
+    others = {"blank", "frozen", "flicker"} - {name, "blank"}  # an empty video hardly moves, too
+    assert all(passes(name, bad_ones(good)[other]) for other in others)
+
+
+def test_mismatch_sees_another_first_frame(good: np.ndarray, reasoning_rows: list[Row]) -> None:
+    other = read_video(reasoning_rows[1].video, 6).frames[0]
+    larger = good[0].repeat(2, axis=0).repeat(2, axis=1)  # a generator has a resolution of its own
+    assert filters.mismatch(good, good[0]) == 0 and filters.mismatch(good, larger) < 0.01
+    assert filters.mismatch(good, 255 - good[0]) > DEFAULT.mismatch  # type: ignore[operator]
+    assert filters.mismatch(good, other) > 5 * filters.mismatch(good, larger)
+
+
+def test_duplicates_survive_encoding_and_others_are_far(
+    good: np.ndarray, reasoning_rows: list[Row]
+) -> None:
+    noise = np.random.default_rng(0).integers(-3, 4, good.shape)
+    noisy = np.clip(good.astype(int) + noise, 0, 255).astype(np.uint8)
+    prints = [filters.fingerprint(read_video(row.video, 6).frames) for row in reasoning_rows[1:]]
+    mine = filters.fingerprint(good)
+    limit = DEFAULT.duplicate or 0
+    assert filters.duplicate(mine, prints) > 5 * limit and filters.duplicate(mine, []) == 1
+    assert filters.duplicate(filters.fingerprint(noisy), [*prints, mine]) < limit
+
+
+def test_rejects_keep_reason_score_and_threshold(reasoning_rows: list[Row]) -> None:
+    scores = {"blank": 0.5, "frozen": 0.001, "flicker": 0.9}
+    row = reasoning_rows[0]
+    drafts = [
+        Draft(row=row, scores=scores, fingerprint="00"),
+        Draft(row=row, scores={"blank": 0.5}, fingerprint="ff"),
+        Draft(row=row, scores={"blank": 0.5}, fingerprint="ff"),
+        Draft(row=row, rejected="plan_refused", detail="why"),
+    ]
+    kept, rejects = apply_filters(drafts, DEFAULT)
+    assert [(r["reason"], r["score"], r["threshold"]) for r in rejects] == [
+        ("frozen", 0.001, 0.004),
+        ("duplicate", 0.0, 0.01),
+        ("plan_refused", None, None),
+    ]
+    assert isinstance(kept[0].thought_video, ThoughtVideo) and len(kept) == 1
+    assert kept[0].thought_video.provenance["scores"] == {"blank": 0.5, "duplicate": 1.0}
+    off = FilterConfig.model_validate(dict.fromkeys(FilterConfig.model_fields))
+    assert len(apply_filters(drafts, off)[0]) == 3
+
+
+def test_thresholds_do_not_decide_what_is_stored() -> None:
+    def decides(**changes: object) -> bool:
+        plain, changed = (BuildConfig.model_validate(c) for c in ({}, changes))
+        return plain.determining() != changed.determining()
+
+    assert not decides(filters={"blank": 0.5}, workers=3, teacher={"timeout": 5, "base_url": "u"})
+    assert decides(seed=1) and decides(teacher={"model": "m"}) and decides(wan={"steps": 4})
+    assert not decides(teacher={"temperature": 1.0})  # there is no teacher
+    assert decides(steps=["keyframes"]) and decides(show_answer=False)
+
+
+def test_off_topic_by_a_clip_model(good: np.ndarray, tmp_path: Path) -> None:
+    """A random CLIP knows no topics, but the score is the cosine of its own embeddings."""
+    import torch
+    from tiny import tiny_processor
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    tokenizer = tiny_processor().tokenizer
+    tokenizer.model_max_length = 32
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    tower |= {"num_attention_heads": 2}
+    text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 32, "eos_token_id": 2}
+    vision = {**tower, "image_size": 32, "patch_size": 16}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    processor = CLIPProcessor(images, tokenizer)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    score = filters.off_topic(str(tmp_path))
+    still = np.repeat(good[:1], 4, axis=0)
+    inputs = processor(
+        text=["a ball"], images=[still[0]], padding="max_length", return_tensors="pt"
+    )
+    with torch.inference_mode():
+        output = model(**inputs)
+    cosine = float((output.image_embeds @ output.text_embeds.T)[0, 0])
+    assert score(still, "a ball") == pytest.approx(1 - cosine, abs=1e-5)
+    assert score(still, "a ball") != pytest.approx(score(still, "a very different thing"), abs=1e-5)

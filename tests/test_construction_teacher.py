@@ -1,0 +1,227 @@
+"""The teacher's client against a real server that misbehaves."""
+
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storm_vlm.construction.config import TeacherConfig
+from storm_vlm.construction.prompts import Keyframes, Plan, VideoPrompt
+from storm_vlm.construction.store import Store
+from storm_vlm.construction.stub import StubTeacher, completion, send
+from storm_vlm.construction.teacher import BudgetReached, Teacher, Unanswered
+
+MESSAGES = [{"role": "user", "content": "which frames?"}]
+GOOD = '{"selected": [3, 1]}'
+Fault = Callable[[BaseHTTPRequestHandler], None]
+
+
+class BadTeacher(StubTeacher):
+    """Does what it is told, request by request: answer with a text, or misbehave; the last goes on for ever."""
+
+    def __init__(self, *script: str | Fault) -> None:
+        super().__init__()
+        self.script = list(script)
+        self.lock = threading.Lock()
+
+    def respond(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        with self.lock:
+            act = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        send(handler, 200, completion(act)) if isinstance(act, str) else act(handler)
+
+
+def status(code: int, error: str = "", **headers: str) -> Fault:
+    return lambda handler: send(handler, code, {"error": {"code": error}}, **headers)
+
+
+def refusal(handler: BaseHTTPRequestHandler) -> None:
+    send(handler, 200, completion(None, refusal="I will not."))
+
+
+def reset(handler: BaseHTTPRequestHandler) -> None:
+    """Close with a TCP reset."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+    handler.close_connection = True
+
+
+def cut_off(handler: BaseHTTPRequestHandler) -> None:
+    """Half of a response that promised more."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"id": "x", "choi')
+    handler.close_connection = True
+
+
+def truncated(handler: BaseHTTPRequestHandler) -> None:
+    """A whole response that is half a JSON."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "17")
+    handler.end_headers()
+    handler.wfile.write(b'{"id": "x", "choi')
+
+
+def slow(handler: BaseHTTPRequestHandler) -> None:
+    time.sleep(0.6)
+    send(handler, 200, completion(GOOD))
+
+
+def make(server: StubTeacher, folder: Path, **options: Any) -> Teacher:
+    config = {"model": "m", "base_url": server.url, "timeout": 0.3, "retries": 2, **options}
+    return Teacher(TeacherConfig.model_validate(config), Store(folder))
+
+
+def ask(teacher: Teacher, messages: list[dict[str, Any]] = MESSAGES) -> Any:
+    return teacher.ask(messages, Keyframes, candidates=8, most=4)
+
+
+@pytest.mark.parametrize(
+    "fault", [status(500), status(429, Retry_After="0.05"), reset, cut_off, truncated, slow]
+)
+def test_one_mishap_is_retried_and_one_answer_is_stored(fault: Fault, tmp_path: Path) -> None:
+    with BadTeacher(fault, GOOD) as server:
+        teacher = make(server, tmp_path)
+        asked = ask(teacher)
+        assert (asked.value.selected, asked.status) == ([1, 3], "ok")
+        assert len(server.calls) == 2
+        assert ask(teacher) == asked and len(server.calls) == 2  # from the store
+        assert teacher.spent.totals(teacher.config)["calls"] == 1
+
+
+def test_retry_after_is_obeyed(tmp_path: Path) -> None:
+    with BadTeacher(status(429, Retry_After="1.2"), GOOD) as server:
+        ask(make(server, tmp_path))
+        first, second = server.calls
+        assert second.began - first.began >= 1.2  # the client's own first backoff is at most 0.5 s
+
+
+@pytest.mark.parametrize("fault", [status(500), status(429, Retry_After="0.01"), reset, truncated])
+def test_lasting_trouble_leaves_the_row_for_later(fault: Fault, tmp_path: Path) -> None:
+    with BadTeacher(fault) as server:
+        with pytest.raises(Unanswered):
+            ask(make(server, tmp_path, retries=1))
+        assert not Store(tmp_path).files("teacher")
+        server.script = [GOOD]
+        assert ask(make(server, tmp_path)).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ('{"selected": [8]}', "indices go from 0 to 7"),
+        ('{"selected": [1, 1]}', "each frame once"),
+        ('{"selected": []}', "select 1 to 4 frames"),
+        ('{"selected": [0, 1, 2, 3, 4]}', "select 1 to 4 frames"),
+        ('{"selected": [1, ', "Invalid JSON"),
+        ("", "Invalid JSON"),
+        ('{"frames": [1]}', "Field required"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_is_repaired(bad: str, told: str, tmp_path: Path) -> None:
+    with BadTeacher(bad, GOOD) as server:
+        asked = ask(make(server, tmp_path))
+        assert (asked.value.selected, asked.status, len(asked.keys)) == ([1, 3], "repaired", 2)
+        assert told in server.calls[1].body["messages"][-1]["content"]
+        assert server.calls[1].body["messages"][-2] == {"role": "assistant", "content": bad}
+
+
+def test_repairs_end_and_are_not_paid_again(tmp_path: Path) -> None:
+    with BadTeacher('{"selected": [9]}') as server:
+        for _ in range(2):
+            asked = ask(make(server, tmp_path, repairs=2))
+            assert (asked.value, asked.status) == (None, "invalid")
+            assert len(server.calls) == 3
+
+
+def test_a_refusal_is_not_argued_with(tmp_path: Path) -> None:
+    with BadTeacher(refusal) as server:
+        assert ask(make(server, tmp_path)).status == "refused"
+        assert len(server.calls) == 1
+        server.script = [status(400, "content_policy_violation")]
+        other = [{"role": "user", "content": "other frames?"}]
+        assert ask(make(server, tmp_path), other).status == "refused"
+
+
+def test_a_wrong_key_stops_everything(tmp_path: Path) -> None:
+    with BadTeacher(status(401)) as server, pytest.raises(ValueError, match="refuses the request"):
+        ask(make(server, tmp_path))
+
+
+def test_no_key_is_needed_but_for_the_default_endpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="set OPENAI_API_KEY"):
+        ask(Teacher(TeacherConfig.model_validate({"model": "m"}), Store(tmp_path)))
+
+
+def test_the_cost_is_told_and_bounded_over_runs(tmp_path: Path) -> None:
+    prices = {"price_in": 2.0, "price_out": 10.0}  # 1,000 and 100 tokens: 0.003 a call
+    with BadTeacher(GOOD) as server:
+        for number in range(3):
+            teacher = make(server, tmp_path, max_cost=0.005, **prices)
+            messages = [{"role": "user", "content": str(number)}]
+            if number < 2:
+                ask(teacher, messages)
+            else:
+                with pytest.raises(BudgetReached):
+                    ask(teacher, messages)
+                ask(teacher, [{"role": "user", "content": "0"}])  # stored ones cost nothing
+        totals = teacher.spent.totals(teacher.config)
+        assert totals == {
+            "calls": 2,
+            "prompt_tokens": 2000,
+            "completion_tokens": 200,
+            "cost": 0.006,
+        }
+    with pytest.raises(ValueError, match="needs prices"):
+        TeacherConfig.model_validate({"max_cost": 1})
+
+
+def test_the_response_is_safe_before_it_is_looked_at(tmp_path: Path) -> None:
+    """Whatever becomes of the process after the last byte came in, the answer is not asked for again."""
+    with BadTeacher('{"selected": "nonsense"}') as server:
+        teacher = make(server, tmp_path, repairs=0)
+        ask(teacher)
+        (path,) = Store(tmp_path).files("teacher")
+        assert path.stem == server.calls[0].key
+        stored = json.loads(path.read_bytes())
+        assert stored == completion('{"selected": "nonsense"}')
+
+
+def test_many_threads_share_one_teacher(tmp_path: Path) -> None:
+    with BadTeacher(GOOD) as server:
+        server.latency = 0.05
+        teacher = make(server, tmp_path)
+        each = [[{"role": "user", "content": str(i)}] for i in range(16)]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda messages: ask(teacher, messages), each))
+        assert all(asked.status == "ok" for asked in found) and len(server.calls) == 16
+        began = sorted(call.began for call in server.calls)
+        assert began[7] < min(call.sent or 0 for call in server.calls)  # eight under way at once
+
+
+def test_what_a_video_prompt_may_say() -> None:
+    def valid(text: str) -> bool:
+        try:
+            return bool(VideoPrompt.model_validate({"prompt": text}))
+        except ValueError:
+            return False
+
+    assert valid("word " * 90)
+    assert not valid("word " * 30) and not valid("word " * 200)
+    assert not valid("word " * 45 + "\n" + "word " * 45)
+    for letter in ("Option B", "(C)", "the answer is A", "so B. is it"):
+        assert not valid("word " * 90 + letter + " ends")
+    assert valid("word " * 90 + "A man walks; I see vitamin pills.")
+    with pytest.raises(ValueError, match="words"):
+        Plan.model_validate({"plan": "no"})
