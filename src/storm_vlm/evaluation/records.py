@@ -11,10 +11,14 @@ class Reply:
     """What a reasoner said to one question, and what that took."""
 
     text: str  #: the final turn, raw
-    transcript: tuple[str, ...] = ()  #: earlier turns: a chain of thought, tool calls and their results
+    transcript: tuple[
+        str, ...
+    ] = ()  #: earlier turns: a chain of thought, tool calls and their results
     tokens: int = 0  #: written, over all rounds, latent slots not counted
     rounds: int = 1  #: of generation
-    frame_times: tuple[float, ...] = ()  #: seconds in the file, of every frame shown, over all rounds
+    frame_times: tuple[
+        float, ...
+    ] = ()  #: seconds in the file, of every frame shown, over all rounds
     prompt_tokens: int = 0  #: of the last round, visual ones included
     visual_tokens: int = 0
     slots_used: int = 0
@@ -36,6 +40,8 @@ class Record:
     reply: Reply | None  #: None: not asked, see `error`
     correct: bool  #: by the strict scorer; unparsed is wrong
     parsed: bool
-    official: float | None = None  #: by the benchmark's own rule on the same text; None: needs a judge
+    official: float | None = (
+        None  #: by the benchmark's own rule on the same text; None: needs a judge
+    )
     error: str | None = None  #: a missing or broken video; counted, and wrong
     meta: dict[str, Any] = field(default_factory=dict)
