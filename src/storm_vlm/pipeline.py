@@ -139,20 +139,27 @@ class StormPipeline:
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         used = output.latent_counts.tolist() if latent else [0] * len(texts)
         forced = output.forced_end.tolist() if latent else [False] * len(texts)
-        opened = [self.latent_mode == "force" or start for start in self._opened(new_ids)]
-        sizes = zip(
-            count_written(self.model, new_ids), *prompt_sizes(self.processor, inputs), strict=True
-        )
+        opened = self._opened(new_ids)
+        counts = count_written(self.model, new_ids)
+        prompts, visual = prompt_sizes(self.processor, inputs)
         return [
-            Answer(text.strip(), _chosen(text, question.options), slots, end, start, *size, seconds)
-            for text, question, slots, end, start, size in zip(
-                texts, questions, used, forced, opened, sizes, strict=True
+            Answer(
+                text.strip(),
+                _chosen(text, question.options),
+                used[i],
+                forced[i],
+                opened[i],
+                counts[i],
+                prompts[i],
+                visual[i],
+                seconds,
             )
+            for i, (text, question) in enumerate(zip(texts, questions, strict=True))
         ]
 
     def _opened(self, new_ids: Tensor) -> list[bool]:
-        if self.latent_mode == "off":
-            return [False] * len(new_ids)
+        if self.latent_mode != "auto":
+            return [self.latent_mode == "force"] * len(new_ids)
         return (new_ids == latent_tokens(self.model.config).start).any(1).tolist()
 
 
