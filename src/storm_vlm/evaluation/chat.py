@@ -65,7 +65,7 @@ class LocalChat:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"dtype": str(self.model.dtype), "exact": self.exact}
+        return {"exact": self.exact, **loaded(self.model, self.processor)}
 
     @torch.inference_mode()
     def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Written]:
@@ -115,3 +115,11 @@ class LocalChat:
 def _message(turn: Turn) -> dict[str, Any]:
     video = [] if turn.clip is None else [{"type": "video"}]
     return {"role": turn.role, "content": [*video, {"type": "text", "text": turn.text}]}
+
+
+def loaded(model: Any, processor: Any) -> dict[str, Any]:
+    """What of a loaded model decides its answers: its type of numbers, and the size that frames are scaled to."""
+    video = processor.video_processor
+    size = {name: edge for name, edge in dict(video.size).items() if edge is not None}
+    cap = getattr(video, "cap_pixels_per_frame", None)
+    return {"dtype": str(model.dtype), "pixels": {**size, "cap_pixels_per_frame": cap}}

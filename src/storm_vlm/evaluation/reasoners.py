@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import question_text
-from storm_vlm.evaluation.chat import ChatModel, Turn, Written
+from storm_vlm.evaluation.chat import ChatModel, Turn, Written, loaded
 from storm_vlm.evaluation.frames import Asked, Frames
 from storm_vlm.evaluation.records import Reply
 from storm_vlm.pipeline import StormPipeline
@@ -77,7 +77,7 @@ class Latent:
             "max_new_tokens": self.max_new_tokens,
             "latent_mode": self.pipeline.latent_mode,
             "latent_budget": self.pipeline.collator.latent_budget,
-            "dtype": str(self.pipeline.model.dtype),
+            **loaded(self.pipeline.model, self.pipeline.processor),
             **self.generate_kwargs,
         }
 

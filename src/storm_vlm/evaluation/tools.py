@@ -51,7 +51,8 @@ class Tools:
         return {**{name: getattr(self, name) for name in names}, **self.chat.settings}
 
     def prompt(self, asked: Asked) -> str:
-        return self._prompt(asked, self.frames.read(asked))
+        """With the place of the video's length left open."""
+        return question_text(asked.question, asked.options, INSTRUCTION)
 
     def answer(self, rows: Sequence[Asked]) -> list[Reply]:
         talks = [Talk(row, "", self.frames) for row in rows]

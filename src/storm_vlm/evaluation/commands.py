@@ -1,0 +1,171 @@
+"""`storm evaluate`, and the benches of reasoners."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from storm_vlm.evaluation.frames import Frames
+    from storm_vlm.evaluation.reasoners import Reasoner
+    from storm_vlm.pipeline import StormPipeline
+
+app = typer.Typer()
+bench = typer.Typer()
+console = Console()
+errors = Console(stderr=True)
+Name = Literal["latent", "direct", "cot", "grounded_cot", "tools"]
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder or hub name; with --endpoint, the model's name there.")
+    ],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A JSONL file of rows, or the folder of a published benchmark."),
+    ],
+    benchmark: Annotated[str | None, typer.Option(help="Which one the folder holds.")] = None,
+    reasoner: Annotated[
+        Name | None, typer.Option(help="Default: latent for a checkpoint with slots, else direct.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Address of an OpenAI-compatible API, ending in /v1.")
+    ] = None,
+    control: Annotated[
+        Literal["text_only", "one_frame", "shuffled_frames", "reversed_frames", "permuted_options"]
+        | None,
+        typer.Option(help="Take away what a model that watches the video would need."),
+    ] = None,
+    prompt: Annotated[
+        Literal["ours", "official"], typer.Option(help="official: the benchmark's own text.")
+    ] = "ours",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to keep every answer in; a killed run goes on.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --endpoint: requests at once.")] = 8,
+    max_errors: Annotated[
+        float, typer.Option(help="Share of rows that may fail to be asked; more is an error.")
+    ] = 0.01,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a turn; by default the reasoner's.")
+    ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(min=1, help="Default: as trained, else 32.")
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Of a frame; default: the processor's.")
+    ] = None,
+    frame_cache: Annotated[
+        Path | None, typer.Option(help="Folder to keep decoded frames in.")
+    ] = None,
+    latent_mode: Literal["force", "auto", "off"] | None = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    interventions: Annotated[
+        bool, typer.Option(help="Also tamper with the latents: do answers depend on them?")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run code that the checkpoint brings.")
+    ] = False,
+) -> None:
+    """Accuracy with intervals on a file of rows or a benchmark; under `accelerate launch` on many GPUs."""
+    from storm_vlm.data.files import write_json
+    from storm_vlm.evaluation.evaluate import evaluate_interventions
+    from storm_vlm.evaluation.exam import Exam, RunError
+    from storm_vlm.evaluation.frames import Frames
+    from storm_vlm.evaluation.run import distributed, run, summarize
+
+    state = distributed()
+    pipeline = None
+    if endpoint is None:
+        pipeline = _pipeline(
+            checkpoint, str(state.device), num_frames, max_pixels, latent_mode, trust_remote_code
+        )
+        num_frames = pipeline.collator.videos.num_frames
+    if interventions and (pipeline is None or pipeline.latent_mode == "off"):
+        raise RunError("interventions tamper with latents: give a checkpoint that has slots")
+    frames = Frames(num_frames or 32, frame_cache)
+    found = _reasoner(reasoner, checkpoint, endpoint, pipeline, frames, max_new_tokens)
+    exam = Exam.read(source, benchmark, limit, frames=frames, control=control, prompt=prompt)
+    settings = {"checkpoint": checkpoint, "reasoner": _name(reasoner, pipeline)}
+    with TemporaryDirectory() as unkept:
+        folder = out or Path(unkept)
+        records = run(folder, found, exam, settings, batch_size)
+        if not state.is_main_process:
+            return
+        summary = summarize(records)
+        if interventions:
+            right = evaluate_interventions(pipeline, exam.rows, batch_size)  # type: ignore[arg-type]
+            summary["interventions"] = {kind: sum(hits) / len(hits) for kind, hits in right.items()}
+            description = json.loads((folder / "run.json").read_text())
+            write_json(folder / "run.json", {**description, "summary": summary})
+    console.print_json(data=summary)
+    failed = [record for record in records if record.error]
+    for record in failed:
+        errors.print(f"[red]not asked:[/red] {escape(f'{record.id}: {record.error}')}")
+    if len(failed) > max_errors * len(records):
+        raise RunError(
+            f"{len(failed)} of {len(records)} rows could not be asked, more than --max-errors {max_errors:g} allows"
+        )
+
+
+def _pipeline(
+    checkpoint: str,
+    device: str,
+    num_frames: int | None,
+    max_pixels: int | None,
+    latent_mode: Any,
+    trust_remote_code: bool,
+) -> StormPipeline:
+    from storm_vlm.pipeline import StormPipeline
+
+    pipeline = StormPipeline.from_pretrained(
+        checkpoint,
+        device=device,
+        num_frames=num_frames,
+        latent_mode=latent_mode,
+        trust_remote_code=trust_remote_code,
+    )
+    if max_pixels is not None:
+        video = pipeline.processor.video_processor
+        least = min(video.size["shortest_edge"], max_pixels)
+        video.size = {"shortest_edge": least, "longest_edge": max_pixels}
+    return pipeline
+
+
+def _name(name: Name | None, pipeline: StormPipeline | None) -> Name:
+    if name is not None:
+        return name
+    return "direct" if pipeline is None or pipeline.latent_mode == "off" else "latent"
+
+
+def _reasoner(
+    name: Name | None,
+    checkpoint: str,
+    endpoint: str | None,
+    pipeline: StormPipeline | None,
+    frames: Frames,
+    max_new_tokens: int | None,
+) -> Reasoner:
+    """The reasoner of that name, on the pipeline's model or on the endpoint's."""
+    from storm_vlm.evaluation.chat import LocalChat
+    from storm_vlm.evaluation.endpoint import EndpointChat
+    from storm_vlm.evaluation.exam import RunError
+    from storm_vlm.evaluation.reasoners import MAX_NEW_TOKENS, Latent, OneTurn
+    from storm_vlm.evaluation.tools import Tools
+
+    name = _name(name, pipeline)
+    bound = max_new_tokens or MAX_NEW_TOKENS[name]
+    if name == "latent":
+        if pipeline is None or pipeline.latent_mode == "off":
+            raise RunError("the latent reasoner needs a checkpoint that has slots (storm train)")
+        return Latent(pipeline, frames, bound)
+    chat = LocalChat(pipeline) if pipeline else EndpointChat(str(endpoint), checkpoint)
+    return Tools(chat, frames, bound) if name == "tools" else OneTurn(chat, frames, name, bound)

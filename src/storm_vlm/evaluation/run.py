@@ -1,0 +1,167 @@
+"""A run folder: every row asked and kept, by one process or several, and gone on with after a kill.
+
+It holds `run.json` (what was asked, of what, how; at last the summary) and, for each process, `answers-<rank>.jsonl`,
+one `Record` a line, written batch by batch. Rows that could not be asked are asked again by the next call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from storm_vlm.data.files import write_json, write_text
+from storm_vlm.evaluation.evaluate import accuracy, confidence_interval
+from storm_vlm.evaluation.exam import Exam, RunError, answer_rows
+from storm_vlm.evaluation.reasoners import Reasoner
+from storm_vlm.evaluation.records import Record, Reply
+from storm_vlm.versions import commit, versions
+
+PATIENCE = timedelta(days=7)  # of a process that is done, for those that are not
+
+
+def run(
+    folder: Path, reasoner: Reasoner, exam: Exam, settings: dict[str, Any], batch_size: int
+) -> list[Record]:
+    """All rows, shared between the processes that Accelerate started; returns every record, in the rows' order.
+
+    `settings`: all else that decides the answers. Raises RunError if the folder holds a run with other settings.
+    """
+    state, began = PartialState(), time.perf_counter()
+    description = _begin(folder, reasoner, exam, settings, batch_size, state)
+    state.wait_for_everyone()  # the folder is in order
+    done = {record.id for record in read_records(folder)}
+    state.wait_for_everyone()  # all know what is left
+    left = [row for row in exam.rows if row.id not in done][
+        state.process_index :: state.num_processes
+    ]
+    with (folder / f"answers-{state.process_index}.jsonl").open("a", encoding="utf-8") as file:
+        bar = tqdm(total=len(left), desc="rows", disable=not state.is_main_process)
+        for records in answer_rows(reasoner, exam, left, batch_size):
+            file.writelines(json.dumps(asdict(r)) + "\n" for r in records)
+            file.flush()
+            bar.update(len(records))
+    state.wait_for_everyone()
+    place = {row.id: number for number, row in enumerate(exam.rows)}
+    records = sorted(read_records(folder), key=lambda record: place[record.id])
+    if state.is_main_process:
+        description |= {"seconds": time.perf_counter() - began, "summary": summarize(records)}
+        write_json(folder / "run.json", description)
+    return records
+
+
+def distributed() -> PartialState:
+    """This process among those that `accelerate launch` or `torchrun` started; the only one otherwise."""
+    return PartialState(timeout=PATIENCE) if "RANK" in os.environ else PartialState()
+
+
+def _begin(
+    folder: Path,
+    reasoner: Reasoner,
+    exam: Exam,
+    settings: dict[str, Any],
+    batch_size: int,
+    state: PartialState,
+) -> dict[str, Any]:
+    """Check that the folder is this run's, and put it in order; returns what `run.json` says."""
+    settings = {
+        **settings,
+        "rows": exam.fingerprint(),
+        "benchmark": exam.benchmark.name if exam.benchmark else None,
+        "control": exam.control,
+        "prompt": exam.prompt,
+        "num_frames": exam.frames.num_frames,
+        **reasoner.settings,
+    }
+    settings = json.loads(json.dumps(settings))  # as it will be read again
+    known = folder / "run.json"
+    if known.exists():
+        theirs = json.loads(known.read_text())["settings"]
+        keys = settings.keys() | theirs.keys()
+        if changed := sorted(key for key in keys if settings.get(key) != theirs.get(key)):
+            raise RunError(
+                f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --out, or remove "
+                "that one"
+            )
+    description = {
+        "settings": settings,
+        "first_prompt": reasoner.prompt(exam.question(exam.shown(exam.rows[0]))),
+        "n_expected": len(exam.rows),
+        "batch_size": batch_size,
+        "processes": state.num_processes,
+        "device": str(state.device),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob("answers-*.jsonl"):
+            _mend(file)
+        write_json(known, description)
+    return description
+
+
+def _mend(file: Path) -> None:
+    """Cut off a line that a kill left half written, and rows that could not be asked: they are due again."""
+    whole = [
+        line
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines(True)
+        if line.endswith("\n")
+    ]
+    write_text(file, "".join(line for line in whole if json.loads(line)["error"] is None))
+
+
+def read_records(folder: Path) -> list[Record]:
+    """What a run folder holds, in no order."""
+    records = []
+    for file in sorted(folder.glob("answers-*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            kept = json.loads(line)
+            if reply := kept["reply"]:
+                lists = {name: tuple(reply[name]) for name in ("transcript", "frame_times")}
+                kept["reply"] = Reply(**{**reply, **lists})
+            records.append(Record(**{**kept, "options": tuple(kept["options"])}))
+    return records
+
+
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
+    """Accuracy with its interval, by group too; rows not asked or not parsed; slots, tokens, seconds a row."""
+    replies = [record.reply for record in records if record.reply is not None]
+    groups = sorted({pair for record in records for pair in record.groups.items()})
+    official = [record.official for record in records if record.official is not None]
+
+    def mean(values: Sequence[float]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    return {
+        "n": len(records),
+        "accuracy": accuracy([record.correct for record in records]),
+        "interval": confidence_interval([record.correct for record in records]),
+        "official": mean(official),
+        "official_n": len(official),
+        "unparsed": sum(not record.parsed and record.error is None for record in records),
+        "errors": sum(record.error is not None for record in records),
+        "opened": mean([reply.opened for reply in replies]),
+        "slots_used": mean([reply.slots_used for reply in replies]),
+        "forced_end": mean([reply.forced_end for reply in replies]),
+        "rounds": mean([reply.rounds for reply in replies]),
+        "tokens": mean([reply.tokens for reply in replies]),
+        "prompt_tokens": mean([reply.prompt_tokens for reply in replies]),
+        "visual_tokens": mean([reply.visual_tokens for reply in replies]),
+        "seconds": {
+            phase: mean([reply.seconds.get(phase, 0.0) for reply in replies])
+            for phase in sorted({phase for reply in replies for phase in reply.seconds})
+        },
+        "groups": {
+            f"{name}={value}": accuracy([r.correct for r in records if r.groups.get(name) == value])
+            for name, value in groups
+        },
+    }
