@@ -169,3 +169,45 @@ def _reasoner(
         return Latent(pipeline, frames, bound)
     chat = LocalChat(pipeline) if pipeline else EndpointChat(str(endpoint), checkpoint)
     return Tools(chat, frames, bound) if name == "tools" else OneTurn(chat, frames, name, bound)
+
+
+@bench.command("latency")
+def bench_latency(
+    shape: Annotated[
+        Literal["micro", "3b", "7b"],
+        typer.Option(help="micro: the shipped model; else random weights and a synthetic clip."),
+    ] = "micro",
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    items: Annotated[int, typer.Option(min=1)] = 8,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 4,
+    cot_tokens: Annotated[int, typer.Option(min=1, help="Of a chain of thought.")] = 300,
+    grounded_tokens: Annotated[int, typer.Option(min=1, help="Of a grounded one.")] = 500,
+    tool_rounds: Annotated[int, typer.Option(min=1, max=5, help="Looks, then an answer.")] = 3,
+    tool_tokens: Annotated[int, typer.Option(min=50, help="Of the turn before a look.")] = 150,
+    results: Annotated[Path | None, typer.Option(help="JSON file for the record.")] = None,
+) -> None:
+    """Seconds an item of each way to reason, at fixed lengths, on one model and the same rows."""
+    from storm_vlm.evaluation.latency import Lengths, latency_table
+    from storm_vlm.evaluation.latency import bench_latency as run
+
+    lengths = Lengths(answer_tokens, cot_tokens, grounded_tokens, tool_rounds, tool_tokens)
+    console.print(latency_table(run(shape, device, items, rounds, batch_size, lengths, results)))
+
+
+@bench.command("reasoners")
+def bench_reasoners(
+    results: Annotated[Path, typer.Option(help="JSON file for the record.")] = Path(
+        "docs/results/reasoners.json"
+    ),
+    rows: Annotated[
+        int, typer.Option(min=2, help="Questions of the micro world's test split.")
+    ] = 400,
+    batch_size: Annotated[int, typer.Option(min=1)] = 50,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a chain of thought's turn.")] = 64,
+) -> None:
+    """Accuracy of each way to reason on the micro world, and of the shipped STORM under controls."""
+    from storm_vlm.evaluation.micro import bench_reasoners as run
+
+    console.print_json(data=run(results, rows, batch_size, max_new_tokens)["arms"])
