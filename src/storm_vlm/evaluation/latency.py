@@ -39,8 +39,8 @@ from storm_vlm.world.build import build_world
 from storm_vlm.world.checkpoints import shipped
 
 NOTE = (
-    "Lengths are fixed (each turn is forced to them); accuracy is not measured here. All reasoners run in one process "
-    "on one model; each round of tools reads its whole conversation again. Ratios are within a round."
+    "Lengths are fixed (each turn is forced to them); accuracy is not measured here. All reasoners run in one "
+    "process on one model; each round of tools reads its whole conversation again. Ratios are within a round."
 )
 PAPER = {"latent": 0.47, "tools (LongVT)": 15.44, "grounded_cot (Video-Thinker)": 17.2}
 FRAMES, MAX_PIXELS, SECONDS = 32, 256 * 28 * 28, 30  # of the published shapes' clip
@@ -174,8 +174,8 @@ def bench_latency(
 
     Returns:
         ``reasoners[name]``: ``s_per_item``, ``items_per_s``, ``ratio_to_latent`` and ``ratio_to_direct`` as median,
-        low and high over rounds; the phases' ``seconds`` an item; ``tokens`` written, ``slots``, ``prompt_tokens`` and
-        ``visual_tokens`` of the last turn, ``frames`` shown and ``rounds`` an item.
+        low and high over rounds; the phases' ``seconds`` an item; ``tokens`` written, ``slots``; of the last turn
+        ``prompt_tokens`` and ``visual_tokens``; ``frames`` shown and ``rounds`` an item.
     """
     with TemporaryDirectory() as folder:
         if shape == "micro":

@@ -132,10 +132,14 @@ def crop_window(call: str, length: float) -> tuple[float, float]:
     arguments = asked.get("arguments")
     if not isinstance(arguments, dict):
         raise ToolError("crop_video needs arguments: start_time and end_time")
-    start, end = arguments.get("start_time"), arguments.get("end_time")
-    if not isinstance(start, float) or not isinstance(end, float):
+    start, end = (_number(arguments.get(name)) for name in ("start_time", "end_time"))
+    if start is None or end is None:
         raise ToolError("start_time and end_time must be numbers, in seconds")
     start, end = max(0.0, start), min(length, end)
     if not start < end:
         raise ToolError(f"start_time must be before end_time, within 0 to {length:.2f} s")
     return start, end
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, float) and not math.isnan(value) else None
