@@ -189,11 +189,12 @@ def bench_latency(
     results: Annotated[Path | None, typer.Option(help="JSON file for the record.")] = None,
 ) -> None:
     """Seconds an item of each way to reason, at fixed lengths, on one model and the same rows."""
-    from storm_vlm.evaluation.latency import Lengths, latency_table
+    from storm_vlm.evaluation.latency import Lengths, latency_tables
     from storm_vlm.evaluation.latency import bench_latency as run
 
     lengths = Lengths(answer_tokens, cot_tokens, grounded_tokens, tool_rounds, tool_tokens)
-    console.print(latency_table(run(shape, device, items, rounds, batch_size, lengths, results)))
+    found = run(shape, device, items, rounds, batch_size, lengths, results)
+    console.print(*latency_tables(found))
 
 
 @bench.command("reasoners")

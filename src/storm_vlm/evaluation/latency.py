@@ -257,15 +257,17 @@ def figures(name: str, spent: dict[str, list[float]], replies: Sequence[Reply]) 
     }
 
 
-def latency_table(found: dict[str, Any]) -> Table:
-    """For the terminal."""
+def latency_tables(found: dict[str, Any]) -> list[Table]:
+    """For the terminal: medians with low and high over rounds; and where the time goes."""
     phases = ("decode", "vision", "prefill", "latent", "answer", "tool")
-    table = Table("reasoner", "s/item", "items/s", "x latent", "x direct", "tokens", *phases)
+    costs = Table("reasoner", "s/item", "items/s", "x latent", "x direct")
+    split = Table("seconds", *phases, "tokens")
     for name, line in found["reasoners"].items():
-        seconds, rate, *ratios = (
-            "{median:.3g} ({low:.3g} to {high:.3g})".format(**line[key])
+        spreads = (
+            "{median:.3g} ({low:.3g}-{high:.3g})".format(**line[key])
             for key in ("s_per_item", "items_per_s", "ratio_to_latent", "ratio_to_direct")
         )
-        split = (f"{line['seconds'].get(phase, 0.0):.3g}" for phase in phases)
-        table.add_row(name, seconds, rate, *ratios, f"{line['tokens']:g}", *split)
-    return table
+        costs.add_row(name, *spreads)
+        spent = (f"{line['seconds'].get(phase, 0.0):.3g}" for phase in phases)
+        split.add_row(name, *spent, f"{line['tokens']:g}")
+    return [costs, split]

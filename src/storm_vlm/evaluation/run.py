@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
@@ -35,7 +36,7 @@ def run(
 
     `settings`: all else that decides the answers. Raises RunError if the folder holds a run with other settings.
     """
-    state, began = PartialState(), time.perf_counter()
+    state, began = distributed(), time.perf_counter()
     description = _begin(folder, reasoner, exam, settings, batch_size, state)
     state.wait_for_everyone()  # the folder is in order
     done = {record.id for record in read_records(folder)}
@@ -60,7 +61,8 @@ def run(
 
 def distributed() -> PartialState:
     """This process among those that `accelerate launch` or `torchrun` started; the only one otherwise."""
-    return PartialState(timeout=PATIENCE) if "RANK" in os.environ else PartialState()
+    cpu = not torch.cuda.is_available()  # else Accelerate takes each process for the only one
+    return PartialState(cpu, **({"timeout": PATIENCE} if "RANK" in os.environ else {}))
 
 
 def _begin(
