@@ -5,16 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-
-if TYPE_CHECKING:
-    from storm_vlm.evaluation.frames import Frames
-    from storm_vlm.evaluation.reasoners import Reasoner
-    from storm_vlm.pipeline import StormPipeline
 
 app = typer.Typer()
 bench = typer.Typer()
@@ -77,24 +72,34 @@ def evaluate(
 ) -> None:
     """Accuracy with intervals on a file of rows or a benchmark; under `accelerate launch` on many GPUs."""
     from storm_vlm.data.files import write_json
+    from storm_vlm.evaluation.build import build_reasoner, default_reasoner, load_pipeline
+    from storm_vlm.evaluation.endpoint import EndpointChat
     from storm_vlm.evaluation.evaluate import evaluate_interventions
     from storm_vlm.evaluation.exam import Exam, RunError
     from storm_vlm.evaluation.frames import Frames
     from storm_vlm.evaluation.run import distributed, run, summarize
+    from storm_vlm.pipeline import DEFAULT_FRAMES
 
     state = distributed()
-    pipeline = None
     if endpoint is None:
-        pipeline = _pipeline(
-            checkpoint, str(state.device), num_frames, max_pixels, latent_mode, trust_remote_code
+        pipeline = load_pipeline(
+            checkpoint,
+            str(state.device),
+            num_frames,
+            max_pixels,
+            latent_mode=latent_mode,
+            trust_remote_code=trust_remote_code,
         )
-        num_frames = pipeline.collator.videos.num_frames
+        model, num_frames = pipeline, pipeline.collator.videos.num_frames
+    else:
+        pipeline, model = None, EndpointChat(endpoint, checkpoint)
     if interventions and (pipeline is None or pipeline.latent_mode == "off"):
         raise RunError("interventions tamper with latents: give a checkpoint that has slots")
-    frames = Frames(num_frames or 32, frame_cache)
-    found = _reasoner(reasoner, checkpoint, endpoint, pipeline, frames, max_new_tokens)
+    frames = Frames(num_frames or DEFAULT_FRAMES, frame_cache)
+    name = reasoner or default_reasoner(pipeline)
+    found = build_reasoner(name, model, frames, max_new_tokens)
     exam = Exam.read(source, benchmark, limit, frames=frames, control=control, prompt=prompt)
-    settings = {"checkpoint": checkpoint, "reasoner": _name(reasoner, pipeline)}
+    settings = {"checkpoint": checkpoint, "reasoner": name}
     with TemporaryDirectory() as unkept:
         folder = out or Path(unkept)
         records = run(folder, found, exam, settings, batch_size)
@@ -116,59 +121,23 @@ def evaluate(
         )
 
 
-def _pipeline(
-    checkpoint: str,
-    device: str,
-    num_frames: int | None,
-    max_pixels: int | None,
-    latent_mode: Any,
-    trust_remote_code: bool,
-) -> StormPipeline:
-    from storm_vlm.pipeline import StormPipeline
+@app.command()
+def lmms_task(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A JSONL file of rows, or the folder of a published benchmark."),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write, for lmms-eval's --include_path.")],
+    benchmark: Annotated[str | None, typer.Option(help="Which one the folder holds.")] = None,
+    prompt: Annotated[Literal["ours", "official"], typer.Option(help="As for evaluate.")] = "ours",
+) -> None:
+    """Make rows or a benchmark a task of lmms-eval, with our scorer; it needs no hub."""
+    from storm_vlm.evaluation.exam import Exam
+    from storm_vlm.evaluation.frames import Frames
+    from storm_vlm.evaluation.lmms_tasks import write_task
 
-    pipeline = StormPipeline.from_pretrained(
-        checkpoint,
-        device=device,
-        num_frames=num_frames,
-        latent_mode=latent_mode,
-        trust_remote_code=trust_remote_code,
-    )
-    if max_pixels is not None:
-        video = pipeline.processor.video_processor
-        least = min(video.size["shortest_edge"], max_pixels)
-        video.size = {"shortest_edge": least, "longest_edge": max_pixels}
-    return pipeline
-
-
-def _name(name: Name | None, pipeline: StormPipeline | None) -> Name:
-    if name is not None:
-        return name
-    return "direct" if pipeline is None or pipeline.latent_mode == "off" else "latent"
-
-
-def _reasoner(
-    name: Name | None,
-    checkpoint: str,
-    endpoint: str | None,
-    pipeline: StormPipeline | None,
-    frames: Frames,
-    max_new_tokens: int | None,
-) -> Reasoner:
-    """The reasoner of that name, on the pipeline's model or on the endpoint's."""
-    from storm_vlm.evaluation.chat import LocalChat
-    from storm_vlm.evaluation.endpoint import EndpointChat
-    from storm_vlm.evaluation.exam import RunError
-    from storm_vlm.evaluation.reasoners import MAX_NEW_TOKENS, Latent, OneTurn
-    from storm_vlm.evaluation.tools import Tools
-
-    name = _name(name, pipeline)
-    bound = max_new_tokens or MAX_NEW_TOKENS[name]
-    if name == "latent":
-        if pipeline is None or pipeline.latent_mode == "off":
-            raise RunError("the latent reasoner needs a checkpoint that has slots (storm train)")
-        return Latent(pipeline, frames, bound)
-    chat = LocalChat(pipeline) if pipeline else EndpointChat(str(endpoint), checkpoint)
-    return Tools(chat, frames, bound) if name == "tools" else OneTurn(chat, frames, name, bound)
+    exam = Exam.read(source, benchmark, None, frames=Frames(1), prompt=prompt)
+    console.print(f"wrote task {write_task(out, benchmark or source.stem, exam)}")
 
 
 @bench.command("latency")
