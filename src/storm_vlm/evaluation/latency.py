@@ -78,10 +78,17 @@ class Rehearsed:
 
     def _padded(self, window: dict[str, float]) -> str:
         call = json.dumps({"name": "crop_video", "arguments": window})
-        text = f"<tool_call>{call}</tool_call>"
-        while len(self.chat.processor.tokenizer(text)["input_ids"]) < self.lengths.tool_tokens:
-            text = "a " + text
+        text, wanted = f"<tool_call>{call}</tool_call>", self.lengths.tool_tokens
+        while (length := self._tokens(text)) < wanted:
+            text = "a " * max(1, (wanted - length) // 2) + text
+        if length > wanted:
+            raise ValueError(
+                f"a call alone takes {length} tokens, more than the {wanted} of a look"
+            )
         return text
+
+    def _tokens(self, text: str) -> int:
+        return len(self.chat.processor.tokenizer(text)["input_ids"])
 
     def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Written]:
         looks = sum(turn.role == "assistant" for turn in chats[0])  # all chats are as far
@@ -114,7 +121,14 @@ def fixed_reasoners(
     }
 
 
-def random_pipeline(config: Any, budget: int, device: str, dtype: torch.dtype) -> StormPipeline:
+def random_pipeline(
+    config: Any,
+    budget: int,
+    device: str,
+    dtype: torch.dtype,
+    num_frames: int = FRAMES,
+    max_pixels: int = MAX_PIXELS,
+) -> StormPipeline:
     """A model of this configuration with random weights, and the shipped tokenizer in front of it."""
     processor = AutoProcessor.from_pretrained(shipped("storm"))
     token = processor.tokenizer.convert_tokens_to_ids
@@ -129,12 +143,12 @@ def random_pipeline(config: Any, budget: int, device: str, dtype: torch.dtype) -
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     vision = config.vision_config
     processor.video_processor = Qwen2VLVideoProcessor(
-        size={"shortest_edge": MAX_PIXELS // 2, "longest_edge": MAX_PIXELS},
+        size={"shortest_edge": max_pixels // 2, "longest_edge": max_pixels},
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
         merge_size=vision.spatial_merge_size,
     )
-    return StormPipeline(model, processor, FRAMES, "force")
+    return StormPipeline(model, processor, num_frames, "force")
 
 
 def synthetic_row(folder: Path) -> Row:
