@@ -84,6 +84,11 @@ def test_every_protocol_runs_and_batches(llava, reasoning_rows, name) -> None:
         assert reply.seconds["vision"] > 0
 
 
+def test_a_bound_on_pixels_it_does_not_know_is_refused(llava) -> None:
+    with pytest.raises(RunError, match="max_pixels"):
+        load_pipeline(llava.model.name_or_path, "cpu", 4, 1000)
+
+
 def test_it_has_no_latent_slots(llava) -> None:
     assert default_reasoner(llava) == "direct"
     with pytest.raises(RunError, match="slots"):

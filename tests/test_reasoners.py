@@ -15,6 +15,7 @@ from scripted_endpoint import serving
 from storm_vlm import StormPipeline
 from storm_vlm.data.collator import Question
 from storm_vlm.data.video import read_video
+from storm_vlm.evaluation.build import load_pipeline
 from storm_vlm.evaluation.chat import LocalChat, RefusedError, Turn
 from storm_vlm.evaluation.endpoint import EndpointChat
 from storm_vlm.evaluation.frames import Frames
@@ -261,3 +262,10 @@ def test_frames_are_kept_on_disk(rows, tmp_path: Path) -> None:
     kept = cached.read(rows[0])
     assert kept is not None and (kept.frames == plain.frames[::-1]).all()  # it is what is read
     assert cached.window(rows[0].video, 2, 0.0, 1.0).timestamps.tolist() == [0.0, 1.0]
+
+
+def test_a_bound_on_pixels_makes_fewer_tokens(rows) -> None:
+    small = load_pipeline(str(shipped("storm")), "cpu", 6, 32 * 32)
+    (reply,) = Latent(small).answer(rows[:1])
+    assert reply.visual_tokens == 48 / 4
+    assert Latent(small).settings["pixels"]["longest_edge"] == 32 * 32

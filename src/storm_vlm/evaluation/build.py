@@ -27,12 +27,17 @@ def load_pipeline(
     max_pixels: int | None = None,
     **kwargs: Any,
 ) -> StormPipeline:
-    """`StormPipeline.from_pretrained`, with frames of at most `max_pixels` (None: as its processor says)."""
+    """`StormPipeline.from_pretrained`, with frames of at most `max_pixels` (None: as its processor says).
+
+    Raises RunError where that processor knows no such bound.
+    """
     pipeline = StormPipeline.from_pretrained(
         checkpoint, device=device, num_frames=num_frames, **kwargs
     )
     if max_pixels is not None:
         video = pipeline.processor.video_processor
+        if video.size["shortest_edge"] is None:
+            raise RunError(f"{type(video).__name__} scales to a fixed size: leave max_pixels out")
         least = min(video.size["shortest_edge"], max_pixels)
         video.size = {"shortest_edge": least, "longest_edge": max_pixels}
     return pipeline

@@ -81,6 +81,8 @@ def evaluate(
     from storm_vlm.pipeline import DEFAULT_FRAMES
 
     state = distributed()
+    if state.num_processes > 1 and out is None:
+        raise RunError("several processes meet in a folder: name one with --out")
     if endpoint is None:
         pipeline = load_pipeline(
             checkpoint,

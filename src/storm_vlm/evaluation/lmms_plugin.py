@@ -65,6 +65,8 @@ class Storm(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """One result each, in the order of the requests."""
+        if any(request.args[2].get("do_sample") for request in requests):
+            logger.warning("a task asks for sampling; storm answers greedily")
         batches: dict[int | None, list[int]] = {}
         for number, request in enumerate(requests):
             batches.setdefault(self._bound(request.args[2]), []).append(number)
@@ -88,8 +90,6 @@ class Storm(lmms):
         raise NotImplementedError("storm answers in one round; use a task of generate_until")
 
     def _bound(self, gen_kwargs: dict[str, Any]) -> int | None:
-        if gen_kwargs.get("do_sample") or (gen_kwargs.get("num_beams") or 1) > 1:
-            logger.warning("the task asks for sampling or beams; storm answers greedily")
         if self.max_new_tokens or self.name not in ("latent", "direct"):
             return self.max_new_tokens
         return gen_kwargs.get("max_new_tokens")
