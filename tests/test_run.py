@@ -40,7 +40,7 @@ def rows_file(reasoning_file: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def whole(storm, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    run(folder, Latent(storm), exam(rows_file), {"checkpoint": "c"}, 2)
+    run(folder, Latent(storm), exam(rows_file), {"model": "c"}, 2)
     return folder
 
 
@@ -67,7 +67,7 @@ def test_every_row_has_a_record_and_a_missing_video_is_counted(whole, rows_file)
     assert summary["opened"] == 1 and summary["seconds"]["latent"] > 0
     told = json.loads((whole / "run.json").read_text())
     assert told["summary"] == json.loads(json.dumps(summary))
-    assert told["settings"]["pixels"]["longest_edge"] == 64 * 64
+    assert told["pixels"]["longest_edge"] == 64 * 64
     assert told["first_prompt"] == rows[0].question and told["n_expected"] == 7
 
 
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on(storm, whole, rows_file, tmp_path) -> None:
             asked.extend(row.id for row in rows)
             return super().answer(rows)
 
-    run(torn, Watched(storm), exam(rows_file), {"checkpoint": "c"}, 1)
+    run(torn, Watched(storm), exam(rows_file), {"model": "c"}, 1)
     ids = [row.id for row in read_rows(rows_file)]
     assert asked == [ids[i] for i in (2, 3, 4, 6)]
     assert content(torn) == content(whole) and len(read_records(torn)) == 7
@@ -94,12 +94,12 @@ def test_a_killed_run_goes_on(storm, whole, rows_file, tmp_path) -> None:
 
 def test_a_folder_of_another_run_is_refused(storm, whole, rows_file) -> None:
     before = (whole / "run.json").read_bytes()
-    with pytest.raises(RunError, match="checkpoint"):
-        run(whole, Latent(storm), exam(rows_file), {"checkpoint": "other"}, 2)
+    with pytest.raises(RunError, match="model"):
+        run(whole, Latent(storm), exam(rows_file), {"model": "other"}, 2)
     with pytest.raises(RunError, match="control"):
-        run(whole, Latent(storm), exam(rows_file, control="one_frame"), {"checkpoint": "c"}, 2)
+        run(whole, Latent(storm), exam(rows_file, control="one_frame"), {"model": "c"}, 2)
     with pytest.raises(RunError, match="max_new_tokens"):
-        run(whole, Latent(storm, None, 5), exam(rows_file), {"checkpoint": "c"}, 2)
+        run(whole, Latent(storm, None, 5), exam(rows_file), {"model": "c"}, 2)
     assert (whole / "run.json").read_bytes() == before
 
 

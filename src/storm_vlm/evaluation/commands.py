@@ -101,7 +101,7 @@ def evaluate(
     name = reasoner or default_reasoner(pipeline)
     found = build_reasoner(name, model, frames, max_new_tokens)
     exam = Exam.read(source, benchmark, limit, frames=frames, control=control, prompt=prompt)
-    settings = {"checkpoint": checkpoint, "reasoner": name}
+    settings = {"model": checkpoint, "reasoner": name}
     with TemporaryDirectory() as unkept:
         folder = out or Path(unkept)
         records = run(folder, found, exam, settings, batch_size)

@@ -54,7 +54,7 @@ class EndpointChat:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"endpoint": self.url, "model": self.model, "max_side": self.max_side}
+        return {"endpoint": self.url, "max_side": self.max_side}
 
     def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Written]:
         with ThreadPoolExecutor(len(chats)) as pool:

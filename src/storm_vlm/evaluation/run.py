@@ -75,9 +75,9 @@ def _begin(
 ) -> dict[str, Any]:
     """Check that the folder is this run's, and put it in order; returns what `run.json` says."""
     settings = {
+        "benchmark": exam.benchmark.name if exam.benchmark else "rows",
         **settings,
         "rows": exam.fingerprint(),
-        "benchmark": exam.benchmark.name if exam.benchmark else None,
         "control": exam.control,
         "prompt": exam.prompt,
         "num_frames": exam.frames.num_frames,
@@ -86,15 +86,14 @@ def _begin(
     settings = json.loads(json.dumps(settings))  # as it will be read again
     known = folder / "run.json"
     if known.exists():
-        theirs = json.loads(known.read_text())["settings"]
-        keys = settings.keys() | theirs.keys()
-        if changed := sorted(key for key in keys if settings.get(key) != theirs.get(key)):
+        theirs = json.loads(known.read_text())
+        if changed := sorted(key for key in settings if settings[key] != theirs.get(key)):
             raise RunError(
                 f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --out, or remove "
                 "that one"
             )
     description = {
-        "settings": settings,
+        **settings,
         "first_prompt": reasoner.prompt(exam.question(exam.shown(exam.rows[0]))),
         "decoding": "greedy; controls are drawn by each row's id",
         "n_expected": len(exam.rows),
