@@ -110,6 +110,8 @@ def test_what_does_not_apply_is_refused(rows_file, tmp_path) -> None:
         exam(rows_file, prompt="official")
     with pytest.raises(RunError, match="no options"):
         exam(rows_file, control="permuted_options")
+    with pytest.raises(RunError, match="published order"):
+        Exam(read_rows(rows_file), FRAMES, None, "permuted_options", "official").check(rows_file)
     with pytest.raises(RunError, match="no benchmark is called 'nonsense'"):
         find_benchmark("nonsense")
 

@@ -116,7 +116,8 @@ def evaluate(
     console.print_json(data=summary)
     failed = [record for record in records if record.error]
     for record in failed:
-        errors.print(f"[red]not asked:[/red] {escape(f'{record.id}: {record.error}')}")
+        told = escape(f"{record.id}: {record.error}")
+        errors.print(f"[red]not asked:[/red] {told}", highlight=False, soft_wrap=True)
     if len(failed) > max_errors * len(records):
         raise RunError(
             f"{len(failed)} of {len(records)} rows could not be asked, more than --max-errors {max_errors:g} allows"

@@ -52,13 +52,21 @@ class Exam:
             )
         rows = read_rows(source) if found is None else found.read(source)
         exam = cls(rows[:limit], benchmark=found, **kwargs)
-        if not exam.rows:
-            raise RunError(f"{source} holds no row")
-        if exam.prompt == "official" and found is None:
-            raise RunError("a file of rows has no official prompt: name its benchmark")
-        if exam.control == "permuted_options" and not any(row.options for row in exam.rows):
-            raise RunError(f"{source} has no options to permute")
+        exam.check(source)
         return exam
+
+    def check(self, source: Path) -> None:
+        """Raises RunError for a prompt or a control that does not apply to these rows."""
+        if not self.rows:
+            raise RunError(f"{source} holds no row")
+        if self.prompt == "official" and self.control == "permuted_options":
+            raise RunError(
+                "the official prompt has the published order of options: use --prompt ours"
+            )
+        if self.prompt == "official" and self.benchmark is None:
+            raise RunError("a file of rows has no official prompt: name its benchmark")
+        if self.control == "permuted_options" and not any(row.options for row in self.rows):
+            raise RunError(f"{source} has no options to permute")
 
     def shown(self, row: Row) -> Row:
         """The row as it is scored."""
