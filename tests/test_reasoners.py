@@ -169,7 +169,8 @@ def test_an_endpoint_sees_frames_with_their_times(rows) -> None:
 
 
 def test_tools_keep_their_history_and_show_new_frames(rows) -> None:
-    said = [f"<think>Look.</think>{call(0.5, 1.0)} and I see nothing", call(-3, 99), ANSWER]
+    first = f"<think>Look.<|im_end|></think>{call(0.5, 1.0)} and I see nothing"
+    said = [first, call(-3, 99), ANSWER]
     with serving(lambda messages: said[len(messages) // 2]) as (url, requests):
         tools = Tools(EndpointChat(url, "m"), FRAMES, 50, fps=4.0)
         (reply,) = tools.answer(rows[:1])

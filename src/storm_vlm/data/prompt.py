@@ -121,6 +121,11 @@ def _normalised(text: str) -> str:
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 
+def without_control_tokens(text: str) -> str:
+    """What a model wrote, so that reading it again in a conversation neither ends a turn nor claims a video."""
+    return _CONTROL_TOKEN.sub("", text)
+
+
 def _plain(text: str) -> str:
     if found := _CONTROL_TOKEN.search(text):
         raise ValueError(f"text holds the control token {found[0]!r}: remove it from {text!r}")

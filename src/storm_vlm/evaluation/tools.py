@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from storm_vlm.data.prompt import question_text
+from storm_vlm.data.prompt import question_text, without_control_tokens
 from storm_vlm.data.video import Clip, VideoError
 from storm_vlm.evaluation.chat import ChatModel, Turn, Written
 from storm_vlm.evaluation.frames import Asked, Frames
@@ -94,7 +94,8 @@ class Tools:
         if call is None or not left:
             return False
         # What it wrote behind its call, it could not know.
-        talk.turns.append(Turn("assistant", written.text[: call.end()]))
+        kept = without_control_tokens(written.text[: call.end()])
+        talk.turns.append(Turn("assistant", kept))
         began = time.perf_counter()
         clip = None
         try:
