@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from storm_vlm.construction import commands as construction
+from storm_vlm.evaluation import commands as evaluation
 from storm_vlm.evaluation.report_commands import app as report_app
 from storm_vlm.formats.commands import app as formats
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Latent video reasoning with STORM."
 )
+app.add_typer(evaluation.app)
 app.add_typer(report_app)
 console = Console()
 errors = Console(stderr=True)
@@ -146,32 +148,6 @@ def plan(
 
 
 @app.command()
-def evaluate(
-    checkpoint: str,
-    rows: Annotated[str, typer.Argument(help="A JSONL file of rows.")],
-    out: Annotated[Path | None, typer.Option(help="Write every answer to this JSONL file.")] = None,
-    batch_size: int = 16,
-    latent_mode: Literal["force", "auto", "off"] | None = None,
-) -> None:
-    """Accuracy on a file of rows, with intervals, and what happens when the latents are tampered with."""
-    from storm_vlm.data.schema import read_rows
-    from storm_vlm.evaluation.evaluate import evaluate as run
-    from storm_vlm.evaluation.evaluate import evaluate_interventions, summarize
-    from storm_vlm.pipeline import StormPipeline
-
-    pipeline = StormPipeline.from_pretrained(checkpoint, latent_mode=latent_mode)
-    questions = read_rows(rows)
-    results = run(pipeline, questions, batch_size)
-    summary = summarize(results)
-    if pipeline.latent_mode != "off":
-        right = evaluate_interventions(pipeline, questions, batch_size)
-        summary["interventions"] = {kind: sum(hits) / len(hits) for kind, hits in right.items()}
-    if out:
-        out.write_text("".join(json.dumps(result.to_dict()) + "\n" for result in results))
-    console.print_json(data=summary)
-
-
-@app.command()
 def world(
     out: Annotated[Path, typer.Argument(help="Folder to write clips, thought videos and rows to.")],
     count: int = 100,
@@ -245,6 +221,7 @@ def micro(
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure; every figure is a ratio within one run.")
+bench.add_typer(evaluation.bench)
 app.add_typer(bench, name="bench")
 app.add_typer(formats)
 app.add_typer(construction.app, name="build")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoProcessor
 
 from storm_vlm.data.collator import Question, StormCollator
@@ -15,6 +16,8 @@ from storm_vlm.data.prompt import LatentMode, parse_answer
 from storm_vlm.data.schema import Row
 from storm_vlm.data.video import Clip
 from storm_vlm.modeling import StormForConditionalGeneration
+from storm_vlm.timing import Phases
+from storm_vlm.tokens import latent_tokens
 
 DEFAULT_FRAMES = 32  # the paper's Tables 1 and 2
 
@@ -29,7 +32,12 @@ class Answer:
     )
     slots_used: int = 0
     forced_end: bool = False  # the budget, not the model, closed the latent segment
-    seconds: dict[str, float] = field(default_factory=dict)  # wall time of this batch, by phase
+    opened: bool = False  # there was a latent segment
+    tokens: int = 0  # written, the end of turn included, the latent segment not
+    prompt_tokens: int = 0  # visual ones included
+    visual_tokens: int = 0
+    # wall time of this batch by phase: decode, vision, prefill, latent, answer, total
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class StormPipeline:
@@ -111,28 +119,68 @@ class StormPipeline:
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         ready = time.perf_counter()
         latent = self.latent_mode != "off"
-        segment = self.collator.latent_budget + 2 if latent else 0
-        output = self.model.generate(
-            **inputs,
-            **{
-                "do_sample": False,
-                "max_new_tokens": max_new_tokens + segment,
-                "latent_mode": self.latent_mode,
-                "output_latent_states": latent,
-                "return_dict_in_generate": True,
-                **generate_kwargs,
-            },
-        )
-        done = time.perf_counter()
-        seconds = {"read_video": ready - began, "generate": done - ready, "total": done - began}
+        # Pads and the end; where the model may open the segment itself, the start, too.
+        segment = self.collator.latent_budget + (1 if self.latent_mode == "force" else 2)
+        with Phases(self.model) as phases:
+            output = self.model.generate(
+                **inputs,
+                **{
+                    "do_sample": False,
+                    "max_new_tokens": max_new_tokens + (segment if latent else 0),
+                    "latent_mode": self.latent_mode,
+                    "output_latent_states": latent,
+                    "return_dict_in_generate": True,
+                    **generate_kwargs,
+                },
+            )
         new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+        seconds = {"decode": ready - began, **phases.split(new_ids)}
+        seconds["total"] = time.perf_counter() - began
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         used = output.latent_counts.tolist() if latent else [0] * len(texts)
         forced = output.forced_end.tolist() if latent else [False] * len(texts)
+        opened = self._opened(new_ids)
+        counts = count_written(self.model, new_ids)
+        prompts, visual = prompt_sizes(self.processor, inputs)
         return [
-            Answer(text.strip(), _chosen(text, question.options), slots, end, seconds)
-            for text, question, slots, end in zip(texts, questions, used, forced, strict=True)
+            Answer(
+                text.strip(),
+                _chosen(text, question.options),
+                used[i],
+                forced[i],
+                opened[i],
+                counts[i],
+                prompts[i],
+                visual[i],
+                seconds,
+            )
+            for i, (text, question) in enumerate(zip(texts, questions, strict=True))
         ]
+
+    def _opened(self, new_ids: Tensor) -> list[bool]:
+        if self.latent_mode != "auto":
+            return [self.latent_mode == "force"] * len(new_ids)
+        return (new_ids == latent_tokens(self.model.config).start).any(1).tolist()
+
+
+def count_written(model: Any, new_ids: Tensor) -> list[int]:
+    """How many of the ids (B, T) behind a prompt each row wrote: up to its end of turn, no latent tokens."""
+    ends = model.generation_config.eos_token_id
+    ends = torch.as_tensor([] if ends is None else ends, device=new_ids.device).reshape(-1)
+    is_end = torch.isin(new_ids, ends)
+    written = is_end.cumsum(1) - is_end.long() == 0  # what follows an end of turn is padding
+    if getattr(model.config, "latent_start_token_id", None) is not None:
+        latent = torch.tensor(latent_tokens(model.config), device=new_ids.device)
+        written &= ~torch.isin(new_ids, latent)
+    return written.sum(1).tolist()
+
+
+def prompt_sizes(processor: Any, inputs: Any) -> tuple[list[int], list[int]]:
+    """Tokens of every row's prompt, and how many of them are visual."""
+    names = ("video_token_id", "image_token_id")
+    visual = [getattr(processor, name) for name in names if hasattr(processor, name)]
+    is_visual = torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(visual))
+    return inputs["attention_mask"].sum(1).tolist(), is_visual.sum(1).tolist()
 
 
 def _chosen(text: str, options: Sequence[str]) -> str | None:

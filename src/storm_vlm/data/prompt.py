@@ -34,20 +34,31 @@ def option_letter(index: int) -> str:
     return ascii_uppercase[index]
 
 
+def question_text(
+    question: str, options: Sequence[str] = (), instruction: str | None = None
+) -> str:
+    """What is asked, line by line: the question, its lettered options, how to answer.
+
+    ``instruction`` None: `OPTIONS_INSTRUCTION` where there are options, else nothing. Raises
+    ``ValueError`` for text that holds control tokens such as ``<|im_end|>``, which would otherwise
+    end the turn or claim a video that is not there.
+    """
+    lines = [question.strip()]
+    lines += [f"{option_letter(i)}. {option}" for i, option in enumerate(options)]
+    if instruction is None and options:
+        instruction = OPTIONS_INSTRUCTION
+    return _plain("\n".join([*lines, instruction] if instruction else lines))
+
+
 def build_messages(
     question: str, options: Sequence[str] = (), num_videos: int = 1
 ) -> list[dict[str, Any]]:
     """One user turn in the chat format of transformers: the videos, then the question.
 
     No system message: the model's own chat template adds the one it was trained with. Raises
-    ``ValueError`` for text that holds control tokens such as ``<|im_end|>``, which would otherwise
-    end the turn or claim a video that is not there.
+    ``ValueError`` as `question_text` does.
     """
-    lines = [question.strip()]
-    lines += [f"{option_letter(i)}. {option}" for i, option in enumerate(options)]
-    if options:
-        lines.append(OPTIONS_INSTRUCTION)
-    text = _plain("\n".join(lines))
+    text = question_text(question, options)
     videos: list[dict[str, Any]] = [{"type": "video"} for _ in range(num_videos)]
     return [{"role": "user", "content": [*videos, {"type": "text", "text": text}]}]
 
@@ -122,6 +133,11 @@ def _final(text: str) -> str:
 
 def _normalised(text: str) -> str:
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+
+
+def without_control_tokens(text: str) -> str:
+    """What a model wrote, so that reading it again in a conversation neither ends a turn nor claims a video."""
+    return _CONTROL_TOKEN.sub("", text)
 
 
 def _plain(text: str) -> str:

@@ -20,7 +20,7 @@ _RECORD = TypeAdapter(Record)
 
 
 class RunError(ValueError):
-    """A folder that does not hold a whole run; names file, line and field."""
+    """A run that cannot begin or be read; names the option, or file, line and field."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,16 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"{file}: not JSON: {error}") from error
     if not isinstance(provenance, dict) or "benchmark" not in provenance:
         raise RunError(f"{file}: benchmark: missing")
-    shards = sorted((*folder.glob("answers.jsonl"), *folder.glob("answers-*.jsonl")))
-    if not shards:
+    if not (*folder.glob("answers.jsonl"), *folder.glob("answers-*.jsonl")):
         raise FileNotFoundError(f"{folder} holds no answers.jsonl: run the evaluation first")
+    return Run(folder, provenance, tuple(read_records(folder)))
+
+
+def read_records(folder: Path) -> list[Record]:
+    """What a folder holds so far, in the order of the files. Raises RunError as `read_run` does."""
     records: dict[str, Record] = {}
     places: dict[str, str] = {}
-    for shard in shards:
+    for shard in sorted((*folder.glob("answers.jsonl"), *folder.glob("answers-*.jsonl"))):
         for number, line in enumerate(shard.read_bytes().split(b"\n"), start=1):
             if not line.strip():
                 continue
@@ -76,7 +80,7 @@ def read_run(folder: Path) -> Run:
             if record.id in records:
                 raise RunError(f"{place}: id: {record.id!r} is at {places[record.id]}, too")
             records[record.id], places[record.id] = record, place
-    return Run(folder, provenance, tuple(records.values()))
+    return list(records.values())
 
 
 def _record(line: bytes, place: str) -> Record:
@@ -119,7 +123,11 @@ def summarize(run: Run) -> dict[str, Any]:
         },
         "groups": {key: _group(run, key) for key in _keys(records)},
         "seconds": _seconds(run),
+        "rounds": _mean([reply.rounds for reply in replies]),
         "tokens": _mean([reply.tokens for reply in replies]),
+        "prompt_tokens": _mean([reply.prompt_tokens for reply in replies]),
+        "visual_tokens": _mean([reply.visual_tokens for reply in replies]),
+        "opened": _mean([reply.opened for reply in replies]),
         "slots_used": _mean([reply.slots_used for reply in replies]),
         "forced_end": _mean([reply.forced_end for reply in replies if reply.opened]),
     }

@@ -58,14 +58,11 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
             f"{config.data} has no row of the split 'validation': set training.eval_strategy to no"
         )
     model, processor = load_model(config)
-    trainer = build_trainer(config, arguments, model, processor, rows)
-    if validation:
-        trainer.eval_dataset = RowDataset(validation)
-        asked = validation[: config.eval_samples]
-        if asked:
-            trainer.samples = SampleAnswers(
-                processor, asked, config.num_frames, Path(config.output_dir)
-            )
+    trainer = build_trainer(config, arguments, model, processor, rows, validation)
+    if asked := validation[: config.eval_samples]:
+        trainer.samples = SampleAnswers(
+            processor, asked, config.num_frames, Path(config.output_dir)
+        )
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBar)
@@ -76,7 +73,12 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
 
 
 def build_trainer(
-    config: TrainConfig, arguments: TrainingArguments, model: Any, processor: Any, rows: list[Row]
+    config: TrainConfig,
+    arguments: TrainingArguments,
+    model: Any,
+    processor: Any,
+    rows: list[Row],
+    validation: list[Row],
 ) -> StormTrainer:
     """A trainer with its adapters, targets (or their teacher) and lengths, as the config says.
 
@@ -105,6 +107,7 @@ def build_trainer(
         model=model,
         args=arguments,
         train_dataset=RowDataset(rows, targets),
+        eval_dataset=RowDataset(validation),
         data_collator=functools.partial(collate_items, collator)
         if reader is None
         else functools.partial(collate_with_teacher, collator, reader),

@@ -22,12 +22,14 @@ from tqdm.auto import tqdm
 
 from storm_vlm.data.files import write_json
 from storm_vlm.data.schema import Row, read_rows
+from storm_vlm.evaluation.controls import Control
 from storm_vlm.evaluation.evaluate import (
-    CONTROLS,
     accuracy,
-    evaluate,
     evaluate_interventions,
 )
+from storm_vlm.evaluation.exam import evaluate
+from storm_vlm.evaluation.reasoners import Latent
+from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.statistics import confidence_interval, paired_difference
 from storm_vlm.pipeline import StormPipeline
 from storm_vlm.training.config import load_config
@@ -71,6 +73,7 @@ COMPARISONS: dict[Comparison, list[str]] = {
     "stages": [arm for arm in ARMS if arm not in TARGET_ARMS],
     "targets": ["sft", "pause", "stage1_only", *TARGET_ARMS],
 }
+CONTROLS: tuple[Control, ...] = ("text_only", "one_frame", "shuffled_frames")
 MICRO_CONFIGS = Path(__file__).parent / "configs"
 LATENT_ARMS = ("stage1_only", "stage2_only", "full", "shipped", *TARGET_ARMS)
 
@@ -110,19 +113,34 @@ def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size
         checkpoint = output
     pipeline = StormPipeline.from_pretrained(str(checkpoint), device="cpu")
     pipeline.collator.videos.cache_bytes = 2**30
+    reasoner = Latent(pipeline)
     result: dict[str, Any] = {"arm": arm, "seed": seed, "checkpoint": str(checkpoint)}
     for split in ("test", "ood"):
         rows = read_rows(data[split])
-        result[split] = [outcome.to_dict() for outcome in evaluate(pipeline, rows, 100)]
+        result[split] = [_outcome(r) for r in evaluate(reasoner, rows, reasoner.frames, 100)]
         if arm in LATENT_ARMS:
             result[f"{split}_interventions"] = evaluate_interventions(pipeline, rows, 100)
     if arm == "sft":
         rows = read_rows(data["test"])
         for control in CONTROLS:
-            outcomes = evaluate(pipeline, rows, 100, control)
-            result[control] = [bool(outcome.correct) for outcome in outcomes]
+            records = evaluate(reasoner, rows, reasoner.frames, 100, control)
+            result[control] = [record.correct for record in records]
     write_json(result_file, result)
     return result
+
+
+def _outcome(record: Record) -> dict[str, Any]:
+    """What the figures need of a record; `correct` is None where the answer could not be parsed."""
+    assert record.reply is not None
+    return {
+        "id": record.id,
+        "family": record.groups.get("family", "all"),
+        "prediction": record.reply.text,
+        "answer": record.answer,
+        "correct": record.correct if record.parsed else None,
+        "slots_used": record.reply.slots_used,
+        "forced_end": record.reply.forced_end,
+    }
 
 
 def build_data(folder: Path, size: Size, arms: Iterable[str] = ()) -> dict[str, Path]:

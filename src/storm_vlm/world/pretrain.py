@@ -23,7 +23,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainingAr
 from storm_vlm.data.collator import IGNORED_LABEL, VideoInputs, expand_video
 from storm_vlm.data.prompt import build_messages
 from storm_vlm.data.schema import Row, read_rows
-from storm_vlm.evaluation.evaluate import accuracy, evaluate
+from storm_vlm.evaluation.evaluate import accuracy
+from storm_vlm.evaluation.exam import evaluate
+from storm_vlm.evaluation.reasoners import Latent
 from storm_vlm.modeling import enable_latents
 from storm_vlm.pipeline import StormPipeline
 from storm_vlm.versions import versions
@@ -105,9 +107,10 @@ def perception(backbone: Path, rows: Sequence[Row]) -> dict[str, dict[str, float
     hits: dict[str, defaultdict[str, list[bool]]] = {
         scenes: defaultdict(list) for scenes in ("all", "one", "several")
     }
-    for row, outcome in zip(rows, evaluate(pipeline, rows, max_new_tokens=100), strict=True):
+    reasoner = Latent(pipeline, max_new_tokens=100)
+    for row, record in zip(rows, evaluate(reasoner, rows, reasoner.frames), strict=True):
         for scenes in ("all", "one" if row.meta["balls"] == 1 else "several"):
-            hits[scenes][row.meta["family"]].append(bool(outcome.correct))
+            hits[scenes][row.meta["family"]].append(record.correct)
     return {
         scenes: {family: accuracy(families[family]) for family in sorted(families)}
         for scenes, families in hits.items()

@@ -1,0 +1,157 @@
+"""How rows are put and scored: ours or a published benchmark's, with or without a control."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm.auto import tqdm
+
+from storm_vlm.data.collator import Question
+from storm_vlm.data.prompt import is_correct
+from storm_vlm.data.schema import Row, read_rows
+from storm_vlm.data.video import VideoError
+from storm_vlm.evaluation.benchmarks import BENCHMARKS, Benchmark
+from storm_vlm.evaluation.chat import RefusedError
+from storm_vlm.evaluation.controls import Control, permute_options, without_evidence
+from storm_vlm.evaluation.frames import Asked, Frames
+from storm_vlm.evaluation.reasoners import Reasoner
+from storm_vlm.evaluation.records import Record, Reply
+from storm_vlm.evaluation.runs import RunError
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Rows, and how each is put and scored. `benchmark` None: a file of rows."""
+
+    rows: Sequence[Row]
+    frames: Frames
+    benchmark: Benchmark | None = None
+    control: Control | None = None
+    prompt: Literal["ours", "official"] = "ours"
+
+    @classmethod
+    def read(cls, source: Path, benchmark: str | None, limit: int | None, **kwargs: Any) -> Exam:
+        """From a JSONL file of rows, or from a folder of published files of the named benchmark.
+
+        Raises:
+            RunError: a folder without a benchmark, an unknown one; a prompt or a control that does not apply.
+            RowError, OSError: bad data.
+        """
+        found = find_benchmark(benchmark) if benchmark else None
+        if found is None and source.is_dir():
+            raise RunError(
+                f"{source} is a folder: name its benchmark (--benchmark), or give a file of rows"
+            )
+        rows = read_rows(source) if found is None else found.read(source)
+        exam = cls(rows[:limit], benchmark=found, **kwargs)
+        exam.check(source)
+        return exam
+
+    def check(self, source: Path) -> None:
+        """Raises RunError for a prompt or a control that does not apply to these rows."""
+        if not self.rows:
+            raise RunError(f"{source} holds no row")
+        if self.prompt == "official" and self.control == "permuted_options":
+            raise RunError(
+                "the official prompt has the published order of options: use --prompt ours"
+            )
+        if self.prompt == "official" and self.benchmark is None:
+            raise RunError("a file of rows has no official prompt: name its benchmark")
+        if self.control == "permuted_options" and not any(row.options for row in self.rows):
+            raise RunError(f"{source} has no options to permute")
+
+    def shown(self, row: Row) -> Row:
+        """The row as it is scored."""
+        return permute_options(row) if self.control == "permuted_options" else row
+
+    def question(self, row: Row) -> Asked:
+        """The row with our prompt, or the benchmark's text."""
+        if self.prompt == "ours" or self.benchmark is None:
+            return row
+        return Question(row.video, self.benchmark.official_prompt(row), (), row.start, row.end)
+
+    def asked(self, row: Row) -> Asked:
+        """The question as it is put. Raises VideoError."""
+        question = self.question(row)
+        if self.control is None or self.control == "permuted_options":
+            return question
+        return without_evidence(question, self.control, self.frames, row.id)
+
+    def record(self, row: Row, reply: Reply | None, error: str | None) -> Record:
+        """Scored."""
+        right = None if reply is None else is_correct(reply.text, row)
+        official = None
+        if reply is not None and self.benchmark is not None:
+            official = self.benchmark.official_score(reply.text, row)
+        names = self.benchmark.groups if self.benchmark else ("family",)
+        return Record(
+            id=row.id,
+            video=row.video,
+            groups={name: str(row.meta[name]) for name in names if name in row.meta},
+            answer=row.answer,
+            options=row.options,
+            reply=reply,
+            correct=bool(right),
+            parsed=right is not None,
+            official=official,
+            error=error,
+        )
+
+    def fingerprint(self) -> str:
+        """Of the rows, wherever their videos lie."""
+        dumps = (row.model_dump_json(exclude={"video", "thought_video"}) for row in self.rows)
+        return hashlib.sha256("\n".join(dumps).encode()).hexdigest()[:16]
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """The published benchmark of that name. Raises RunError, which names those there are."""
+    if name not in BENCHMARKS:
+        raise RunError(
+            f"no benchmark is called {name!r}: choose from {', '.join(sorted(BENCHMARKS))}"
+        )
+    return BENCHMARKS[name]
+
+
+def answer_rows(
+    reasoner: Reasoner, exam: Exam, rows: Sequence[Row], batch_size: int
+) -> Iterator[list[Record]]:
+    """Records, batch by batch; a row that cannot be asked gets one with its error. Raises OSError."""
+    for first in range(0, len(rows), batch_size):
+        batch = [exam.shown(row) for row in rows[first : first + batch_size]]
+        replies = _replies(reasoner, exam, batch)
+        yield [
+            exam.record(row, *((None, reply) if isinstance(reply, str) else (reply, None)))
+            for row, reply in zip(batch, replies, strict=True)
+        ]
+
+
+def _replies(reasoner: Reasoner, exam: Exam, batch: Sequence[Row]) -> list[Reply | str]:
+    """A reply each, or what is wrong with the row; the others of its batch are then asked one by one."""
+    try:
+        return list(reasoner.answer([exam.asked(row) for row in batch]))
+    except (VideoError, RefusedError) as error:
+        if len(batch) == 1:
+            return [str(error)]
+        return [reply for row in batch for reply in _replies(reasoner, exam, [row])]
+
+
+def evaluate(
+    reasoner: Reasoner,
+    rows: Sequence[Row],
+    frames: Frames,
+    batch_size: int = 32,
+    control: Control | None = None,
+) -> list[Record]:
+    """Records of a few rows, in memory. Raises VideoError for a clip that cannot be read."""
+    exam = Exam(rows, frames, control=control)
+    batches = answer_rows(reasoner, exam, rows, batch_size)
+    progress = tqdm(batches, f"evaluate {control or ''}", -(-len(rows) // batch_size), leave=False)
+    records = [record for batch in progress for record in batch]
+    for record in records:
+        if record.error:
+            raise VideoError(record.error)
+    return records

@@ -1,0 +1,68 @@
+"""Where the time of one ``generate`` goes: measured by hooks, with the device waited for."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class Phases:
+    """Around one call of ``model.generate``; then `split` tells its phases apart.
+
+    The first forward reads the prompt; every later one reads one token a row.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.on_gpu = model.device.type == "cuda"
+        self.vision = 0.0
+        self.forwards: list[float] = []  # when each was over
+
+    def __enter__(self) -> Self:
+        tower = self.model.get_encoder("video")
+        self._hooks = [self.model.register_forward_hook(self._forward_over)]
+        if tower not in (self.model, self.model.base_model):
+            self._hooks.append(tower.register_forward_pre_hook(self._vision_begins))
+            self._hooks.append(tower.register_forward_hook(self._vision_over))
+        self.began = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended = self._now()
+        for hook in self._hooks:
+            hook.remove()
+
+    def split(self, new_ids: Tensor) -> dict[str, float]:
+        """Seconds of `vision`, `prefill`, `latent` and `answer`, which add up to the call's.
+
+        `latent`: the steps that fed a slot, in any row of `new_ids` (B, T), the ids behind the
+        prompt. `answer`: all that was written.
+        """
+        pad = getattr(self.model.config, "latent_pad_token_id", None)
+        fed = (new_ids == -1 if pad is None else new_ids == pad).any(0).tolist()
+        spans = [after - before for before, after in pairwise(self.forwards)]
+        latent = sum(span for span, is_slot in zip(spans, fed, strict=False) if is_slot)
+        return {
+            "vision": self.vision,
+            "prefill": self.forwards[0] - self.began - self.vision,
+            "latent": latent,
+            "answer": self.ended - self.forwards[0] - latent,
+        }
+
+    def _now(self) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
+
+    def _forward_over(self, *_: Any) -> None:
+        self.forwards.append(self._now())
+
+    def _vision_begins(self, *_: Any) -> None:
+        self.vision -= self._now()
+
+    def _vision_over(self, *_: Any) -> None:
+        self.vision += self._now()

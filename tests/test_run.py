@@ -1,0 +1,151 @@
+"""Run folders: kept as they grow, gone on with after a kill, shared between processes; the command around them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_endpoint import serving
+
+from storm_vlm import StormPipeline
+from storm_vlm.data.schema import read_rows, write_rows
+from storm_vlm.evaluation.exam import Exam, find_benchmark
+from storm_vlm.evaluation.frames import Frames
+from storm_vlm.evaluation.reasoners import Latent
+from storm_vlm.evaluation.run import run
+from storm_vlm.evaluation.runs import RunError, read_records, read_run, summarize
+from storm_vlm.world.checkpoints import shipped
+
+FRAMES = Frames(6)
+
+
+@pytest.fixture(scope="module")
+def storm() -> StormPipeline:
+    return StormPipeline.from_pretrained(str(shipped("storm")))
+
+
+@pytest.fixture(scope="module")
+def rows_file(reasoning_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven rows, the third without its video."""
+    rows = read_rows(reasoning_file)[:7]
+    rows[2] = rows[2].model_copy(update={"video": "/nowhere/gone.mp4"})
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_rows(path, rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(storm, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run(folder, Latent(storm), exam(rows_file), {"model": "c"}, 2)
+    return folder
+
+
+def exam(rows_file: Path, **kwargs: Any) -> Exam:
+    return Exam.read(rows_file, None, None, frames=FRAMES, **kwargs)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """What does not depend on the clock."""
+    return {
+        r.id: (r.correct, r.error, r.reply and (r.reply.text, r.reply.tokens, r.reply.frame_times))
+        for r in read_records(folder)
+    }
+
+
+def test_every_row_has_a_record_and_a_missing_video_is_counted(whole, rows_file) -> None:
+    rows, records = read_rows(rows_file), read_records(whole)
+    assert [record.id for record in records] == [row.id for row in rows]
+    assert [record.error is not None for record in records] == [i == 2 for i in range(7)]
+    assert "gone.mp4" in str(records[2].error) and not records[2].correct
+    summary = summarize(read_run(whole))
+    assert summary["n"] == 7 and summary["errors"] == 1 / 7 and summary["unparsed"] == 0
+    assert summary["accuracy"] == sum(record.correct for record in records) / 7
+    assert summary["opened"] == 1 and summary["seconds"]["latent"] > 0
+    told = json.loads((whole / "run.json").read_text())
+    assert told["summary"] == json.loads(json.dumps(summary))
+    assert told["pixels"]["longest_edge"] == 64 * 64
+    assert told["first_prompt"] == rows[0].question and told["n_expected"] == 7
+
+
+def test_a_killed_run_goes_on(storm, whole, rows_file, tmp_path) -> None:
+    lines = (whole / "answers-0.jsonl").read_text().splitlines(True)
+    torn = tmp_path / "run"
+    torn.mkdir()
+    (torn / "run.json").write_bytes((whole / "run.json").read_bytes())
+    # Two processes had answered: rows 0 to 2 here (one could not be), 5 there, and half of 6.
+    (torn / "answers-0.jsonl").write_text("".join(lines[:3]))
+    (torn / "answers-3.jsonl").write_text(lines[5] + lines[6][:40])
+    asked: list[str] = []
+
+    class Watched(Latent):
+        def answer(self, rows):
+            asked.extend(row.id for row in rows)
+            return super().answer(rows)
+
+    run(torn, Watched(storm), exam(rows_file), {"model": "c"}, 1)
+    ids = [row.id for row in read_rows(rows_file)]
+    assert asked == [ids[i] for i in (2, 3, 4, 6)]
+    assert content(torn) == content(whole) and len(read_records(torn)) == 7
+
+
+def test_a_folder_of_another_run_is_refused(storm, whole, rows_file) -> None:
+    before = (whole / "run.json").read_bytes()
+    with pytest.raises(RunError, match="model"):
+        run(whole, Latent(storm), exam(rows_file), {"model": "other"}, 2)
+    with pytest.raises(RunError, match="control"):
+        run(whole, Latent(storm), exam(rows_file, control="one_frame"), {"model": "c"}, 2)
+    with pytest.raises(RunError, match="max_new_tokens"):
+        run(whole, Latent(storm, None, 5), exam(rows_file), {"model": "c"}, 2)
+    assert (whole / "run.json").read_bytes() == before
+
+
+def test_what_does_not_apply_is_refused(rows_file, tmp_path) -> None:
+    with pytest.raises(RunError, match="--benchmark"):
+        Exam.read(tmp_path, None, None, frames=FRAMES)
+    with pytest.raises(RunError, match="no official prompt"):
+        exam(rows_file, prompt="official")
+    with pytest.raises(RunError, match="no options"):
+        exam(rows_file, control="permuted_options")
+    with pytest.raises(RunError, match="published order"):
+        Exam(read_rows(rows_file), FRAMES, None, "permuted_options", "official").check(rows_file)
+    with pytest.raises(RunError, match="no benchmark is called 'nonsense'"):
+        find_benchmark("nonsense")
+
+
+def storm_evaluate(*arguments: object, launcher: tuple[str, ...] = ()) -> Any:
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, "storm_vlm", "evaluate", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_two_processes_are_one(whole, rows_file, tmp_path) -> None:
+    """(`accelerate launch` starts CPU processes through MPI alone; so torchrun does.)"""
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    out = tmp_path / "two"
+    arguments = (shipped("storm"), rows_file, "--out", out, "--max-errors", 0.5)
+    done = storm_evaluate(*arguments, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-4000:]
+    shares = [len((out / f"answers-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
+    assert shares == [4, 3]
+    assert content(out) == content(whole)
+    assert json.loads((out / "run.json").read_text())["processes"] == 2
+    assert json.loads(done.stdout)["n"] == 7 and done.stderr.count("gone.mp4") == 1
+
+
+def test_too_many_errors_fail_the_command(rows_file) -> None:
+    with serving(lambda messages: "<answer>b2</answer>") as (url, requests):
+        arguments = ("some-model", rows_file, "--endpoint", url, "--reasoner", "cot")
+        done = storm_evaluate(*arguments, "--num-frames", 3)
+    assert done.returncode == 1 and "1 of 7 rows could not be asked" in done.stderr
+    assert "Traceback" not in done.stderr and len(requests) == 6
+    assert all(len(request["messages"][0]["content"]) == 7 for request in requests)
+    assert json.loads(done.stdout)["tokens"] == 7
