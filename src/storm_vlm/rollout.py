@@ -149,7 +149,7 @@ class Prompt:
                 position_ids=self.last_position + step,
                 attention_mask=mask,
                 past_key_values=self.cache,
-                use_cache=True,
+                use_cache=False,  # as below
             ).last_hidden_state
 
     def peek(self, embeds: Tensor, hide: slice | None = None) -> Tensor:
