@@ -19,7 +19,6 @@ from storm_vlm.world.render import clip_frames, thought_frames
 from storm_vlm.world.simulator import REASONING
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- results -->\n", "<!-- /results -->"
 
 
 def results(micro: dict[str, Any]) -> str:
@@ -66,6 +65,61 @@ def results(micro: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+TARGETS = {
+    "stage1_only": "thought video",
+    "keyframes": "keyframes alone",
+    "self_distilled": "thought video, read by a slow average of the model",
+    "future": "what the camera saw next",
+    "shuffled": "another row's thought video (control)",
+    "pause": "none: pause slots (control)",
+    "sft": "no slots: SFT",
+}
+
+
+def targets(found: dict[str, Any]) -> str:
+    """What the slots are aligned to, as a table."""
+    lines = [
+        f"What should slots be aligned to? Stage I alone, {found['n_test']} questions, same rows and steps ([figures](docs/results/targets.json)):",
+        "",
+        "| target | accuracy | 95% interval | another clip's states fed in | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for arm, name in TARGETS.items():
+        if found.get(arm) is None:
+            lines.append(f"| {name} | not measured | | | |")
+            continue
+        low, high = found[f"{arm}_interval"]
+        swapped = found.get(f"{arm}_swap_inputs")
+        swap = "" if swapped is None else f"{swapped:.1%}"
+        lines.append(
+            f"| {name} | {found[arm]:.1%} | {low:.1%} – {high:.1%} | {swap} | {len(found[f'{arm}_seeds'])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def latency(found: dict[str, Any]) -> str:
+    """Seconds an item of each reasoner, as a table."""
+    run = found["micro cpu"]
+    lines = [
+        f"What does a way to reason cost? Micro model, {run['threads']} CPU thread, lengths fixed (answer {run['lengths']['answer']} tokens, chain of thought {run['lengths']['cot']}, "
+        f"grounded {run['lengths']['grounded_cot']}, {run['lengths']['tool_rounds']} tool rounds of {run['lengths']['tool_tokens']}); median of {run['rounds']} rounds and their range. At 7B on a GPU: {found['7b cuda']} ([figures](docs/results/latency.json), `storm bench latency`):",
+        "",
+        "| reasoner | seconds an item | times latent | times direct |",
+        "|---|---|---|---|",
+    ]
+
+    def spread(value: dict[str, float], digits: int) -> str:
+        return (
+            f"{value['median']:.{digits}f} ({value['low']:.{digits}f} – {value['high']:.{digits}f})"
+        )
+
+    for name, one in run["reasoners"].items():
+        lines.append(
+            f"| {name} | {spread(one['s_per_item'], 2)} | {spread(one['ratio_to_latent'], 1)} | {spread(one['ratio_to_direct'], 1)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def draw(micro: dict[str, Any], folder: Path) -> None:
     """`micro.svg`, the arms, and `world.png`, a clip and its thought video."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,19 +132,30 @@ def draw(micro: dict[str, Any], folder: Path) -> None:
     Image.fromarray(np.concatenate([*shown, gap, *unseen], 1)).save(folder / "world.png")
 
 
+SECTIONS = {
+    "results": (results, "micro"),
+    "targets": (targets, "targets"),
+    "latency": (latency, "latency"),
+}
+
+
+def recorded(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+
+
 def main() -> None:
-    micro = json.loads((ROOT / "docs/results/micro.json").read_text())
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    head, rest = text.split(START)
-    tail = rest.split(END)[1]
-    wanted = head + START + results(micro) + END + tail
+    text = wanted = readme.read_text()
+    for name, (write, record) in SECTIONS.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        head, rest = wanted.split(start)
+        wanted = head + start + write(recorded(record)) + end + rest.split(end)[1]
     if "--check" in sys.argv:
         sys.exit(
             "README.md is not what docs/results says: run dev/tables.py" if wanted != text else 0
         )
     readme.write_text(wanted)
-    draw(micro, ROOT / "docs/images")
+    draw(recorded("micro"), ROOT / "docs/images")
 
 
 if __name__ == "__main__":
