@@ -1,4 +1,4 @@
-"""Attention that packs query heads: the same numbers, without copies of the cache."""
+"""Attention over a prompt and what follows it, in two parts: the same numbers, without copies."""
 
 from types import SimpleNamespace
 
@@ -7,9 +7,10 @@ import torch
 from test_rollout import gradients, relative, training_batch
 from tiny_model import BUDGET, left_pad, prompts, tiny_model
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from storm_vlm.attention import PACKED_SDPA, packed_sdpa
+from storm_vlm.attention import SDPA_IN_PARTS, PartsLayer, sdpa_in_parts
 from storm_vlm.latent import answer_loss
 from storm_vlm.rollout import rollout
 
@@ -32,24 +33,24 @@ def batch_of(padded: bool) -> dict[str, Tensor]:
 def test_losses_and_gradients_are_those_of_stock_attention(padded: bool) -> None:
     batch = batch_of(padded)
     found = []
-    for name in ("sdpa", PACKED_SDPA):
+    for name in ("sdpa", SDPA_IN_PARTS):
         model = with_attention(name)
         loss = answer_loss(rollout(model, batch, BUDGET).logits, batch["labels"])
         found.append((loss.item(), gradients(model, loss)))
-    (stock, stock_gradients), (packed, packed_gradients) = found
-    assert packed == pytest.approx(stock, rel=1e-7)
-    assert relative(packed_gradients, stock_gradients) < 1e-6
+    (stock, stock_gradients), (parts, parts_gradients) = found
+    assert parts == pytest.approx(stock, rel=1e-7)
+    assert relative(parts_gradients, stock_gradients) < 1e-6
 
 
-def test_the_cache_is_not_copied_for_the_backward_pass() -> None:
-    """What autograd keeps of six queries over 256 keys that eight heads share, twice; the answers are equal."""
+def test_the_prompts_keys_are_kept_once() -> None:
+    """What autograd keeps of seven slots and a tail over a prompt of 256 tokens; the outputs are equal."""
     torch.manual_seed(0)
-    query = torch.randn(2, 16, 6, 64, requires_grad=True)
-    key, value = (torch.randn(2, 2, 256, 64, requires_grad=True) for _ in range(2))
-    mask = torch.rand(2, 1, 6, 256) < 0.9
+    keys, values = (torch.randn(2, 2, 256, 64, requires_grad=True) for _ in range(2))
+    steps = [[torch.randn(2, h, n, 64) for h in (16, 2, 2)] for n in (1,) * 7 + (6,)]
+    seen = torch.rand(2, 1, 1, 256) < 0.9
     module = SimpleNamespace(num_key_value_groups=8, is_causal=True)
     outputs, kept = [], []
-    for attention in (sdpa_attention_forward, packed_sdpa):
+    for attention in (sdpa_attention_forward, sdpa_in_parts):
         sizes: dict[int, int] = {}
 
         def keep(tensor: Tensor, sizes: dict = sizes) -> Tensor:
@@ -57,7 +58,19 @@ def test_the_cache_is_not_copied_for_the_backward_pass() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs.append(attention(module, query, key, value, mask)[0])  # type: ignore[arg-type]
+            if attention is sdpa_in_parts:
+                layer = PartsLayer(keys, values)
+            else:
+                layer = DynamicLayer()
+                layer.update(keys, values)
+            for query, key, value in steps:
+                past, new = layer.get_seq_length(), key.shape[2]
+                own = torch.ones(new, past - 256 + new, dtype=torch.bool).tril(past - 256)
+                mask = torch.cat([seen.expand(-1, -1, new, -1), own.expand(2, 1, -1, -1)], -1)
+                found = attention(module, query, *layer.update(key, value), mask)[0]  # type: ignore[arg-type]
+                assert layer.get_seq_length() == past + new
+                outputs.append(found)
         kept.append(sum(sizes.values()))
-    torch.testing.assert_close(*outputs)
-    assert kept[1] < kept[0] / 2
+    for one, other in zip(outputs[:8], outputs[8:], strict=True):
+        torch.testing.assert_close(one, other)
+    assert kept[1] < kept[0] / 4

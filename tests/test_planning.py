@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLVideoProcessor
 from typer.testing import CliRunner
 
+from storm_vlm.attention import SDPA_IN_PARTS
 from storm_vlm.cli import app
 from storm_vlm.data.collator import Question, StormCollator
 from storm_vlm.data.video import Clip
@@ -66,6 +67,7 @@ def config() -> Qwen2_5_VLConfig:
 def model(request: PlanRequest) -> Any:
     torch.manual_seed(0)
     made: Any = enable_latents(Qwen2_5_VLForConditionalGeneration(config())).train()
+    made.set_attn_implementation({"text_config": SDPA_IN_PARTS})
     if request.dtype == "bf16":
         made.to(torch.bfloat16)
     if request.freeze_vision:

@@ -1,50 +1,91 @@
-"""Attention for a few new tokens over a long cache, without copies of that cache.
+"""Attention for a few new tokens over a long prompt, without copies of the prompt's keys and values.
 
-Where a mask is given, transformers' `sdpa` repeats keys and values for every query head that shares them, and
-autograd keeps the copies: on a 7B model, 28 query heads over 4 of keys, seven times the cache of a 4,000-token prompt
-for the one short pass that ends a rollout. Query heads that share keys can as well be further queries of one head.
+transformers' cache appends by concatenation, and autograd keeps every result: with K = 8 slots a rollout would hold
+the prompt's keys and values nine times. Where a mask is given, `sdpa` also repeats them for every query head that
+shares them: seven times on a 7B model. Here they stay in two parts, the prompt's and the segment's, which every pass
+reads where they are; the few queries' scores are all that is kept besides.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AttentionInterface
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-PACKED_SDPA = "sdpa_packed"  # a value of `attn_implementation`
-SHORT = (
-    64  # queries: beyond, their share of the memory is what matters, and stock kernels are faster
-)
+SDPA_IN_PARTS = "sdpa_in_parts"  # a value of `attn_implementation`
 
 
-def packed_sdpa(
+class Parts(NamedTuple):
+    """Keys, or values, of the prompt (B, key heads, T, head size) and of what was appended to it (…, n, …)."""
+
+    prompt: Tensor
+    appended: Tensor
+
+
+class PartsLayer(DynamicLayer):
+    """A cache layer that hands the prompt's keys and values on as they are. Its reader is `sdpa_in_parts`."""
+
+    keys: Tensor  # of what was appended
+    values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        # As matrix products want them; else each pass would make such a copy of its own.
+        self.prompt_keys, self.prompt_values = keys.contiguous(), values.contiguous()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        super().update(key_states, value_states)
+        return Parts(self.prompt_keys, self.keys), Parts(self.prompt_values, self.values)
+
+    def get_seq_length(self) -> int:
+        return self.prompt_keys.shape[-2] + self.keys.shape[-2]
+
+
+def sdpa_in_parts(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Any,
+    value: Any,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa`, but few queries (B, heads, q, head size) are packed to (B, key heads, groups * q, …)."""
-    batch, heads, length, size = query.shape
-    groups = heads // key.shape[1]
-    few = length <= SHORT and length < key.shape[2]
-    if not few or groups == 1 or attention_mask is None or attention_mask.shape[1] > 1:
+    """transformers' `sdpa`; keys and values in parts are attended to part by part.
+
+    Args:
+        query: (B, heads, n, head size).
+        key, value: a tensor (B, key heads, T, head size), or `Parts`.
+        attention_mask: (B, 1, n, T + n) bool, True where a query may look; None: everywhere.
+
+    Returns:
+        (B, n, heads, head size), and no weights.
+    """
+    if not isinstance(key, Parts):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
-    packed = query.reshape(batch, key.shape[1], groups * length, size)
-    mask = attention_mask.repeat(1, 1, groups, 1)  # (B, 1, groups * q, cached + q)
-    output = F.scaled_dot_product_attention(packed, key, value, mask, dropout, scale=scaling)
-    return output.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+    batch, heads, length, size = query.shape
+    key_heads = key.prompt.shape[1]
+    # Query heads that share keys are further queries of one head.
+    packed = query.reshape(batch, key_heads, heads // key_heads * length, size)
+    packed = packed * (size**-0.5 if scaling is None else scaling)
+    scores = torch.cat([packed @ part.mT for part in key], -1)
+    if attention_mask is not None:
+        hidden = ~attention_mask.repeat(1, 1, heads // key_heads, 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    shares = weights.split([part.shape[-2] for part in value], -1)
+    output = shares[0] @ value.prompt + shares[1] @ value.appended
+    return output.reshape(batch, heads, length, size).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(PACKED_SDPA, packed_sdpa)
-AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
+AttentionInterface.register(SDPA_IN_PARTS, sdpa_in_parts)
+AttentionMaskInterface.register(SDPA_IN_PARTS, sdpa_mask)

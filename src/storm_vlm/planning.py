@@ -13,7 +13,7 @@ Activations: what autograd keeps from forward to backward, with attention by SDP
 efficient; the CPU's flash kernel keeps the same): queries, keys, values, output and a float per query and head. The
 MLP keeps gate, silu(gate) and up; a norm its float32 input; a linear layer with trainable weights its input. The rows
 of a batch are taken to differ in length: with the mask that padding needs, SDPA keeps the square as a mask, in every
-layer, and keys and values repeated for each query head.
+layer, and keys and values repeated for each query head. The rollout's short passes are those of `attention.py`.
 
 Not counted: a frozen tower's pixels, rotary tables, temporaries within a layer, masks of checkpointed layers,
 fragmentation, the CUDA context. Sharding follows the sources of accelerate and the documents of DeepSpeed, and was
@@ -31,11 +31,8 @@ import torch
 from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoVideoProcessor
-from transformers.integrations import sdpa_attention
 
 GIB, TERA = 2**30, 1e12
-# Newer versions need no repeated keys for a single masked query.
-_PACKS_HEADS = hasattr(sdpa_attention, "pack_gqa")
 # What a decoder layer's linear layers read; o_proj reads attention's output, which is kept in any case.
 _READS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "first norm"),
@@ -91,7 +88,7 @@ class Step:
     optimizer: int
     activations: int
     logits: int
-    kv_cache: int  #: of the passes that extend the prompt: each keeps keys and values of its own
+    kv_cache: int  #: for the passes that extend the prompt: its keys and values, and their scores
     working: int  #: the layer in recomputation (checkpointing), the gathered ones (fsdp)
     peak: int  #: in one pass of one micro-batch, gradients come as activations go
 
@@ -235,7 +232,7 @@ class _Costs:
         activations = batch * (self._vision_bytes() + sum(map(self._decoder_bytes, passes)))
         # logits as they come, in float32, and their log softmax
         logits = batch * rows * self.text.vocab_size * (self.size + 8)
-        kv_cache = batch * sum(self._key_bytes(one) for one in passes if one.past)
+        kv_cache = batch * self._cache_bytes(passes)
         working, kept = self._working_bytes(passes[0]), activations + logits + kv_cache
         # Short passes run backward first: every weight has a gradient while the prompt's activations are all there.
         together = request.accumulation > 1 or len(passes) > 1
@@ -316,7 +313,7 @@ class _Costs:
         """Kept of a row's pass by one layer, but for keys and values."""
         hidden = self.decoder.hidden
         inputs = 2 * hidden + self.decoder.inner if self.decoder.trains else self._adapter_inputs()
-        mask = self.size * one.new * one.keys if self._masked(one) else 0
+        mask = self.size * one.new * one.keys if self._masked(one) and not one.past else 0
         return one.new * self.decoder.kept(hidden, inputs) + mask
 
     def _adapter_inputs(self) -> int:
@@ -331,11 +328,24 @@ class _Costs:
         return sum(read.values()) + self.request.lora_rank * len(first)
 
     def _key_bytes(self, one: _Pass) -> int:
-        """Keys and values that attention keeps of a row's pass, in all layers."""
-        repeated = self._masked(one) and (one.new > 1 or not _PACKS_HEADS)
-        heads = self.decoder.heads if repeated else self.text.num_key_value_heads
+        """Keys and values that attention keeps of a row's prompt, in all layers."""
+        heads = self.decoder.heads if self._masked(one) else self.text.num_key_value_heads
         width = self.decoder.hidden // self.decoder.heads * heads
         return 2 * self.size * one.keys * width * self.decoder.count
+
+    def _cache_bytes(self, passes: Sequence[_Pass]) -> int:
+        """Kept of a row by the passes that extend its prompt: see `attention.sdpa_in_parts`."""
+        prompt, *extensions = passes
+        if not extensions:
+            return 0
+        heads, key_heads = self.decoder.heads, self.text.num_key_value_heads
+        token = 2 * self.size * self.decoder.hidden // heads * key_heads
+        kept = prompt.new * token
+        for one in extensions:
+            scores = heads * (4 + (self.size if self.size < 4 else 0))  # float32, and as multiplied
+            mask = heads // key_heads if self._masked(one) else 0
+            kept += (one.keys - prompt.new) * token + one.new * one.keys * (scores + mask)
+        return kept * self.decoder.count
 
     def _working_bytes(self, prompt: _Pass) -> int:
         working, layers, blocks = 0, self.decoder.modules, self.blocks.modules

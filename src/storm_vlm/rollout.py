@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from storm_vlm.attention import SDPA_IN_PARTS, PartsLayer
 from storm_vlm.tokens import latent_tokens
 
 _PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
@@ -171,6 +172,7 @@ def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
     ids, config = batch["input_ids"], model.config.get_text_config()
     positions, mask = _positions(model, batch)
     recorder, cache = DynamicCache(config=config), DynamicCache(config=config)
+    in_parts = config._attn_implementation == SDPA_IN_PARTS and torch.is_grad_enabled()
     recorded_layers = [_RecordedLayer() for _ in recorder.layers]
     recorder.layers[:] = recorded_layers
     with _on_every_layer(model.model, "_can_checkpoint_with_cache", True):
@@ -187,7 +189,10 @@ def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
         recorded = layer.recorded
         if recorded is None or recorded[0].shape[-2] != ids.shape[1]:
             raise RuntimeError(f"layer {index} of the model dropped its keys and values")
-        cache.update(*recorded, index)
+        if in_parts:
+            cache.layers[index] = PartsLayer(*recorded)
+        else:
+            cache.update(*recorded, index)
     if hidden.requires_grad and recorded is not None and not recorded[1].requires_grad:
         raise RuntimeError(
             "the prompt's keys and values carry no gradient: reentrant checkpointing cuts it; set "

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from storm_vlm.attention import PACKED_SDPA
+from storm_vlm.attention import SDPA_IN_PARTS
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.files import write_json, write_text
 from storm_vlm.data.schema import Row, read_rows
@@ -159,7 +159,7 @@ def choose_attention(wanted: str | None) -> tuple[str, str]:
     if torch.cuda.is_available() and is_flash_attn_2_available():
         return "flash_attention_2", "flash-attn is installed: no padding is computed"
     why = "flash-attn is not installed" if torch.cuda.is_available() else "no GPU"
-    return PACKED_SDPA, f"{why}; sdpa that never copies the cache"
+    return SDPA_IN_PARTS, f"{why}; sdpa that does not copy the prompt's keys"
 
 
 def add_adapters(model: Any, settings: dict[str, Any]) -> Any:
