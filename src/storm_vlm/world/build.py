@@ -18,8 +18,10 @@ from storm_vlm.data.schema import Row, Split, ThoughtVideo, write_rows
 from storm_vlm.data.video import write_video
 from storm_vlm.world.questions import (
     PERCEPTION_FAMILIES,
+    REASONING_FAMILIES,
     Question,
     ask_perception,
+    ask_reasoning,
     plan,
     sample_reasoning,
 )
@@ -28,6 +30,7 @@ from storm_vlm.world.simulator import (
     OUT_OF_DISTRIBUTION,
     PERCEPTION,
     REASONING,
+    Difficulty,
     Scene,
     cell_name,
     sample_scene,
@@ -50,13 +53,15 @@ def build_world(
     count: int,
     seed: int = 0,
     continued: bool = False,
+    questions: int = 1,
 ) -> Path:
     """Write `count` scenes of one split and their rows; returns the path of the row file.
 
     A reasoning scene has one question and a thought video; a perception scene has a question of every
     family that fits it. Splits never share a scene: each draws from a random stream of its own. Files that
     are there are kept, so an interrupted call can be repeated. `continued` clips go on after what is to be seen of
-    them (`Row.end`), as real videos do: the real future, cover and all.
+    them (`Row.end`), as real videos do: the real future, cover and all. `questions` of different families are asked
+    about each reasoning scene (retrieval probe, paper sec. A.1).
     """
     folder = Path(folder)
     rng = random.Random(f"{kind}/{split}/{seed}")
@@ -64,14 +69,19 @@ def build_world(
         far = split == "ood"
         difficulty, horizon = (OUT_OF_DISTRIBUTION, FAR_HORIZON) if far else (REASONING, HORIZON)
         asked: Iterable[tuple[Scene, list[Question]]] = (
-            (scene, [question])
-            for scene, question in sample_reasoning(rng, difficulty, count, horizon)
+            sample_several(rng, difficulty, count, horizon, questions)
+            if questions > 1
+            else (
+                (scene, [question])
+                for scene, question in sample_reasoning(rng, difficulty, count, horizon)
+            )
         )
     else:
         asked = sample_perception(rng, count)
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     (folder / "thoughts").mkdir(exist_ok=True)
     set_name = f"{kind}-{split}-{seed}" + ("-continued" if continued else "")
+    set_name += f"-x{questions}" if questions > 1 else ""
     names = (f"{set_name}-{i:05d}" for i in range(count))
     with ThreadPoolExecutor() as pool:  # encoding leaves Python's lock alone
         written = pool.map(
@@ -111,7 +121,11 @@ def _write_scene(
             answer=question.answer,
             keyframes=(scene.now * FRAMES_PER_STEP / FPS,),
             plan=plan(scene, question) if question.steps else None,
-            thought_video=_thought_video(folder, file, scene, question) if question.steps else None,
+            thought_video=_thought_video(
+                folder, f"{j}-{file}" if j else file, scene, question
+            )
+            if question.steps
+            else None,
             split=split,
             meta={
                 "family": question.family,
@@ -141,6 +155,31 @@ def sample_perception(rng: random.Random, count: int) -> Iterable[tuple[Scene, l
             asked = [ask_perception(scene, asking, family) for family in ASKED]
             questions = [question for question in dict.fromkeys(asked) if question is not None]
         yield scene, questions
+
+
+def sample_several(
+    rng: random.Random, difficulty: Difficulty, count: int, horizon: tuple[int, int], questions: int
+) -> Iterable[tuple[Scene, list[Question]]]:
+    """`count` scenes, each with that many reasoning questions, no two of one family; answers are not balanced.
+
+    Raises ValueError for more questions than there are families.
+    """
+    if questions > len(REASONING_FAMILIES):
+        raise ValueError(f"at most {len(REASONING_FAMILIES)} questions a scene, got {questions}")
+    while count:
+        scene, asked = sample_scene(rng, difficulty), []
+        for family in rng.sample(sorted(REASONING_FAMILIES), len(REASONING_FAMILIES)):
+            hidden = range(horizon[0], horizon[1] + 1)
+            possible = [
+                question
+                for ball in range(len(scene.tracks))
+                for n in hidden
+                if (question := ask_reasoning(scene, family, n, ball)) is not None
+            ]
+            asked += [rng.choice(possible)] if possible else []
+        if len(asked) >= questions:
+            count -= 1
+            yield scene, asked[:questions]
 
 
 def shortcuts(scene: Scene, question: Question) -> dict[str, str]:
