@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,12 +24,7 @@ def project(states: States, rows: Sequence[Row], seed: int = 0) -> dict[str, Any
 
     Visual states are in the latents' space (`States.visual`). `points` says what each coordinate is: its
     kind, its row, and for latents the slot.
-
-    Raises ImportError without scikit-learn, which the extra `analysis` brings.
     """
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
     places = list({row.video: i for i, row in reversed(list(enumerate(rows)))}.values())
     points: list[dict[str, Any]] = []
     vectors: list[Tensor] = []

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,13 @@ class States:
     targets: Tensor  #: (N, K, D): pooled thought video, zero where there is none
     has_target: Tensor  #: (N,) bool
 
-    @property
+    @cached_property
     def whitening(self) -> tuple[Tensor, Tensor]:
         """Mean and matrix that whiten visual states, from these rows' targets, else from their frames."""
         with_target = self.targets[self.has_target]
         return target_whitening(with_target if len(with_target) > 1 else torch.cat(self.frames))
 
-    @property
+    @cached_property
     def whitened_space(self) -> bool:
         """Whether latents resemble their targets more if those are whitened: how the model was trained.
 

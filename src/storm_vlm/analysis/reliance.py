@@ -65,12 +65,15 @@ def latent_reliance(
         raise ValueError("latent_reliance needs a checkpoint with latent slots (storm train)")
     if states is None:
         states = rolled_out(pipeline, rows, batch_size)
-    donors = {same: _donors(rows, same, random.Random(seed)) for same in (True, False)}
-    if not any(donor is not None for donor in donors[False]):
+    given_by = {
+        f"swap_{name}_answer": _donors(rows, name == "same", random.Random(seed))
+        for name in ("same", "other")
+    }
+    if all(donor is None for donor in given_by["swap_other_answer"]):
         raise ValueError(
             "no row has another clip with another answer to take latents from: give more rows"
         )
-    answers = fed_answers(pipeline, rows, _tampered(states, donors, seed), batch_size)
+    answers = fed_answers(pipeline, rows, _tampered(states, given_by, seed), batch_size)
     videos = [row.video for row in rows]
     right = {
         kind: [bool(is_correct(text, row)) for text, row in zip(texts, rows, strict=True)]
@@ -78,7 +81,7 @@ def latent_reliance(
     }
     lines: dict[str, Any] = {}
     for kind in KINDS:
-        given = donors.get({"swap_same_answer": True, "swap_other_answer": False}.get(kind, None))
+        given = given_by.get(kind)
         used = [i for i in range(len(rows)) if given is None or given[i] is not None]
         where = [videos[i] for i in used]
         tampered, own = ([right[k][i] for i in used] for k in (kind, "own"))
@@ -218,14 +221,14 @@ def _inputs(pipeline: StormPipeline, rows: Sequence[Row | Question]) -> dict[str
 
 
 def _tampered(
-    states: Tensor, donors: Mapping[bool, Sequence[int | None]], seed: int
+    states: Tensor, given_by: Mapping[str, Sequence[int | None]], seed: int
 ) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     count, budget = states.shape[:2]
     order = torch.rand(count, budget, generator=generator).argsort(1)
     swapped = {
-        same: states[[i if donor is None else donor for i, donor in enumerate(given)]]
-        for same, given in donors.items()
+        kind: states[[i if donor is None else donor for i, donor in enumerate(given)]]
+        for kind, given in given_by.items()
     }
     return {
         "own": states,
@@ -233,9 +236,8 @@ def _tampered(
         "mean": states.mean(0, keepdim=True).expand_as(states),
         "noise": noised(states, 1.0, generator),
         "shuffle": reordered(states, order),
-        "swap_same_answer": swapped[True],
-        "swap_other_answer": swapped[False],
         "removed": states[:, :0],
+        **swapped,
     }
 
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from storm_vlm.analysis.estimate import estimate
 from storm_vlm.analysis.extract import States, visual_tokens
+from storm_vlm.data.prompt import answer_text
 from storm_vlm.data.schema import Row
 from storm_vlm.data.video import read_video
 from storm_vlm.latent import whiten_targets
@@ -97,8 +98,8 @@ def decoding_quality(
 ) -> dict[str, Any]:
     """PSNR in dB of what is drawn against the true frames of slots 2 to K (slot 1 is what was last seen).
 
-    Beside it: the decoder fed another clip's latents, the last frame shown, the thought video's first frame held (which
-    the decoder is not given), and the mean training frame. Intervals over videos.
+    Beside it: the decoder fed another clip's latents, the last frame shown, the thought video's first frame held
+    (which the decoder is not given), and the mean training frame. Intervals over videos.
     """
     videos = [row.video for row in rows]
     places = list(range(len(rows)))
@@ -154,3 +155,15 @@ def logit_lens(
         [(decode([token]).strip(), float(chance)) for token, chance in zip(*slot, strict=True)]
         for slot in zip(ids.tolist(), chances.tolist(), strict=True)
     ]
+
+
+def lens_says_answer(
+    pipeline: StormPipeline, rows: Sequence[Row], latents: Tensor
+) -> dict[str, Any]:
+    """How often the likeliest token of some slot of (N, K, D) states begins the right answer."""
+    begins = pipeline.processor.tokenizer([answer_text(row) for row in rows])["input_ids"]
+    model: Any = unwrap(pipeline.model)
+    with torch.no_grad():
+        chosen = head(model, latents.to(model.device, model.dtype)).argmax(-1).cpu()
+    hits = [ids[0] in slots for ids, slots in zip(begins, chosen.tolist(), strict=True)]
+    return estimate(hits, [row.video for row in rows])

@@ -121,9 +121,7 @@ def _write_scene(
             answer=question.answer,
             keyframes=(scene.now * FRAMES_PER_STEP / FPS,),
             plan=plan(scene, question) if question.steps else None,
-            thought_video=_thought_video(
-                folder, f"{j}-{file}" if j else file, scene, question
-            )
+            thought_video=_thought_video(folder, f"{j}-{file}" if j else file, scene, question)
             if question.steps
             else None,
             split=split,
