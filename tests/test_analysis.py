@@ -268,10 +268,14 @@ def test_the_decoder_draws_what_it_was_shown(states, rows) -> None:
 
 def test_maps_and_lens(storm, rows, states) -> None:
     maps = similarity_maps(storm, rows[0], states.latents[0], states)
-    assert maps.shape == (K, 3, 4, 4) and maps.abs().max() <= 1 + 1e-5
-    # a token laid over its own clip is most like itself
-    own = states.visual(states.frames[0])
-    assert similarity_maps(storm, rows[0], own, states).flatten(1).argmax(1).tolist() != [0] * K
+    assert maps.shape == (K, 3, 4, 4)
+    # Slot 1 holds what was last seen, so it points at the ball more often than not (by chance: 1 in 16).
+    found = 0
+    for row, latents in zip(rows, states.latents, strict=True):
+        column, line = re.findall(r"ball is at (.)(.)", row.plan or "")[0]
+        peak = int(similarity_maps(storm, row, latents, states)[0, -1].argmax())
+        found += peak == 4 * (int(line) - 1) + "abcd".index(column)
+    assert found > len(rows) / 3
     lens = logit_lens(storm, states.latents[0])
     assert len(lens) == K and all(1 >= a[1] >= b[1] >= c[1] >= 0 for a, b, c in lens)
 

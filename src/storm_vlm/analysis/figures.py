@@ -47,6 +47,7 @@ def _bars(lines: dict[str, dict[str, Any]], colours: list[str], label: str) -> A
         list(lines), [v["mean"] for v in values], xerr=_errors(values), color=colours, capsize=2
     )
     axes.set(xlim=(0, 1), xlabel=label)
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     return figure

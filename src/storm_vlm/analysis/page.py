@@ -22,7 +22,7 @@ from storm_vlm.data.files import write_text
 from storm_vlm.data.schema import Row
 from storm_vlm.data.video import read_video
 
-PICTURE = 72  # pixels of a picture's side in a strip
+PICTURE = 80  # pixels of a picture's side in a strip
 GAP = 4
 
 
@@ -36,7 +36,7 @@ class Example:
     num_frames: int
     true: Tensor | None
     imagined: Tensor | None
-    maps: Tensor  # (K, grids, h, w) cosines
+    maps: Tensor  # (K, grids, h, w)
     lens: list[list[tuple[str, float]]]
 
 
@@ -76,19 +76,20 @@ def _points(found: dict[str, Any]) -> str:
 
 def _card(example: Example) -> dict[str, Any]:
     clip = read_video(example.row.video, example.num_frames, example.row.start, example.row.end)
-    strips = [
-        (
-            "what the model sees",
-            _strip(_pictures(torch.from_numpy(clip.frames.copy()).permute(0, 3, 1, 2) / 255)),
-        )
-    ]
+    strips = [("what the model sees", _strip(_pictures(_pixels(clip.frames))))]
     if example.true is not None:
         strips.append(("what comes (thought video)", _strip(_pictures(example.true))))
     if example.imagined is not None:
         strips.append(("what the latents say, drawn", _strip(_pictures(example.imagined))))
     maps, grids = _maps(example.maps, clip.frames)
-    strips.append((f"where each looks (frames {', '.join(map(str, grids))})", _strip(maps)))
+    strips.append(
+        (f"where in the clip each slot points (frames {', '.join(map(str, grids))})", _strip(maps))
+    )
     return {"example": example, "strips": strips}
+
+
+def _pixels(frames: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2) / 255
 
 
 def _pictures(frames: Tensor) -> Tensor:
@@ -96,12 +97,11 @@ def _pictures(frames: Tensor) -> Tensor:
 
 
 def _maps(maps: Tensor, frames: np.ndarray) -> tuple[Tensor, list[int]]:
-    """For each slot, the grid whose token is most like it, in grey, with its similarities in orange."""
+    """For each slot, the frame with the token that points its way most, in grey, with its map in orange."""
     grids = maps.flatten(2).amax(2).argmax(1).tolist()
     per_grid = max(1, len(frames) // maps.shape[1])
     shown = [min(len(frames) - 1, grid * per_grid + per_grid - 1) for grid in grids]
-    pixels = torch.from_numpy(frames[shown].copy()).permute(0, 3, 1, 2) / 255
-    grey = _pictures(pixels).mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.7
+    grey = _pictures(_pixels(frames[shown])).mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.7
     heat = torch.stack([maps[slot, grid] for slot, grid in enumerate(grids)])[:, None]
     low, high = heat.amin((2, 3), keepdim=True), heat.amax((2, 3), keepdim=True)
     heat = F.interpolate((heat - low) / (high - low).clamp_min(1e-6), (PICTURE, PICTURE))

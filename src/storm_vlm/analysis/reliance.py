@@ -80,20 +80,20 @@ def latent_reliance(
         for kind, texts in answers.items()
     }
     lines: dict[str, Any] = {}
-    for kind in KINDS:
-        given = given_by.get(kind)
-        used = [i for i in range(len(rows)) if given is None or given[i] is not None]
+    for kind, what in KINDS.items():
+        given = given_by.get(kind, range(len(rows)))
+        used = [i for i, donor in enumerate(given) if donor is not None]
         where = [videos[i] for i in used]
-        tampered, own = ([right[k][i] for i in used] for k in (kind, "own"))
-        line = {"what": KINDS[kind], "accuracy": estimate(tampered, where)}
-        if used:
-            line["difference"] = paired_difference(tampered, own, where)
+        hits, own = ([right[k][i] for i in used] for k in (kind, "own"))
         changed = [answers[kind][i] != answers["own"][i] for i in used]
+        line = {"what": what, "accuracy": estimate(hits, where)}
+        line["difference"] = paired_difference(hits, own, where) if used else None
         line["changed"] = estimate(changed, where)
-        if kind == "swap_other_answer" and given is not None:
-            said = [_says(answers[kind][i], rows[i], rows[given[i] or 0]) for i in used]
-            before = [_says(answers["own"][i], rows[i], rows[given[i] or 0]) for i in used]
-            line["follows"], line["follows_own"] = estimate(said, where), estimate(before, where)
+        if kind == "swap_other_answer":
+            donors = [rows[donor] for donor in given if donor is not None]
+            for name, texts in (("follows", answers[kind]), ("follows_own", answers["own"])):
+                said = [_says(texts[i], rows[i], d) for i, d in zip(used, donors, strict=True)]
+                line[name] = estimate(said, where)
         lines[kind] = line
     loss = lines["swap_other_answer"]["difference"]
     return {
@@ -156,24 +156,21 @@ def input_sensitivity(
     """How far latents (N, K, D) move when a row's clip, or its question, is exchanged for another's.
 
     Relative to the mean distance between latents of different clips: 0 means that they do not look, 1 that they
-    become another clip's. Per row, and per slot in `slots`.
+    become another clip's. Per row, and per slot in `slots`. Rows must be of at least two clips.
     """
     rng = random.Random(seed)
-    others = [_choice([j for j, o in enumerate(rows) if o.video != r.video], rng) for r in rows]
-    used = [i for i, other in enumerate(others) if other is not None]
-    pairs = [(rows[i], rows[others[i] or 0]) for i in used]
+    others = [rng.choice([j for j, o in enumerate(rows) if o.video != r.video]) for r in rows]
+    pairs = [(row, rows[other]) for row, other in zip(rows, others, strict=True)]
     asked = {
         "clip": [Question(o.video, r.question, r.options, o.start, o.end) for r, o in pairs],
         "question": [Question(r.video, o.question, o.options, r.start, r.end) for r, o in pairs],
     }
-    own, donor = states[used], states[[others[i] or 0 for i in used]]
-    spread = (own - donor).norm(dim=-1).mean(0)  # (K,)
-    videos = [rows[i].video for i in used]
+    spread = (states - states[others]).norm(dim=-1).mean(0)  # (K,)
     found: dict[str, Any] = {}
     for name, questions in asked.items():
         moved = rolled_out(pipeline, questions, batch_size, states.shape[1])
-        relative = (moved - own).norm(dim=-1) / spread.clamp_min(1e-12)  # (n, K)
-        found[name] = estimate(relative.mean(1), videos)
+        relative = (moved - states).norm(dim=-1) / spread.clamp_min(1e-12)  # (N, K)
+        found[name] = estimate(relative.mean(1), [row.video for row in rows])
         found[name]["slots"] = relative.mean(0).tolist()
     return found
 
@@ -255,12 +252,8 @@ def _donors(rows: Sequence[Row], same_answer: bool, rng: random.Random) -> list[
         ]
         alike = [j for j in fitting if rows[j].question == row.question]
         alike = alike or [j for j in fitting if families[j] == families[i]]
-        found.append(_choice(alike or fitting, rng))
+        found.append(rng.choice(alike or fitting) if fitting else None)
     return found
-
-
-def _choice(places: Sequence[int], rng: random.Random) -> int | None:
-    return rng.choice(places) if places else None
 
 
 def _says(text: str, row: Row, donor: Row) -> bool:

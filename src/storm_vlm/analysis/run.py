@@ -51,7 +51,7 @@ def analyze(
     rows = read_rows(rows_file)[:limit]
     states = extract(pipeline, rows, out, checkpoint, batch_size)
     about = {
-        "checkpoint": checkpoint if not Path(checkpoint).is_dir() else Path(checkpoint).name,
+        "checkpoint": Path(checkpoint).name if Path(checkpoint).is_absolute() else checkpoint,
         "rows": rows_file.name,
         "n": len(rows),
         "commit": commit(),

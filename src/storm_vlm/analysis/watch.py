@@ -17,7 +17,6 @@ from storm_vlm.analysis.extract import States, visual_tokens
 from storm_vlm.data.prompt import answer_text
 from storm_vlm.data.schema import Row
 from storm_vlm.data.video import read_video
-from storm_vlm.latent import whiten_targets
 from storm_vlm.pipeline import StormPipeline
 from storm_vlm.rollout import head, unwrap
 from storm_vlm.training.targets import FRAMES_PER_SLOT
@@ -130,15 +129,22 @@ def psnr(drawn: Tensor, frames: Tensor) -> Tensor:
 
 @torch.no_grad()
 def similarity_maps(pipeline: StormPipeline, row: Row, latents: Tensor, states: States) -> Tensor:
-    """Cosine (K, grids, h, w) of each slot's state with each visual token of the clip, in the latents' space."""
+    """How much each visual token of the clip points where each slot's state does: (K, grids, h, w).
+
+    Cosines; in whitened space, what a token adds along the state's direction: a target is a mean of tokens, in which
+    one that says little weighs little (with cosines, slot 1 of the micro world finds the ball half as often).
+    """
     inputs = pipeline.collator.videos.get(row.video, row.start, row.end)
     (tokens,) = visual_tokens(pipeline, [inputs])  # (grids, h * w, D)
     merge = pipeline.processor.video_processor.merge_size
     height, width = (int(side) // merge for side in inputs["video_grid_thw"][0, 1:])
     visual = tokens.float().cpu()
     if states.whitened_space:
-        visual = whiten_targets(visual, *states.whitening)
-    found = F.normalize(latents, dim=-1) @ F.normalize(visual, dim=-1).flatten(0, 1).T
+        mean, matrix = states.whitening
+        visual = (visual - mean) @ matrix
+    else:
+        visual = F.normalize(visual, dim=-1)
+    found = F.normalize(latents, dim=-1) @ visual.flatten(0, 1).T
     return found.view(len(latents), len(visual), height, width)
 
 
@@ -150,9 +156,13 @@ def logit_lens(
     model: Any = unwrap(pipeline.model)
     logits = head(model, latents.to(model.device, model.dtype)).float()
     chances, ids = logits.softmax(-1).topk(top)
-    decode = pipeline.processor.tokenizer.decode
+
+    def shown(token: int) -> str:
+        text = pipeline.processor.tokenizer.decode([token]).strip()
+        return text if text.isprintable() and "\ufffd" not in text else "(a byte)"
+
     return [
-        [(decode([token]).strip(), float(chance)) for token, chance in zip(*slot, strict=True)]
+        [(shown(token), float(chance)) for token, chance in zip(*slot, strict=True)]
         for slot in zip(ids.tolist(), chances.tolist(), strict=True)
     ]
 
