@@ -1,6 +1,7 @@
 """Analysis: interventions against slow recomputation, probes against what they must find, the page."""
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from storm_vlm.analysis.reliance import (
     KINDS,
     _donors,
     _inputs,
+    _says,
     _tampered,
     fed_answers,
     latent_reliance,
@@ -23,6 +25,7 @@ from storm_vlm.analysis.reliance import (
     slot_variants,
 )
 from storm_vlm.analysis.retrieval import first_ranks, retrieval, slot_ranks
+from storm_vlm.analysis.run import _decoder, analyze
 from storm_vlm.analysis.watch import (
     SIDE,
     decoding_quality,
@@ -33,11 +36,13 @@ from storm_vlm.analysis.watch import (
     train_decoder,
 )
 from storm_vlm.cli import app
-from storm_vlm.data.schema import Row, read_rows
+from storm_vlm.data.schema import Row, read_rows, write_rows
 from storm_vlm.interventions import answers_when_fed, noised, reordered
 from storm_vlm.rollout import rollout
-from storm_vlm.world.build import build_world
+from storm_vlm.training.targets import alignment_targets
+from storm_vlm.world.build import build_world, sample_several
 from storm_vlm.world.checkpoints import shipped
+from storm_vlm.world.simulator import REASONING
 
 K = 8
 
@@ -72,6 +77,8 @@ def test_a_scene_is_asked_several_questions_of_its_own(rows) -> None:
         thoughts = [row.thought_video for row in scene]
         assert len({thought.path for thought in thoughts if thought}) == 3
     assert len({row.video for row in rows}) == 4
+    with pytest.raises(ValueError, match="at most 5 questions"):
+        list(sample_several(random.Random(0), REASONING, 1, (3, 5), 6))
 
 
 # ------------------------------------------------------------------------------------------ interventions
@@ -166,8 +173,6 @@ def test_noise_is_as_long_as_told_and_orders_are_followed() -> None:
 
 
 def test_donors_are_other_clips_with_the_answer_asked_for(rows) -> None:
-    import random
-
     for same in (True, False):
         donors = _donors(rows, same, random.Random(0))
         assert any(donor is not None for donor in donors)
@@ -175,6 +180,14 @@ def test_donors_are_other_clips_with_the_answer_asked_for(rows) -> None:
             if donor is not None:
                 assert rows[donor].video != row.video
                 assert (rows[donor].answer == row.answer) == same
+
+
+def test_a_donors_answer_is_a_letter_where_there_are_options(rows) -> None:
+    free, other = rows[0].model_copy(update={"answer": "up"}), rows[3]
+    assert _says("Up.", other, free) and not _says("down", other, free)
+    asked = other.model_copy(update={"options": ("a dog", "a cat"), "answer": "a dog"})
+    donor = other.model_copy(update={"options": ("a bus", "a car"), "answer": "a car"})
+    assert _says("B", asked, donor) and not _says("A", asked, donor)
 
 
 def test_the_reliance_table_says_what_is_known_of_the_shipped_model(storm, rows, states) -> None:
@@ -215,6 +228,25 @@ def test_states_are_reused_only_for_the_same_inputs(storm, rows, tmp_path) -> No
     assert torch.equal(extract(storm, rows[:2], tmp_path, "storm", 2).latents, fewer.latents)
     about = json.loads((tmp_path / "states.json").read_text())
     assert about["rows"] == 2 and about["shapes"]["latents"] == [2, K, 128]
+
+
+@torch.no_grad()
+def test_text_and_visual_states_are_the_stock_models(storm, rows, states) -> None:
+    """Against one plain forward of a row by itself: no batch, no padding, no cache."""
+    inputs = _inputs(storm, rows[1:2])
+    ids = inputs["input_ids"][0]
+    question = storm.processor.tokenizer(rows[1].question)["input_ids"]
+    at = next(i for i in range(len(ids)) if ids[i : i + len(question)].tolist() == question)
+    hidden = storm.model.model(**inputs).last_hidden_state[0]
+    text = hidden[at : at + len(question)].mean(0)
+    torch.testing.assert_close(states.text[1], text, atol=1e-4, rtol=0)
+    torch.testing.assert_close(states.latents[1, 0], hidden[-1], atol=1e-4, rtol=0)
+    pixels, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+    tokens = storm.model.model.get_video_features(pixels, grid).pooler_output[0]
+    frames = tokens.view(3, 16, -1).mean(1)
+    torch.testing.assert_close(states.frames[1], frames, atol=1e-4, rtol=0)
+    (target,) = alignment_targets(storm.model, storm.processor, rows[1:2], K, "none")
+    torch.testing.assert_close(states.targets[1], target, atol=1e-4, rtol=0)
 
 
 def test_retrieval_ranks_by_hand() -> None:
@@ -280,16 +312,45 @@ def test_maps_and_lens(storm, rows, states) -> None:
     assert len(lens) == K and all(1 >= a[1] >= b[1] >= c[1] >= 0 for a, b, c in lens)
 
 
+def test_the_decoder_is_not_tried_on_what_it_was_trained_on(storm, states, rows) -> None:
+    decoder, held_out = _decoder(storm, rows, states, None, 12)
+    assert decoder is not None and held_out == [0, 1, 2, 6, 7, 8]
+    none = [row.model_copy(update={"thought_video": None}) for row in rows]
+    assert _decoder(storm, none, states, None, 12) == (None, [])
+
+
 # ------------------------------------------------------------------------------------------ command
-def test_the_command_writes_a_page_that_asks_for_nothing(several, tmp_path) -> None:
+def test_the_command_writes_a_page_that_asks_for_nothing(several, reasoning_file, tmp_path) -> None:
     out, record = tmp_path / "out", tmp_path / "reliance.json"
-    arguments = ["analyze", str(shipped("storm")), str(several), "--out", str(out)]
+    arguments = ["analyze", str(shipped("storm")), str(several), "--limit", "6", "--out", str(out)]
+    arguments += ["--retrieval-rows", str(several), "--decoder-rows", str(reasoning_file)]
     result = CliRunner().invoke(app, [*arguments, "--results", str(record)])
     assert result.exit_code == 0, result.output
     assert "latents move" in result.output and "no slots at all" in result.output
     page = (out / "report.html").read_text()
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)
-    for part in ("reliance", "slots", "embeddings", "retrieval", "watch"):
-        found = json.loads((out / f"{part}.json").read_text())
-        assert found["n"] == 12 and found["commit"] and found[part] is not None
-    assert json.loads(record.read_text())["reliance"]["low"] > 0
+    found = {
+        part: json.loads((out / f"{part}.json").read_text())
+        for part in ("reliance", "slots", "embeddings", "retrieval", "watch")
+    }
+    assert all(part["n"] == 6 and part["commit"] for part in found.values())
+    assert found["retrieval"]["retrieval"]["queries"] == 12
+    assert found["watch"]["watch"]["decoding"]["own"]["n"] == 6
+    assert json.loads(record.read_text())["reliance"] == found["reliance"]["reliance"]["reliance"]
+
+
+def test_rows_without_thought_videos_get_the_rest_of_the_page(several, rows, tmp_path) -> None:
+    nothing = {"thought_video": None, "keyframes": (), "meta": {}}
+    choices = {"options": ("up", "down"), "answer": "up"}
+    plain = [
+        row.model_copy(update={**nothing, **choices, "answer": ("up", "down")[i % 2]})
+        for i, row in enumerate(rows[:7:3])
+    ]
+    write_rows(tmp_path / "plain.jsonl", plain)
+    found = analyze(str(shipped("storm")), tmp_path / "plain.jsonl", tmp_path / "out")
+    assert found["retrieval"] is None and found["watch"]["decoding"] is None
+    assert found["embeddings"]["nearness"] == {"keyframes": None, "thought_video": None}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("Not measured") == 2 and "Not drawn" in page
+    with pytest.raises(ValueError, match="latent slots"):
+        analyze(str(shipped("backbone")), tmp_path / "plain.jsonl", tmp_path / "out")

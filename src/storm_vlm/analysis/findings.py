@@ -74,15 +74,16 @@ def _embeddings(part: dict[str, Any]) -> list[str]:
     if (line := part["keyframes"]) is not None:
         nearer = line["nearer"]
         said.append(
-            f"Its own keyframes are nearer to a clip's latents than another clip's in "
-            f"{_percent(nearer['mean'])} of pairs (half: no relation), {_as(nearer['low'] > 0.7)} the "
-            "paper's Figure 5, where latents lie in or beside their keyframes' regions."
+            f"Latents are nearer to their own clip's keyframes than to another's in {_percent(nearer['mean'])} "
+            f"of pairs (half: no relation), {_as(nearer['low'] > 0.7)} the paper's Figure 5, where they lie in or "
+            "beside their keyframes' regions."
         )
     if (line := part["thought_video"]) is not None:
         said.append(
-            f"Its own thought video is nearer in {_percent(line['nearer']['mean'])} of pairs, slot by slot."
+            f"Slot by slot, they are nearer to their own thought video in "
+            f"{_percent(line['nearer']['mean'])} of pairs."
         )
-    return said
+    return said or ["Not measured: that needs rows with keyframes or thought videos, of two clips."]
 
 
 def _retrieval(part: dict[str, Any] | None) -> list[str]:

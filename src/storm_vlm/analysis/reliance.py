@@ -101,7 +101,11 @@ def latent_reliance(
         "videos": len(set(videos)),
         "slots": states.shape[1],
         "interventions": lines,
-        "reliance": {"mean": -loss["mean"], "low": -loss["high"], "high": -loss["low"]},
+        "reliance": {  # from nought, lest it be -0.0
+            "mean": 0.0 - loss["mean"],
+            "low": 0.0 - loss["high"],
+            "high": 0.0 - loss["low"],
+        },
         "sensitivity": input_sensitivity(pipeline, rows, states, batch_size, seed),
     }
 
