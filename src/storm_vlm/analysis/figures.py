@@ -30,26 +30,31 @@ def draw(found: dict[str, Any]) -> dict[str, str]:
     return {name: svg(figure) for name, figure in drawn.items()}
 
 
+def _plot(height: float) -> tuple[Any, Any]:
+    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
+
+
 def _errors(lines: list[dict[str, Any]]) -> np.ndarray:
     """How far intervals reach below and above their means, (2, n)."""
-    return np.array(
-        [
-            [max(0.0, line["mean"] - line["low"]) for line in lines],
-            [max(0.0, line["high"] - line["mean"]) for line in lines],
-        ]
-    )
+    low, mean, high = (np.array([line[name] for line in lines]) for name in ("low", "mean", "high"))
+    return np.stack([mean - low, high - mean]).clip(0)
 
 
 def _bars(lines: dict[str, dict[str, Any]], colours: list[str], label: str) -> Any:
     values = list(lines.values())
-    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.3 * len(lines)), layout="constrained")
+    figure, axes = _plot(0.6 + 0.3 * len(lines))
     axes.barh(
         list(lines), [v["mean"] for v in values], xerr=_errors(values), color=colours, capsize=2
     )
     axes.set(xlim=(0, 1), xlabel=label)
     axes.margins(y=0.02)
     axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -68,27 +73,25 @@ def slot_bars(lines: dict[str, dict[str, Any]], label: str) -> Any:
 
 def sweep_line(sweep: dict[str, dict[str, Any]]) -> Any:
     """Accuracy by how many slots are rolled out at test time."""
-    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+    figure, axes = _plot(2.7)
     ks, lines = [int(k) for k in sweep], list(sweep.values())
     axes.errorbar(
         ks, [v["mean"] for v in lines], yerr=_errors(lines), marker="o", color=BLUE, capsize=2
     )
     axes.set(ylim=(0, 1), xticks=ks, xlabel="slots at test time (K)", ylabel="accuracy")
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def sensitivity_bars(part: dict[str, Any]) -> Any:
     """How far each slot moves with the clip, and with the question."""
-    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+    figure, axes = _plot(2.7)
     for shift, (name, colour) in enumerate((("clip", BLUE), ("question", GREY))):
         moved = part[name]["slots"]
         places = np.arange(1, len(moved) + 1) + 0.38 * (shift - 0.5)
         axes.bar(places, moved, 0.36, color=colour, label=f"another {name}")
     axes.axhline(1, color=ORANGE, linestyle="--", linewidth=1)
     axes.set(xticks=range(1, len(moved) + 1), xlabel="slot", ylabel="moved, of the spread")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axes.spines[["top", "right"]].set_visible(False)
+    _legend(axes)
     return figure
 
 
@@ -106,13 +109,13 @@ def scatter(part: dict[str, Any]) -> Any:
                 *chosen.T, s=size, marker=marker, c=colour, label=kind, alpha=0.75, linewidths=0
             )
         axes.set(xticks=[], yticks=[], title={"pca": "PCA", "tsne": "t-SNE"}[name])
-    both[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(both[1])
     return figure
 
 
 def retrieval_bars(part: dict[str, Any]) -> Any:
     """Hit@1, Hit@5 and MRR of each representation (Figure 6)."""
-    figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    figure, axes = _plot(2.7)
     metrics = list(next(iter(part.values())))
     for shift, (name, colour) in enumerate(REPRESENTATIONS.items()):
         lines = list(part[name].values())
@@ -120,19 +123,17 @@ def retrieval_bars(part: dict[str, Any]) -> Any:
         means = [line["mean"] for line in lines]
         axes.bar(places, means, 0.25, yerr=_errors(lines), color=colour, label=name, capsize=2)
     axes.set(ylim=(0, 1.02), xticks=range(len(metrics)), xticklabels=["Hit@1", "Hit@5", "MRR"])
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axes.spines[["top", "right"]].set_visible(False)
+    _legend(axes)
     return figure
 
 
 def per_query(part: dict[str, Any]) -> Any:
     """Reciprocal rank of each query, each representation's sorted by itself (Figure 7)."""
-    figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    figure, axes = _plot(2.7)
     for name, colour in REPRESENTATIONS.items():
         ranks = sorted(part[name], reverse=True)
         share = (np.arange(len(ranks)) + 1) / len(ranks)
         axes.plot(share, ranks, color=colour, label=name, drawstyle="steps-post")
     axes.set(ylim=(0, 1.05), xlim=(0, 1), xlabel="share of queries", ylabel="reciprocal rank")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axes.spines[["top", "right"]].set_visible(False)
+    _legend(axes)
     return figure
