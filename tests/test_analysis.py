@@ -301,6 +301,11 @@ def test_the_decoder_draws_what_it_was_shown(states, rows) -> None:
 def test_maps_and_lens(storm, rows, states, reasoning_rows) -> None:
     maps = similarity_maps(storm, rows[0], states.latents[0], states)
     assert maps.shape == (K, 3, 4, 4)
+    inputs, (mean, matrix) = _inputs(storm, rows[:1]), states.whitening
+    pixels, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+    tokens = storm.model.model.get_video_features(pixels, grid).pooler_output[0].detach()
+    by_hand = (tokens[16 + 3 * 4 + 2] - mean) @ matrix @ states.latents[0, 2]
+    torch.testing.assert_close(maps[2, 1, 3, 2], by_hand / states.latents[0, 2].norm())
     # Slot 1 holds what was last seen, so it points at the ball more often than not (by chance: 1 in 16).
     found = 0
     for row, latents in zip(reasoning_rows, rolled_out(storm, reasoning_rows), strict=True):

@@ -108,8 +108,9 @@ def answers_when_fed(
 
 
 def end_tokens(model: Any) -> Tensor:
-    """Ids that end an answer."""
-    return torch.tensor(unwrap(model).generation_config.eos_token_id).flatten()
+    """Ids that end an answer, (n,)."""
+    ids = unwrap(model).generation_config.eos_token_id
+    return torch.tensor([] if ids is None else ids, dtype=torch.long).flatten()
 
 
 def noised(states: Tensor, scale: float, generator: torch.Generator) -> Tensor:
