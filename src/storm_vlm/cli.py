@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from storm_vlm.analysis.commands import app as analysis_app
 from storm_vlm.construction import commands as construction
 from storm_vlm.evaluation import commands as evaluation
 from storm_vlm.evaluation.report_commands import app as report_app
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(evaluation.app)
 app.add_typer(report_app)
+app.add_typer(analysis_app)
 console = Console()
 errors = Console(stderr=True)
 
@@ -157,11 +159,12 @@ def world(
     continued: Annotated[
         bool, typer.Option(help="Clips that go on after the part to be seen: the real future.")
     ] = False,
+    questions: Annotated[int, typer.Option(min=1, help="Asked about each reasoning scene.")] = 1,
 ) -> None:
     """Write clips of the micro world, with questions, plans and thought videos."""
     from storm_vlm.world.build import build_world
 
-    console.print(f"wrote {build_world(out, kind, split, count, seed, continued)}")
+    console.print(f"wrote {build_world(out, kind, split, count, seed, continued, questions)}")
 
 
 @app.command()

@@ -52,8 +52,8 @@ def write_report(
         arms=[(arm, name) for arm, name in ARM_NAMES.items() if summary.get(arm) is not None],
         interventions=INTERVENTIONS,
         names=ARM_NAMES,
-        bars=_svg(accuracy_bars(summary)),
-        curves=_svg(loss_curves(results)),
+        bars=svg(accuracy_bars(summary)),
+        curves=svg(loss_curves(results)),
         examples=_examples(folder, results, read_rows(data["test"])),
     )
     path = folder / "report.html"
@@ -105,7 +105,7 @@ def loss_curves(results: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """A figure as a data URI, with text as text."""
     style: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "storm"}
     buffer = io.BytesIO()

@@ -18,8 +18,10 @@ from storm_vlm.data.schema import Row, Split, ThoughtVideo, write_rows
 from storm_vlm.data.video import write_video
 from storm_vlm.world.questions import (
     PERCEPTION_FAMILIES,
+    REASONING_FAMILIES,
     Question,
     ask_perception,
+    ask_reasoning,
     plan,
     sample_reasoning,
 )
@@ -28,6 +30,7 @@ from storm_vlm.world.simulator import (
     OUT_OF_DISTRIBUTION,
     PERCEPTION,
     REASONING,
+    Difficulty,
     Scene,
     cell_name,
     sample_scene,
@@ -50,36 +53,39 @@ def build_world(
     count: int,
     seed: int = 0,
     continued: bool = False,
+    questions: int = 1,
 ) -> Path:
     """Write `count` scenes of one split and their rows; returns the path of the row file.
 
     A reasoning scene has one question and a thought video; a perception scene has a question of every
     family that fits it. Splits never share a scene: each draws from a random stream of its own. Files that
     are there are kept, so an interrupted call can be repeated. `continued` clips go on after what is to be seen of
-    them (`Row.end`), as real videos do: the real future, cover and all.
+    them (`Row.end`), as real videos do: the real future, cover and all. `questions` of different families are asked
+    about each reasoning scene (retrieval probe, paper sec. A.1).
     """
     folder = Path(folder)
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     (folder / "thoughts").mkdir(exist_ok=True)
-    names = (f"{kind}-{split}-{seed}-{i:05d}" for i in range(count))
+    drawn = f"{kind}-{split}-{seed}" + (f"-x{questions}" if questions > 1 else "")
+    names = (f"{drawn}-{i:05d}" for i in range(count))
     with ThreadPoolExecutor() as pool:  # encoding leaves Python's lock alone
         written = pool.map(
             lambda name, scene: _write_scene(folder, name, split, count, continued, *scene),
             names,
-            draw_scenes(kind, split, count, seed),
+            draw_scenes(kind, split, count, seed, questions),
         )
         rows = [
             row
             for rows in tqdm(written, f"{split} clips", total=count, leave=False)
             for row in rows
         ]
-    path = folder / f"{kind}-{split}-{seed}{'-continued' if continued else ''}.jsonl"
+    path = folder / f"{drawn}{'-continued' if continued else ''}.jsonl"
     write_rows(path, rows)
     return path
 
 
 def draw_scenes(
-    kind: Kind, split: Split, count: int, seed: int
+    kind: Kind, split: Split, count: int, seed: int, questions: int = 1
 ) -> Iterator[tuple[Scene, list[Question]]]:
     """The scenes of `build_world`, with their questions; the same arguments give the same scenes."""
     rng = random.Random(f"{kind}/{split}/{seed}")
@@ -88,6 +94,9 @@ def draw_scenes(
         return
     far = split == "ood"
     difficulty, horizon = (OUT_OF_DISTRIBUTION, FAR_HORIZON) if far else (REASONING, HORIZON)
+    if questions > 1:
+        yield from sample_several(rng, difficulty, count, horizon, questions)
+        return
     for scene, question in sample_reasoning(rng, difficulty, count, horizon):
         yield scene, [question]
 
@@ -117,7 +126,9 @@ def _write_scene(
             answer=question.answer,
             keyframes=(scene.now * FRAMES_PER_STEP / FPS,),
             plan=plan(scene, question) if question.steps else None,
-            thought_video=_thought_video(folder, file, scene, question) if question.steps else None,
+            thought_video=_thought_video(folder, f"{j}-{file}" if j else file, scene, question)
+            if question.steps
+            else None,
             split=split,
             meta={
                 "family": question.family,
@@ -148,6 +159,31 @@ def sample_perception(rng: random.Random, count: int) -> Iterable[tuple[Scene, l
             asked = [ask_perception(scene, asking, family) for family in ASKED]
             questions = [question for question in dict.fromkeys(asked) if question is not None]
         yield scene, questions
+
+
+def sample_several(
+    rng: random.Random, difficulty: Difficulty, count: int, horizon: tuple[int, int], questions: int
+) -> Iterable[tuple[Scene, list[Question]]]:
+    """`count` scenes, each with that many reasoning questions, no two of one family; answers are not balanced.
+
+    Raises ValueError for more questions than there are families.
+    """
+    if questions > len(REASONING_FAMILIES):
+        raise ValueError(f"at most {len(REASONING_FAMILIES)} questions a scene, got {questions}")
+    while count:
+        scene, asked = sample_scene(rng, difficulty), []
+        for family in rng.sample(sorted(REASONING_FAMILIES), len(REASONING_FAMILIES)):
+            hidden = range(horizon[0], horizon[1] + 1)
+            possible = [
+                question
+                for ball in range(len(scene.tracks))
+                for n in hidden
+                if (question := ask_reasoning(scene, family, n, ball)) is not None
+            ]
+            asked += [rng.choice(possible)] if possible else []
+        if len(asked) >= questions:
+            count -= 1
+            yield scene, asked[:questions]
 
 
 def shortcuts(scene: Scene, question: Question) -> dict[str, str]:

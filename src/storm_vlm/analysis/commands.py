@@ -1,0 +1,74 @@
+"""The verb that shows what the latents hold, and whether they matter: analyze."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+app = typer.Typer()
+console = Console()
+
+
+@app.command()
+def analyze(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub name of a STORM checkpoint.")],
+    rows: Annotated[Path, typer.Argument(help="A JSONL file of rows that it was not trained on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the page, its figures and the states.")],
+    limit: Annotated[int | None, typer.Option(min=2, help="Only the first rows.")] = None,
+    retrieval_rows: Annotated[
+        Path | None, typer.Option(help="Rows with several questions a video; default: ROWS.")
+    ] = None,
+    decoder_rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="Training rows with thought videos; default: half of the videos of ROWS."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    results: Annotated[
+        Path | None, typer.Option(help="JSON file for the reliance table, for the record.")
+    ] = None,
+) -> None:
+    """Do the latents hold the clip, and does the answer depend on them? Probes, interventions, pictures, a page."""
+    try:
+        from storm_vlm.analysis.run import analyze as run
+    except ModuleNotFoundError as error:
+        if error.name != "sklearn":
+            raise
+        raise ValueError("needs scikit-learn: pip install 'storm-vlm[analysis]'") from error
+    found = run(checkpoint, rows, out, limit, retrieval_rows, decoder_rows, batch_size, results)
+    console.print(_reliance_table(found["reliance"]))
+    moved = found["reliance"]["sensitivity"]
+    console.print(
+        f"latents move {moved['clip']['mean']:.2f} of their spread when the clip changes, "
+        f"{moved['question']['mean']:.2f} when the question does"
+    )
+    console.print(f"wrote {out / 'report.html'}")
+
+
+def _reliance_table(reliance: Mapping[str, Any]) -> Table:
+    heads = ("accuracy", "95% interval", "difference", "n")
+    table = Table(
+        Column("what is fed into the slots", overflow="fold"), *heads, box=box.SIMPLE_HEAD
+    )
+    for line in reliance["interventions"].values():
+        share = line["accuracy"]
+        if not share["n"]:
+            table.add_row(line["what"], "-", "", "", "0")
+            continue
+        table.add_row(
+            line["what"],
+            f"{share['mean']:.1%}",
+            f"{share['low']:.1%} - {share['high']:.1%}",
+            f"{100 * line['difference']['mean']:+.1f}",
+            str(share["n"]),
+        )
+    return table

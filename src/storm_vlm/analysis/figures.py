@@ -1,0 +1,139 @@
+"""The analysis figures (paper, Figures 5 to 8): SVG, as in `storm_vlm.report`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from storm_vlm.report import plt, svg
+
+BLUE, GREY, ORANGE = "#2f6fdf", "#8a93a3", "#c2410c"
+KIND_COLOURS = {"frame": GREY, "keyframe": ORANGE, "latent": BLUE}
+REPRESENTATIONS = {"latent": BLUE, "text": ORANGE, "random": GREY}
+
+
+def draw(found: dict[str, Any]) -> dict[str, str]:
+    """Data URIs of the figures that there is something for."""
+    drawn = {
+        "reliance": reliance_bars(found["reliance"]),
+        "sensitivity": sensitivity_bars(found["reliance"]["sensitivity"]),
+        "slots": slot_bars(found["slots"]["variants"], "accuracy"),
+        "sweep": sweep_line(found["slots"]["sweep"]),
+        "embeddings": scatter(found["embeddings"]["projection"]),
+    }
+    if (part := found["retrieval"]) is not None:
+        drawn["retrieval"] = retrieval_bars(part["representations"])
+        drawn["per_query"] = per_query(part["per_query"])
+        mrr = {name: line["mrr"] for name, line in part["slots"].items()}
+        drawn["retrieval_slots"] = slot_bars(mrr, "MRR of same-video retrieval")
+    return {name: svg(figure) for name, figure in drawn.items()}
+
+
+def _plot(height: float) -> tuple[Any, Any]:
+    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
+
+
+def _errors(lines: list[dict[str, Any]]) -> np.ndarray:
+    """How far intervals reach below and above their means, (2, n)."""
+    low, mean, high = (np.array([line[name] for line in lines]) for name in ("low", "mean", "high"))
+    return np.stack([mean - low, high - mean]).clip(0)
+
+
+def _bars(lines: dict[str, dict[str, Any]], colours: list[str], label: str) -> Any:
+    values = list(lines.values())
+    figure, axes = _plot(0.6 + 0.3 * len(lines))
+    axes.barh(
+        list(lines), [v["mean"] for v in values], xerr=_errors(values), color=colours, capsize=2
+    )
+    axes.set(xlim=(0, 1), xlabel=label)
+    axes.margins(y=0.02)
+    axes.invert_yaxis()
+    return figure
+
+
+def reliance_bars(part: dict[str, Any]) -> Any:
+    """Accuracy by what is fed into the slots."""
+    lines = {v["what"]: v["accuracy"] for v in part["interventions"].values() if v["accuracy"]["n"]}
+    return _bars(lines, [BLUE] + [GREY] * (len(lines) - 1), "accuracy")
+
+
+def slot_bars(lines: dict[str, dict[str, Any]], label: str) -> Any:
+    """By which slots are used; best first, as in Figure 8."""
+    ordered = dict(sorted(lines.items(), key=lambda line: -line[1]["mean"]))
+    whole = ("all slots", "mean of all slots")
+    return _bars(ordered, [BLUE if name in whole else GREY for name in ordered], label)
+
+
+def sweep_line(sweep: dict[str, dict[str, Any]]) -> Any:
+    """Accuracy by how many slots are rolled out at test time."""
+    figure, axes = _plot(2.7)
+    ks, lines = [int(k) for k in sweep], list(sweep.values())
+    axes.errorbar(
+        ks, [v["mean"] for v in lines], yerr=_errors(lines), marker="o", color=BLUE, capsize=2
+    )
+    axes.set(ylim=(0, 1), xticks=ks, xlabel="slots at test time (K)", ylabel="accuracy")
+    return figure
+
+
+def sensitivity_bars(part: dict[str, Any]) -> Any:
+    """How far each slot moves with the clip, and with the question."""
+    figure, axes = _plot(2.7)
+    for shift, (name, colour) in enumerate((("clip", BLUE), ("question", GREY))):
+        moved = part[name]["slots"]
+        places = np.arange(1, len(moved) + 1) + 0.38 * (shift - 0.5)
+        axes.bar(places, moved, 0.36, color=colour, label=f"another {name}")
+    axes.axhline(1, color=ORANGE, linestyle="--", linewidth=1)
+    axes.set(xticks=range(1, len(moved) + 1), xlabel="slot", ylabel="moved, of the spread")
+    _legend(axes)
+    return figure
+
+
+def scatter(part: dict[str, Any]) -> Any:
+    """PCA and t-SNE of frames, keyframes and latents (Figure 5)."""
+    figure, both = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    kinds = np.array([point["kind"] for point in part["points"]])
+    for axes, name in zip(both, ("pca", "tsne"), strict=True):
+        at = np.array(part[name])
+        for kind, colour in KIND_COLOURS.items():
+            marker = "*" if kind == "keyframe" else "o"
+            size = 70 if kind == "keyframe" else 14
+            chosen = at[kinds == kind]
+            axes.scatter(
+                *chosen.T, s=size, marker=marker, c=colour, label=kind, alpha=0.75, linewidths=0
+            )
+        axes.set(xticks=[], yticks=[], title={"pca": "PCA", "tsne": "t-SNE"}[name])
+    _legend(both[1])
+    return figure
+
+
+def retrieval_bars(part: dict[str, Any]) -> Any:
+    """Hit@1, Hit@5 and MRR of each representation (Figure 6)."""
+    figure, axes = _plot(2.7)
+    metrics = list(next(iter(part.values())))
+    for shift, (name, colour) in enumerate(REPRESENTATIONS.items()):
+        lines = list(part[name].values())
+        places = np.arange(len(metrics)) + 0.27 * (shift - 1)
+        means = [line["mean"] for line in lines]
+        axes.bar(places, means, 0.25, yerr=_errors(lines), color=colour, label=name, capsize=2)
+    axes.set(ylim=(0, 1.02), xticks=range(len(metrics)), xticklabels=["Hit@1", "Hit@5", "MRR"])
+    _legend(axes)
+    return figure
+
+
+def per_query(part: dict[str, Any]) -> Any:
+    """Reciprocal rank of each query, each representation's sorted by itself (Figure 7)."""
+    figure, axes = _plot(2.7)
+    for name, colour in REPRESENTATIONS.items():
+        ranks = sorted(part[name], reverse=True)
+        share = (np.arange(len(ranks)) + 1) / len(ranks)
+        axes.plot(share, ranks, color=colour, label=name, drawstyle="steps-post")
+    axes.set(ylim=(0, 1.05), xlim=(0, 1), xlabel="share of queries", ylabel="reciprocal rank")
+    _legend(axes)
+    return figure

@@ -1,0 +1,120 @@
+"""The page of an analysis: one self-contained HTML file, with what differs from the paper said in words."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from storm_vlm.analysis import figures
+from storm_vlm.analysis.findings import findings
+from storm_vlm.data.files import write_text
+from storm_vlm.data.schema import Row
+from storm_vlm.data.video import read_video
+
+PICTURE = 80  # pixels of a picture's side in a strip
+GAP = 4
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row with what the model thought; frames are (K, 3, SIDE, SIDE) from 0 to 1."""
+
+    row: Row
+    answer: str
+    correct: bool
+    num_frames: int
+    true: Tensor | None
+    imagined: Tensor | None
+    maps: Tensor  # (K, grids, h, w)
+    lens: list[list[tuple[str, float]]]
+
+
+def write_page(
+    path: Path, about: dict[str, Any], found: dict[str, Any], examples: Sequence[Example]
+) -> None:
+    """Write the page of what `analyze` found."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("storm_vlm"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["share"] = _share
+    environment.filters["range"] = _range
+    environment.filters["points"] = _points
+    page = environment.get_template("analysis.html").render(
+        about=about,
+        **found,
+        figures=figures.draw(found),
+        findings=findings(found),
+        examples=[_card(example) for example in examples],
+    )
+    write_text(path, page)
+
+
+def _share(found: dict[str, Any]) -> str:
+    return "-" if found["mean"] is None else f"{100 * found['mean']:.1f}%"
+
+
+def _range(found: dict[str, Any], scale: float = 100, digits: int = 1) -> str:
+    if found["mean"] is None:
+        return ""
+    return f"{scale * found['low']:.{digits}f} to {scale * found['high']:.{digits}f}"
+
+
+def _points(found: dict[str, Any]) -> str:
+    return f"{100 * found['mean']:+.1f}"
+
+
+def _card(example: Example) -> dict[str, Any]:
+    clip = read_video(example.row.video, example.num_frames, example.row.start, example.row.end)
+    strips = [("what the model sees", _strip(_pictures(_pixels(clip.frames))))]
+    if example.true is not None:
+        strips.append(("what comes (thought video)", _strip(_pictures(example.true))))
+    if example.imagined is not None:
+        strips.append(("what the latents say, drawn", _strip(_pictures(example.imagined))))
+    maps, grids = _maps(example.maps, clip.frames)
+    strips.append(
+        (f"where in the clip each slot points (frames {', '.join(map(str, grids))})", _strip(maps))
+    )
+    return {"example": example, "strips": strips}
+
+
+def _pixels(frames: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2) / 255
+
+
+def _pictures(frames: Tensor) -> Tensor:
+    return F.interpolate(frames.float(), (PICTURE, PICTURE), mode="nearest")
+
+
+def _maps(maps: Tensor, frames: np.ndarray) -> tuple[Tensor, list[int]]:
+    """For each slot, the frame with the token that points its way most, in grey, with its map in orange."""
+    grids = maps.flatten(2).amax(2).argmax(1).tolist()
+    per_grid = max(1, len(frames) // maps.shape[1])
+    shown = [min(len(frames) - 1, grid * per_grid + per_grid - 1) for grid in grids]
+    grey = _pictures(_pixels(frames[shown])).mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.7
+    heat = torch.stack([maps[slot, grid] for slot, grid in enumerate(grids)])[:, None]
+    low, high = heat.amin((2, 3), keepdim=True), heat.amax((2, 3), keepdim=True)
+    heat = F.interpolate((heat - low) / (high - low).clamp_min(1e-6), (PICTURE, PICTURE))
+    orange = torch.tensor([1.0, 0.45, 0.05])[:, None, None]
+    opacity = 0.85 * heat.square()
+    return grey * (1 - opacity) + orange * opacity, [index + 1 for index in shown]
+
+
+def _strip(pictures: Tensor) -> str:
+    """Pictures (n, 3, H, W) side by side as a PNG data URI, with see-through gaps."""
+    alpha = torch.ones_like(pictures[:, :1])
+    padded = F.pad(torch.cat([pictures, alpha], 1), (0, GAP))
+    row = torch.cat(list(padded), -1)[..., :-GAP].permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray((row.clamp(0, 1) * 255).round().byte().numpy(), "RGBA").save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

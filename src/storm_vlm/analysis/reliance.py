@@ -1,0 +1,267 @@
+"""Does the answer depend on the latents? The table to print beside every accuracy.
+
+Latents of relatives of this method have been found to move little when the input changes, and answers to move
+little when the latents do. Each line here is one way to tamper with the latents and what it does to accuracy.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from storm_vlm.analysis.estimate import estimate
+from storm_vlm.data.collator import Question
+from storm_vlm.data.prompt import answer_text, is_correct, parse_answer
+from storm_vlm.data.schema import Row
+from storm_vlm.evaluation.statistics import paired_difference
+from storm_vlm.interventions import (
+    answers_when_fed,
+    end_tokens,
+    latent_states,
+    noised,
+    reordered,
+)
+from storm_vlm.pipeline import StormPipeline
+
+KINDS = {
+    "own": "its own latents",
+    "zero": "zeros",
+    "mean": "each slot's mean over the data set",
+    "noise": "noise as long as they are added, length kept",
+    "shuffle": "its own, shuffled between slots",
+    "swap_same_answer": "another clip's, whose answer is the same",
+    "swap_other_answer": "another clip's, whose answer is another",
+    "removed": "no slots at all",
+}
+
+
+def latent_reliance(
+    pipeline: StormPipeline,
+    rows: Sequence[Row],
+    states: Tensor | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Accuracy of greedy answers with all K slots fed as `KINDS` says, and how far latents move with the clip.
+
+    Args:
+        states: the rows' own (N, K, D), if they are known; else one more pass finds them.
+
+    Returns:
+        `interventions`: for each kind the accuracy, its `difference` from the model's own on the same rows, how often
+        the answer `changed`, and for swaps how often it became the donor's (`follows`); a row without
+        a donor counts in neither, see `n`. `reliance`: what another clip's latents of another answer cost.
+        `sensitivity`: see `input_sensitivity`. All with intervals over videos.
+
+    Raises:
+        ValueError: the checkpoint has no latent slots, or no row can be given another clip's latents.
+    """
+    if pipeline.latent_mode == "off":
+        raise ValueError("latent_reliance needs a checkpoint with latent slots (storm train)")
+    if states is None:
+        states = rolled_out(pipeline, rows, batch_size)
+    given_by = {
+        f"swap_{name}_answer": _donors(rows, name == "same", random.Random(seed))
+        for name in ("same", "other")
+    }
+    if all(donor is None for donor in given_by["swap_other_answer"]):
+        raise ValueError(
+            "no row has another clip with another answer to take latents from: give more rows"
+        )
+    answers = fed_answers(pipeline, rows, _tampered(states, given_by, seed), batch_size)
+    videos = [row.video for row in rows]
+    right = {
+        kind: [bool(is_correct(text, row)) for text, row in zip(texts, rows, strict=True)]
+        for kind, texts in answers.items()
+    }
+    lines: dict[str, Any] = {}
+    for kind, what in KINDS.items():
+        given = given_by.get(kind, range(len(rows)))
+        used = [i for i, donor in enumerate(given) if donor is not None]
+        where = [videos[i] for i in used]
+        hits, own = ([right[k][i] for i in used] for k in (kind, "own"))
+        changed = [answers[kind][i] != answers["own"][i] for i in used]
+        line = {"what": what, "accuracy": estimate(hits, where)}
+        line["difference"] = paired_difference(hits, own, where) if used else None
+        line["changed"] = estimate(changed, where)
+        if kind == "swap_other_answer":
+            donors = [rows[donor] for donor in given if donor is not None]
+            for name, texts in (("follows", answers[kind]), ("follows_own", answers["own"])):
+                said = [_says(texts[i], rows[i], d) for i, d in zip(used, donors, strict=True)]
+                line[name] = estimate(said, where)
+        lines[kind] = line
+    loss = lines["swap_other_answer"]["difference"]
+    return {
+        "n": len(rows),
+        "videos": len(set(videos)),
+        "slots": states.shape[1],
+        "interventions": lines,
+        "reliance": {  # from nought, lest it be -0.0
+            "mean": 0.0 - loss["mean"],
+            "low": 0.0 - loss["high"],
+            "high": 0.0 - loss["low"],
+        },
+        "sensitivity": input_sensitivity(pipeline, rows, states, batch_size, seed),
+    }
+
+
+def slot_accuracy(
+    pipeline: StormPipeline,
+    rows: Sequence[Row],
+    latents: Tensor,
+    further: Tensor,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Accuracy by which slots are fed (cf. Figure 8), and by K at test time; (N, K, D) latents, and K more."""
+    budget = latents.shape[1]
+    slots = {name: select(latents) for name, select in slot_variants(budget).items()}
+    longer = torch.cat([latents, further], 1)
+    sweep = sorted({0, 1, 2, *range(4, 2 * budget + 1, 2), budget})
+    slots |= {f"k{k}": longer[:, :k] for k in sweep}
+    answers = fed_answers(pipeline, rows, slots, batch_size)
+    videos = [row.video for row in rows]
+    found = {
+        name: estimate([bool(is_correct(t, r)) for t, r in zip(texts, rows, strict=True)], videos)
+        for name, texts in answers.items()
+    }
+    return {
+        "variants": {name: found[name] for name in slot_variants(budget)},
+        "sweep": {str(k): found[f"k{k}"] for k in sweep},
+    }
+
+
+def slot_variants(budget: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What (N, K, D) states become when slots are averaged, left out, alone or turned round."""
+
+    def keep(*slots: int) -> Callable[[Tensor], Tensor]:
+        return lambda states: states[:, list(slots)]
+
+    everything = range(budget)
+    variants: dict[str, Callable[[Tensor], Tensor]] = {
+        "all slots": keep(*everything),
+        "mean in every slot": lambda states: states.mean(1, keepdim=True).expand_as(states),
+        "reversed": keep(*reversed(everything)),
+    }
+    if budget > 1:
+        variants |= {
+            f"without {k + 1}": keep(*(s for s in everything if s != k)) for k in everything
+        }
+    return variants | {f"slot {k + 1} alone": keep(k) for k in everything}
+
+
+def input_sensitivity(
+    pipeline: StormPipeline, rows: Sequence[Row], states: Tensor, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """How far latents (N, K, D) move when a row's clip, or its question, is exchanged for another's.
+
+    Relative to the mean distance between latents of different clips: 0 means that they do not look, 1 that they
+    become another clip's. Per row, and per slot in `slots`. Rows must be of at least two clips.
+    """
+    rng = random.Random(seed)
+    others = [rng.choice([j for j, o in enumerate(rows) if o.video != r.video]) for r in rows]
+    pairs = [(row, rows[other]) for row, other in zip(rows, others, strict=True)]
+    asked = {
+        "clip": [Question(o.video, r.question, r.options, o.start, o.end) for r, o in pairs],
+        "question": [Question(r.video, o.question, o.options, r.start, r.end) for r, o in pairs],
+    }
+    spread = (states - states[others]).norm(dim=-1).mean(0)  # (K,)
+    found: dict[str, Any] = {}
+    for name, questions in asked.items():
+        moved = rolled_out(pipeline, questions, batch_size, states.shape[1])
+        relative = (moved - states).norm(dim=-1) / spread.clamp_min(1e-12)  # (N, K)
+        found[name] = estimate(relative.mean(1), [row.video for row in rows])
+        found[name]["slots"] = relative.mean(0).tolist()
+    return found
+
+
+def rolled_out(
+    pipeline: StormPipeline,
+    rows: Sequence[Row | Question],
+    batch_size: int = 32,
+    budget: int | None = None,
+) -> Tensor:
+    """The rows' own latents (N, K, D), float32 on the CPU."""
+    found = []
+    for first in tqdm(range(0, len(rows), batch_size), "latents", leave=False):
+        inputs = _inputs(pipeline, rows[first : first + batch_size])
+        states, _ = latent_states(pipeline.model, inputs, budget or pipeline.collator.latent_budget)
+        found.append(states.float().cpu())
+    return torch.cat(found)
+
+
+def fed_answers(
+    pipeline: StormPipeline,
+    rows: Sequence[Row],
+    slots: Mapping[str, Tensor],
+    batch_size: int = 32,
+) -> dict[str, list[str]]:
+    """What the model answers each row, by kind of slots (N, n, D); each prompt is read once."""
+    texts: dict[str, list[str]] = {kind: [] for kind in slots}
+    ends = end_tokens(pipeline.model)
+    for first in tqdm(range(0, len(rows), batch_size), "answers", leave=False):
+        part = slice(first, first + batch_size)
+        batch = {kind: states[part].to(pipeline.model.device) for kind, states in slots.items()}
+        found = answers_when_fed(pipeline.model, _inputs(pipeline, rows[part]), batch)
+        for kind, logits in found.items():
+            for ids in logits.argmax(-1).cpu():
+                closed = torch.isin(ids, ends).nonzero()
+                written = ids[: int(closed[0])] if len(closed) else ids
+                text = pipeline.processor.decode(written, skip_special_tokens=True)
+                texts[kind].append(text.strip())
+    return texts
+
+
+def _inputs(pipeline: StormPipeline, rows: Sequence[Row | Question]) -> dict[str, Tensor]:
+    inputs = pipeline.collator.collate_prompts(rows, "force")
+    return {name: tensor.to(pipeline.model.device) for name, tensor in inputs.items()}
+
+
+def _tampered(
+    states: Tensor, given_by: Mapping[str, Sequence[int | None]], seed: int
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    count, budget = states.shape[:2]
+    order = torch.rand(count, budget, generator=generator).argsort(1)
+    swapped = {
+        kind: states[[i if donor is None else donor for i, donor in enumerate(given)]]
+        for kind, given in given_by.items()
+    }
+    return {
+        "own": states,
+        "zero": torch.zeros_like(states),
+        "mean": states.mean(0, keepdim=True).expand_as(states),
+        "noise": noised(states, 1.0, generator),
+        "shuffle": reordered(states, order),
+        "removed": states[:, :0],
+        **swapped,
+    }
+
+
+def _donors(rows: Sequence[Row], same_answer: bool, rng: random.Random) -> list[int | None]:
+    """For each row another clip's row, of the same answer or of another; asked the same question if there is one,
+    else one of the same family, else any. None where there is none."""
+    answers = [answer_text(row) for row in rows]
+    families = [row.meta.get("family") for row in rows]
+    found: list[int | None] = []
+    for i, row in enumerate(rows):
+        fitting = [
+            j
+            for j, other in enumerate(rows)
+            if other.video != row.video and (answers[j] == answers[i]) == same_answer
+        ]
+        alike = [j for j in fitting if rows[j].question == row.question]
+        alike = alike or [j for j in fitting if families[j] == families[i]]
+        found.append(rng.choice(alike or fitting) if fitting else None)
+    return found
+
+
+def _says(text: str, row: Row, donor: Row) -> bool:
+    """Whether an answer to `row` is what `donor` has for an answer (the letter, where there are options)."""
+    if row.options and donor.options:
+        return parse_answer(text, row.options) == donor.options.index(donor.answer)
+    return bool(is_correct(text, donor))

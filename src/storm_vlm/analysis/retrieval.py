@@ -1,0 +1,87 @@
+"""Same-video retrieval: do two questions about one clip have latents that are alike? (paper, Figures 6 to 8)"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from storm_vlm.analysis.estimate import estimate
+from storm_vlm.analysis.extract import States
+from storm_vlm.data.schema import Row
+
+
+def retrieval(states: States, rows: Sequence[Row], seed: int = 0) -> dict[str, Any] | None:
+    """Hit@1, Hit@5 and MRR of latent, text and random representations, and of the latents by slot (`slots`).
+
+    A query is a row; all other rows are ranked by cosine, less the mean of all rows. A row that is alone with its
+    video has nothing to find and is no query, but is among what is ranked; None if there is no query. `per_query`
+    holds the reciprocal rank of the first row of the same video (Figure 7). Intervals over videos.
+    """
+    videos = [row.video for row in rows]
+    queries = [i for i, video in enumerate(videos) if videos.count(video) > 1]
+    if not queries or len(set(videos)) < 2:
+        return None
+    latents = states.latents
+    random = torch.randn(latents[:, 0].shape, generator=torch.Generator().manual_seed(seed))
+    kinds = {"latent": latents.mean(1), "text": states.text, "random": random}
+    ranks = {name: first_ranks(found, found, videos, queries) for name, found in kinds.items()}
+    where = [videos[i] for i in queries]
+    slots = {
+        name: {"mrr": estimate(1 / rank.numpy(), where)}
+        for name, rank in slot_ranks(latents, videos, queries).items()
+    }
+    return {
+        "queries": len(queries),
+        "videos": len(set(where)),
+        "ranked": len(rows) - 1,
+        "representations": {name: _scores(rank, where) for name, rank in ranks.items()},
+        "per_query": {
+            "id": [rows[i].id for i in queries],
+            **{name: (1 / rank).tolist() for name, rank in ranks.items()},
+        },
+        "slots": slots,
+    }
+
+
+def slot_ranks(latents: Tensor, videos: Sequence[str], queries: Sequence[int]) -> dict[str, Tensor]:
+    """First ranks by which of K slots stand for a row: their mean, one left out, one alone, or all side by side
+    with the query's in reversed order (the mean does not know an order)."""
+    pooled = {"mean of all slots": latents.mean(1)}
+    budget = latents.shape[1]
+    for k in range(budget if budget > 1 else 0):
+        pooled[f"without {k + 1}"] = latents[:, [s for s in range(budget) if s != k]].mean(1)
+    pooled |= {f"slot {k + 1} alone": latents[:, k] for k in range(budget)}
+    pooled["side by side"] = latents.flatten(1)
+    found = {name: first_ranks(r, r, videos, queries) for name, r in pooled.items()}
+    turned = latents.flip(1).flatten(1)
+    return found | {"reversed": first_ranks(turned, latents.flatten(1), videos, queries)}
+
+
+def first_ranks(
+    asked: Tensor, ranked: Tensor, videos: Sequence[str], queries: Sequence[int]
+) -> Tensor:
+    """Rank (queries,), from 1, of the first other row of the query's video; both representations are (N, D).
+
+    Of rows that are equally near, those of other videos come first: a constant representation finds nothing.
+    """
+    centred = [F.normalize(r - r.mean(0), dim=-1) for r in (asked, ranked)]
+    alike = centred[0][list(queries)] @ centred[1].T  # (queries, N)
+    number = {video: i for i, video in enumerate(dict.fromkeys(videos))}
+    video = torch.tensor([number[v] for v in videos])
+    same = video[list(queries)][:, None] == video
+    itself = torch.zeros_like(same)
+    itself[torch.arange(len(queries)), list(queries)] = True
+    best = alike.masked_fill(~same | itself, -torch.inf).amax(1, keepdim=True)
+    return ((alike >= best) & ~same).sum(1) + 1
+
+
+def _scores(ranks: Tensor, videos: Sequence[str]) -> dict[str, Any]:
+    return {
+        "hit@1": estimate((ranks <= 1).numpy(), videos),
+        "hit@5": estimate((ranks <= 5).numpy(), videos),
+        "mrr": estimate((1 / ranks).numpy(), videos),
+    }
