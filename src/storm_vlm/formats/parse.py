@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from storm_vlm.data.prompt import build_messages, option_letter, parse_answer
+from storm_vlm.data.prompt import option_letter, parse_answer
 
 Fields = dict[str, Any]  #: of a `Row`; `video` as the source names it
 
@@ -184,11 +184,6 @@ def recorded(item: Fields, export: Any) -> Fields | None:
     if any(item.get(key) != value for key, value in export(row).items()):
         raise ValueError("edited beside its `storm` record: delete the record, or edit both")
     return row.model_dump()
-
-
-def prompt_text(question: str, options: Sequence[str]) -> str:
-    """The user's text as our own prompt builder writes it."""
-    return build_messages(question, options, num_videos=0)[0]["content"][0]["text"]
 
 
 def _turn(turn: Any) -> tuple[str, str]:
