@@ -285,7 +285,7 @@ def test_the_future_is_what_follows_the_window(source: Path, tmp_path: Path) -> 
     assert built.thought_video and built.thought_video.source == "future"
     made = read_video(built.thought_video.path, 99).frames.astype(int)
     whole = read_video(row.video, 99).frames
-    assert len(made) == 4 and abs(made - whole[2:]).mean() < 4
+    assert len(made) == 3 and abs(made - whole[3:]).mean() < 4
 
 
 def test_the_world_s_oracle_is_simulated_again(tmp_path: Path) -> None:

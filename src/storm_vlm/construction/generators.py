@@ -15,7 +15,7 @@ import numpy as np
 
 from storm_vlm.construction.config import BuildConfig
 from storm_vlm.data.schema import Row
-from storm_vlm.data.video import VideoError, read_video
+from storm_vlm.data.video import VideoError, read_future
 
 Source = Literal["oracle", "generated", "future", "keyframes"]
 
@@ -98,9 +98,7 @@ class Future:
         if row.end is None:
             raise Rejected("no_future", "the row's window has no end, so nothing follows it")
         try:
-            clip = read_video(
-                row.video, self.FRAMES, row.end, row.end + self.seconds, self.max_side
-            )
+            clip = read_future(row.video, self.FRAMES, row.end, self.seconds, self.max_side)
         except VideoError as error:
             raise Rejected("no_future", str(error)) from error
         return clip.frames, clip.fps
