@@ -144,7 +144,7 @@ def test_two_processes_are_one(whole, rows_file, tmp_path) -> None:
 
 def test_too_many_errors_fail_the_command(rows_file) -> None:
     with serving(lambda messages: "<answer>b2</answer>") as (url, requests):
-        arguments = ("some-model", rows_file, "--endpoint", url, "--reasoner", "cot")
+        arguments = ("some-model", rows_file, "--base-url", url, "--reasoner", "cot")
         done = storm_evaluate(*arguments, "--num-frames", 3)
     assert done.returncode == 1 and "1 of 7 rows could not be asked" in done.stderr
     assert "Traceback" not in done.stderr and len(requests) == 6
