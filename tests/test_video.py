@@ -344,6 +344,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         with pytest.raises(VideoError, match=codec):
             write_video(path, frames, 8, codec=codec)
     with pytest.raises(VideoError, match="cannot write"):
-        write_video(tmp_path / "gone" / "v.mp4", frames, 8)
+        write_video(path / "v.mp4", frames, 8)  # its folder is a file
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == ["v.mp4"]

@@ -72,9 +72,10 @@ class Builder:
     def finished(self, row: Row) -> Draft | None:
         """The row's result, if it is there."""
         try:
-            stored = self.store.read("rows", self.key(row))
+            key = self.key(row)
         except OSError as error:
             return Draft(row=row, rejected="video", detail=str(error))
+        stored = self.store.read("rows", key)
         return self._placed(Draft.model_validate_json(stored), row) if stored else None
 
     def begin(self, row: Row) -> tuple[Draft, bool]:
@@ -175,7 +176,6 @@ def run(
     if shard is None:
         return collect(source, out, config, store, account)
     summary = {"rows": len(mine), **account}
-    Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / f"summary-{shard.number}of{shard.count}.json", summary)
     return summary
 
@@ -207,7 +207,6 @@ def collect(
     drafts = [(row.id, builder.finished(row)) for row in load_rows(source, config)]
     done = [draft for _, draft in drafts if draft is not None]
     kept, rejects = apply_filters(done, config.filters)
-    out.mkdir(parents=True, exist_ok=True)
     write_rows(out / "rows.jsonl", kept)
     lines = (
         json.dumps({**reject, "row": portable(reject["row"], out).model_dump()}, ensure_ascii=False)

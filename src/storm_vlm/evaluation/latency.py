@@ -218,7 +218,6 @@ def bench_latency(
         "reasoners": {name: figures(name, spent, replies[name]) for name in reasoners},
     }
     if results is not None:
-        results.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(results.read_text()) if results.exists() else {"7b cuda": "not measured"}
         write_json(results, {**known, "paper": PAPER, f"{shape} {device}": found})
     return found

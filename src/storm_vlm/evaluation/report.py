@@ -29,7 +29,6 @@ def write_report(runs: Sequence[Run], out: Path | None = None, paper: bool = Fal
     measured = measure(runs)
     tables = build_tables(measured, paper)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         write_text(out / "report.md", markdown(tables))
         write_text(out / "report.html", html(tables, runs))
         write_text(out / "report.csv", as_csv(measured))

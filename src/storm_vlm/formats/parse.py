@@ -17,7 +17,7 @@ from storm_vlm.data.prompt import option_letter, parse_answer
 
 Fields = dict[str, Any]  #: of a `Row`; `video` as the source names it
 
-_LABEL = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*:?\s*")
+_LABEL = re.compile(r"\s*(?:\(([A-Z])\)[:.]?|([A-Z])\s*[.):])\s*")
 _PLACEHOLDER = re.compile(r"<(?:video|image)>")
 _HEADER = re.compile(r"\s*\b(?:options|choices)\s*:\s*\Z", re.IGNORECASE)
 _ROLES = {

@@ -151,7 +151,6 @@ def _open_rejects(stack: ExitStack, out: Path) -> TextIO:
         raise ValueError(
             f"{out}: rows are written as JSON lines; name it {out.with_suffix('.jsonl')}"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = stack.enter_context(in_one_step(rejects_file(out)))
     return stack.enter_context(unfinished.open("w", encoding="utf-8"))
 
