@@ -27,5 +27,7 @@ def write_task(folder: Path, name: str, exam: Exam) -> str:
     here = resources.files(__name__)
     template = here.joinpath("task.yaml").read_text(encoding="utf-8")
     write_text(folder / f"{task}.yaml", template.replace("TASK", task))
-    write_text(folder / "utils.py", here.joinpath("functions.py").read_text(encoding="utf-8"))
+    write_text(
+        folder / "storm_functions.py", here.joinpath("functions.py").read_text(encoding="utf-8")
+    )
     return task
