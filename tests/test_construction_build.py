@@ -14,7 +14,7 @@ import pytest
 
 from storm_vlm.cli import app
 from storm_vlm.construction.bench import _Trial, bare_rows, kill_trials, stub_config
-from storm_vlm.construction.build import Shard, collect, run
+from storm_vlm.construction.build import Builder, Shard, collect, run
 from storm_vlm.construction.config import STEPS, BuildConfig
 from storm_vlm.construction.store import Store
 from storm_vlm.construction.stub import Call, StubTeacher, completion, send
@@ -272,6 +272,17 @@ def test_a_file_is_in_the_store_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not store.files("thoughts", ".mp4") and not list((tmp_path / "unfinished").iterdir())
     store.write("rows", "cd", b"whole")
     assert (store.read("rows", "cd"), store.read("rows", "ab")) == (b"whole", None)
+
+
+def test_a_store_that_cannot_be_read_is_no_fault_of_a_row(source: Path, tmp_path: Path) -> None:
+    builder = Builder(config(), tmp_path)
+    (row, *_) = read_rows(source)
+    builder.store.path("rows", builder.key(row)).mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        builder.finished(row)
+    gone = row.model_copy(update={"video": str(tmp_path / "gone.mp4")})
+    found = builder.finished(gone)
+    assert found and found.rejected == "video"
 
 
 def test_the_future_is_what_follows_the_window(source: Path, tmp_path: Path) -> None:

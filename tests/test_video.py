@@ -14,7 +14,20 @@ from av.video.stream import VideoStream
 from tiny import tiny_processor
 
 from storm_vlm.data.decode import VideoSource
-from storm_vlm.data.video import Clip, VideoError, read_video, video_metadata, write_video
+from storm_vlm.data.video import (
+    Clip,
+    VideoError,
+    read_video,
+    video_metadata,
+    video_shape,
+    write_video,
+)
+
+
+def test_an_address_is_never_opened() -> None:
+    for read in (video_shape, lambda name: read_video(name, 2)):
+        with pytest.raises(VideoError, match="no such video file"):
+            read("http://127.0.0.1:9/clip.mp4")
 
 
 def can_encode(codec: str) -> bool:

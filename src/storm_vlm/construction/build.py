@@ -78,11 +78,6 @@ class Builder:
         stored = self.store.read("rows", key)
         return self._placed(Draft.model_validate_json(stored), row) if stored else None
 
-    def begin(self, row: Row) -> tuple[Draft, bool]:
-        """The row's result and True, or a fresh draft and False."""
-        done = self.finished(row)
-        return (done, True) if done else (Draft(row=row), False)
-
     def advance(self, draft: Draft, steps: Iterable[str]) -> Draft:
         """Through some steps. Raises `Unanswered` or `BudgetReached` if the teacher cannot be asked."""
         for step in steps:
@@ -110,11 +105,10 @@ class Builder:
 
     def build(self, row: Row) -> State:
         """All steps of one row."""
-        draft, done = self.begin(row)
-        if done:
+        if self.finished(row):
             return "done"
         try:
-            self.finish(row, self.advance(draft, self.config.steps))
+            self.finish(row, self.advance(Draft(row=row), self.config.steps))
         except Unanswered as error:
             log.warning("%s is left for the next run: %s", row.id, error)
             return "unanswered"

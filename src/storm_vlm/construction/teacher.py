@@ -63,22 +63,19 @@ class Spent:
         self._lock = threading.Lock()
         self._usage: dict[str, tuple[int, int]] = {}  # tokens of prompt and completion, by key
 
-    def refresh(self) -> None:
-        """Read the responses that have come since."""
+    def totals(self, config: TeacherConfig) -> dict[str, float]:
+        """With the responses that have come since the last time."""
         with self._lock:
             for path in self._store.files("teacher"):
                 if path.stem not in self._usage:
                     usage = json.loads(path.read_bytes()).get("usage") or {}
-                    asked, said = usage.get("prompt_tokens"), usage.get("completion_tokens")
-                    self._usage[path.stem] = (asked or 0, said or 0)
-
-    def totals(self, config: TeacherConfig) -> dict[str, float]:
-        self.refresh()
-        asked = sum(prompt for prompt, _ in self._usage.values())
-        said = sum(completion for _, completion in self._usage.values())
+                    used = usage.get("prompt_tokens"), usage.get("completion_tokens")
+                    self._usage[path.stem] = (used[0] or 0, used[1] or 0)
+            usages = list(self._usage.values())
+        asked, said = (sum(usage[i] for usage in usages) for i in range(2))
         cost = (asked * config.price_in + said * config.price_out) / 1e6
         return {
-            "calls": len(self._usage),
+            "calls": len(usages),
             "prompt_tokens": asked,
             "completion_tokens": said,
             "cost": round(cost, 6),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.data.prompt import option_letter, parse_answer
+from storm_vlm.data.schema import Row
 
 Fields = dict[str, Any]  #: of a `Row`; `video` as the source names it
 
@@ -176,8 +177,6 @@ def one_video(item: Fields) -> str:
 
 def recorded(item: Fields, export: Any) -> Fields | None:
     """The row that our own exporter wrote along, if it still says what the rest of the object says."""
-    from storm_vlm.data.schema import Row
-
     if "storm" not in item:
         return None
     row = Row.model_validate_json(item["storm"])
