@@ -49,9 +49,8 @@ def write_run(folder: Path, records: list[Record], shards: int = 1, **provenance
     }
     (folder / "run.json").write_text(json.dumps({**said, "frames": {"n": 32}, **provenance}))
     for shard in range(shards):
-        name = "answers.jsonl" if shards == 1 else f"answers-{shard}.jsonl"
         lines = [json.dumps(asdict(record)) + "\n" for record in records[shard::shards]]
-        (folder / name).write_text("".join(lines))
+        (folder / f"answers-{shard}.jsonl").write_text("".join(lines))
     return folder
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from storm_vlm.data.prompt import answer_text, build_messages, is_correct
-from storm_vlm.data.schema import RowError, read_rows
+from storm_vlm.data.schema import RowError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS
 from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare
 
@@ -322,16 +322,7 @@ def test_tomato_answers_are_indices_and_vsi_numbers_are_graded(tmp_path) -> None
     assert {text: official("vsibench", number, text) for text in scores} == scores
 
 
-def test_micro_world_is_a_file_of_rows(reasoning_file) -> None:
-    micro = BENCHMARKS["micro"]
-    rows = read_rows(reasoning_file)
-    assert micro.read(reasoning_file) == rows == micro.read(reasoning_file.parent)
-    assert all("family" in row.meta for row in rows)
-    assert official("micro", rows[0], rows[0].answer) == 1 and official("micro", rows[0], "") == 0
-    assert micro.official_prompt(rows[0]) == rows[0].question
-
-
-@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "micro"])
+@pytest.mark.parametrize("name", list(BENCHMARKS))
 def test_a_folder_without_the_files_says_what_to_download(tmp_path, name) -> None:
     hub = BENCHMARKS[name].hub
     assert hub is not None

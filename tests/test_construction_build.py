@@ -14,7 +14,7 @@ import pytest
 
 from storm_vlm.cli import app
 from storm_vlm.construction.bench import _Trial, bare_rows, kill_trials, stub_config
-from storm_vlm.construction.build import Shard, collect, run
+from storm_vlm.construction.build import Builder, Shard, collect, run
 from storm_vlm.construction.config import STEPS, BuildConfig
 from storm_vlm.construction.store import Store
 from storm_vlm.construction.stub import Call, StubTeacher, completion, send
@@ -274,6 +274,17 @@ def test_a_file_is_in_the_store_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (store.read("rows", "cd"), store.read("rows", "ab")) == (b"whole", None)
 
 
+def test_a_store_that_cannot_be_read_is_no_fault_of_a_row(source: Path, tmp_path: Path) -> None:
+    builder = Builder(config(), tmp_path)
+    (row, *_) = read_rows(source)
+    builder.store.path("rows", builder.key(row)).mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        builder.finished(row)
+    gone = row.model_copy(update={"video": str(tmp_path / "gone.mp4")})
+    found = builder.finished(gone)
+    assert found and found.rejected == "video"
+
+
 def test_the_future_is_what_follows_the_window(source: Path, tmp_path: Path) -> None:
     (row, other, *_) = read_rows(source)
     write_rows(tmp_path / "cut.jsonl", [row.model_copy(update={"end": 0.6}), other])
@@ -285,7 +296,7 @@ def test_the_future_is_what_follows_the_window(source: Path, tmp_path: Path) -> 
     assert built.thought_video and built.thought_video.source == "future"
     made = read_video(built.thought_video.path, 99).frames.astype(int)
     whole = read_video(row.video, 99).frames
-    assert len(made) == 4 and abs(made - whole[2:]).mean() < 4
+    assert len(made) == 3 and abs(made - whole[3:]).mean() < 4
 
 
 def test_the_world_s_oracle_is_simulated_again(tmp_path: Path) -> None:

@@ -32,19 +32,25 @@ def test_a_run_is_read_as_it_was_written_in_one_file_or_in_shards(tmp_path) -> N
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda lines: [*lines[:-1], lines[-1][:40]], r"answers.jsonl:12: torn or malformed line"),
-        (lambda lines: [*lines, lines[3]], r"answers.jsonl:13: id: 'q3' is at .*answers.jsonl:4"),
-        (lambda lines: ["{}", *lines], r"answers.jsonl:1: id: Field required"),
+        (
+            lambda lines: [*lines[:-1], lines[-1][:40]],
+            r"answers-0.jsonl:12: torn or malformed line",
+        ),
+        (
+            lambda lines: [*lines, lines[3]],
+            r"answers-0.jsonl:13: id: 'q3' is at .*answers-0.jsonl:4",
+        ),
+        (lambda lines: ["{}", *lines], r"answers-0.jsonl:1: id: Field required"),
         (
             lambda lines: [lines[0].replace('"correct": ', '"correct": "maybe", "x": ')],
             r":1: correct",
         ),
-        (lambda lines: ["[1]"], r"answers.jsonl:1: "),
+        (lambda lines: ["[1]"], r"answers-0.jsonl:1: "),
     ],
 )
 def test_what_is_not_a_whole_run_is_refused_by_line(tmp_path, spoil, message) -> None:
     folder = write_run(tmp_path / "run", make_records(lambda i: True, 12))
-    file = folder / "answers.jsonl"
+    file = folder / "answers-0.jsonl"
     file.write_text("\n".join(spoil(file.read_text().splitlines())))
     with pytest.raises(RunError, match=message):
         read_run(folder)
@@ -54,8 +60,8 @@ def test_a_folder_that_is_no_run_says_what_is_missing(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no run\.json"):
         find_runs([tmp_path])
     folder = write_run(tmp_path / "run", make_records(lambda i: True, 3))
-    (folder / "answers.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no answers\.jsonl"):
+    (folder / "answers-0.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no answers-"):
         read_run(folder)
     (folder / "run.json").write_text("{}")
     with pytest.raises(RunError, match="benchmark: missing"):
@@ -268,7 +274,7 @@ def test_commands(tmp_path) -> None:
     assert sorted(file.name for file in out.iterdir()) == ["report.csv", "report.html", "report.md"]
     assert "STORM (7B)" in said.output and "Gain over direct" in said.output
     said = cli.invoke(app, ["download", "imagenet", str(tmp_path)])
-    assert isinstance(said.exception, ValueError) and "choose from videomme" in str(said.exception)
+    assert isinstance(said.exception, ValueError) and "choose from mmvu" in str(said.exception)
 
 
 def test_intervals_of_runs_are_over_videos(tmp_path) -> None:

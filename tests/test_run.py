@@ -12,7 +12,8 @@ from scripted_endpoint import serving
 
 from storm_vlm import StormPipeline
 from storm_vlm.data.schema import read_rows, write_rows
-from storm_vlm.evaluation.exam import Exam, find_benchmark
+from storm_vlm.evaluation.benchmarks import find_benchmark
+from storm_vlm.evaluation.exam import Exam
 from storm_vlm.evaluation.frames import Frames
 from storm_vlm.evaluation.reasoners import Latent
 from storm_vlm.evaluation.run import run
@@ -143,9 +144,9 @@ def test_two_processes_are_one(whole, rows_file, tmp_path) -> None:
 
 def test_too_many_errors_fail_the_command(rows_file) -> None:
     with serving(lambda messages: "<answer>b2</answer>") as (url, requests):
-        arguments = ("some-model", rows_file, "--endpoint", url, "--reasoner", "cot")
+        arguments = ("some-model", rows_file, "--base-url", url, "--reasoner", "cot")
         done = storm_evaluate(*arguments, "--num-frames", 3)
     assert done.returncode == 1 and "1 of 7 rows could not be asked" in done.stderr
     assert "Traceback" not in done.stderr and len(requests) == 6
     assert all(len(request["messages"][0]["content"]) == 7 for request in requests)
-    assert json.loads(done.stdout)["tokens"] == 7
+    assert json.loads(done.stdout)["tokens"] == 100

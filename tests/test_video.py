@@ -14,7 +14,20 @@ from av.video.stream import VideoStream
 from tiny import tiny_processor
 
 from storm_vlm.data.decode import VideoSource
-from storm_vlm.data.video import Clip, VideoError, read_video, video_metadata, write_video
+from storm_vlm.data.video import (
+    Clip,
+    VideoError,
+    read_video,
+    video_metadata,
+    video_shape,
+    write_video,
+)
+
+
+def test_an_address_is_never_opened() -> None:
+    for read in (video_shape, lambda name: read_video(name, 2)):
+        with pytest.raises(VideoError, match="no such video file"):
+            read("http://127.0.0.1:9/clip.mp4")
 
 
 def can_encode(codec: str) -> bool:
@@ -344,6 +357,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         with pytest.raises(VideoError, match=codec):
             write_video(path, frames, 8, codec=codec)
     with pytest.raises(VideoError, match="cannot write"):
-        write_video(tmp_path / "gone" / "v.mp4", frames, 8)
+        write_video(path / "v.mp4", frames, 8)  # its folder is a file
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == ["v.mp4"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 from collections import Counter
@@ -11,14 +9,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 from tqdm.auto import tqdm
 
 from storm_vlm.data.files import write_text
+from storm_vlm.data.jpeg import jpeg_uri
 from storm_vlm.data.prompt import option_letter
 from storm_vlm.data.schema import Row, read_rows
-from storm_vlm.data.video import VideoError, read_video
+from storm_vlm.data.video import VideoError, read_frames
 from storm_vlm.formats.parse import read_objects
+from storm_vlm.pages import render
 
 SIDE = 256  # pixels of a keyframe's longer side
 
@@ -39,11 +38,9 @@ def write_gallery(source: Path, out: Path | None = None, limit: int = 100) -> Pa
         for item in read_objects(path)
     ]
     out = out or file.with_suffix(".html")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("storm_vlm"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     shown = [_card(row, out) for row in tqdm(rows[:limit], "rows", leave=False)]
-    page = environment.get_template("gallery.html").render(
+    page = render(
+        "gallery.html",
         name=file.name,
         cards=shown,
         total=len(rows),
@@ -86,15 +83,10 @@ def _card(row: Row, page: Path) -> dict[str, Any]:
 
 def _keyframe(video: str, time: float) -> dict[str, Any]:
     """The frame on screen at a time, as a data URI, or why there is none."""
-    from PIL import Image
-
     try:
-        frame = read_video(video, 1, time, time + 1e-3, SIDE).frames[0]
+        image = jpeg_uri(read_frames(video, [time], SIDE).frames[0])
     except VideoError as error:
         return {"time": time, "image": None, "error": str(error)}
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "JPEG", quality=85)
-    image = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return {"time": time, "image": image, "error": None}
 
 

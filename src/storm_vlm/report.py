@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 
 matplotlib.use("svg")
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 
 from storm_vlm.data.files import write_text
 from storm_vlm.data.schema import Row, read_rows
+from storm_vlm.pages import render
 
 ARM_NAMES = {
     "base": "Backbone, perception only",
@@ -44,10 +44,8 @@ def write_report(
     data: dict[str, Path],
 ) -> Path:
     """Write `report.html` into `folder`; clips play from the files beside it."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("storm_vlm"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         summary=summary,
         arms=[(arm, name) for arm, name in ARM_NAMES.items() if summary.get(arm) is not None],
         interventions=INTERVENTIONS,

@@ -64,7 +64,6 @@ def bench_build(
         "commit": commit(),
     }
     if results is not None:
-        results.parent.mkdir(parents=True, exist_ok=True)
         write_json(results, found)
     return found
 

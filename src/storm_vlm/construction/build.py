@@ -72,15 +72,11 @@ class Builder:
     def finished(self, row: Row) -> Draft | None:
         """The row's result, if it is there."""
         try:
-            stored = self.store.read("rows", self.key(row))
+            key = self.key(row)
         except OSError as error:
             return Draft(row=row, rejected="video", detail=str(error))
+        stored = self.store.read("rows", key)
         return self._placed(Draft.model_validate_json(stored), row) if stored else None
-
-    def begin(self, row: Row) -> tuple[Draft, bool]:
-        """The row's result and True, or a fresh draft and False."""
-        done = self.finished(row)
-        return (done, True) if done else (Draft(row=row), False)
 
     def advance(self, draft: Draft, steps: Iterable[str]) -> Draft:
         """Through some steps. Raises `Unanswered` or `BudgetReached` if the teacher cannot be asked."""
@@ -109,11 +105,10 @@ class Builder:
 
     def build(self, row: Row) -> State:
         """All steps of one row."""
-        draft, done = self.begin(row)
-        if done:
+        if self.finished(row):
             return "done"
         try:
-            self.finish(row, self.advance(draft, self.config.steps))
+            self.finish(row, self.advance(Draft(row=row), self.config.steps))
         except Unanswered as error:
             log.warning("%s is left for the next run: %s", row.id, error)
             return "unanswered"
@@ -175,7 +170,6 @@ def run(
     if shard is None:
         return collect(source, out, config, store, account)
     summary = {"rows": len(mine), **account}
-    Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / f"summary-{shard.number}of{shard.count}.json", summary)
     return summary
 
@@ -207,7 +201,6 @@ def collect(
     drafts = [(row.id, builder.finished(row)) for row in load_rows(source, config)]
     done = [draft for _, draft in drafts if draft is not None]
     kept, rejects = apply_filters(done, config.filters)
-    out.mkdir(parents=True, exist_ok=True)
     write_rows(out / "rows.jsonl", kept)
     lines = (
         json.dumps({**reject, "row": portable(reject["row"], out).model_dump()}, ensure_ascii=False)

@@ -84,7 +84,7 @@ class FilterConfig(_Frozen):
     flicker: float | None = Field(0.05, description="At most.")
     mismatch: float | None = Field(0.15, description="At most.")
     off_topic: float | None = Field(0.9, description="At most; needs `off_topic_model`.")
-    duplicate: float | None = Field(0.01, description="At least.")
+    duplicate: float | None = Field(0.05, description="At least; what encoding does is below 0.03.")
 
 
 class BuildConfig(_Frozen):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from storm_vlm.data.frame_hash import distances, frame_hashes
+
 if TYPE_CHECKING:
     import torch
 
@@ -39,27 +41,26 @@ def flicker(frames: np.ndarray) -> float:
 def mismatch(frames: np.ndarray, keyframe: np.ndarray) -> float:
     """Mean absolute difference of the first frame to the keyframe (H', W', 3) it should start from, both small."""
     small = [
-        np.asarray(_small(frame, (32, 32)), np.float32) / 255 for frame in (frames[0], keyframe)
+        np.asarray(Image.fromarray(frame).resize((32, 32), Image.Resampling.BOX), np.float32) / 255
+        for frame in (frames[0], keyframe)
     ]
     return float(np.abs(small[0] - small[1]).mean())
 
 
 def fingerprint(frames: np.ndarray) -> str:
-    """A perceptual hash, in hexadecimal: of five frames, whether each of 8 x 8 places is darker than its right."""
-    bits = []
-    for index in np.linspace(0, len(frames) - 1, PRINTED).round().astype(int):
-        grey = np.asarray(_small(frames[index], (9, 8)).convert("L"), np.int16)
-        bits.append(grey[:, :-1] < grey[:, 1:])
-    return np.packbits(np.stack(bits)).tobytes().hex()
+    """The hashes of five frames, in hexadecimal."""
+    return frame_hashes(frames[_spread(frames, PRINTED)]).tobytes().hex()
 
 
 def duplicate(print_: str, earlier: Sequence[str]) -> float:
-    """Share of the fingerprint's bits in which it differs from the nearest earlier one; 1 without any."""
+    """The distance to the nearest earlier fingerprint (see `frame_hash.py`); 1 without any."""
     if not earlier:
         return 1.0
-    mine = np.frombuffer(bytes.fromhex(print_), np.uint8)
-    others = np.frombuffer(bytes.fromhex("".join(earlier)), np.uint8).reshape(len(earlier), -1)
-    return float(np.unpackbits(mine ^ others, axis=1).mean(axis=1).min())
+    mine, others = (
+        np.frombuffer(bytes.fromhex("".join(prints)), np.uint8).reshape(len(prints), -1)
+        for prints in ([print_], earlier)
+    )
+    return float(distances(mine, others).min())
 
 
 def off_topic(model: str) -> Callable[[np.ndarray, str], float]:
@@ -72,10 +73,8 @@ def off_topic(model: str) -> Callable[[np.ndarray, str], float]:
 
     @torch.inference_mode()
     def score(frames: np.ndarray, text: str) -> float:
-        indices = np.linspace(0, len(frames) - 1, 4).round().astype(int)
-        images = processor(
-            images=[Image.fromarray(frames[i]) for i in indices], return_tensors="pt"
-        )
+        pictures = [Image.fromarray(frame) for frame in frames[_spread(frames, 4)]]
+        images = processor(images=pictures, return_tensors="pt")
         words = processor(text=[text], padding="max_length", truncation=True, return_tensors="pt")
         seen = _pooled(embedder.get_image_features(**images)).mean(dim=0)
         said = _pooled(embedder.get_text_features(**words))[0]
@@ -89,9 +88,9 @@ def _pooled(features: Any) -> torch.Tensor:
     return pooled / pooled.norm(dim=-1, keepdim=True)
 
 
+def _spread(frames: np.ndarray, count: int) -> np.ndarray:
+    return np.linspace(0, len(frames) - 1, count).round().astype(int)
+
+
 def _grey(frames: np.ndarray) -> np.ndarray:
     return frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
-
-
-def _small(frame: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    return Image.fromarray(frame).resize(size, Image.Resampling.BOX)

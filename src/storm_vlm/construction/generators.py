@@ -15,7 +15,7 @@ import numpy as np
 
 from storm_vlm.construction.config import BuildConfig
 from storm_vlm.data.schema import Row
-from storm_vlm.data.video import VideoError, read_video
+from storm_vlm.data.video import VideoError, read_future
 
 Source = Literal["oracle", "generated", "future", "keyframes"]
 
@@ -98,9 +98,7 @@ class Future:
         if row.end is None:
             raise Rejected("no_future", "the row's window has no end, so nothing follows it")
         try:
-            clip = read_video(
-                row.video, self.FRAMES, row.end, row.end + self.seconds, self.max_side
-            )
+            clip = read_future(row.video, self.FRAMES, row.end, self.seconds, self.max_side)
         except VideoError as error:
             raise Rejected("no_future", str(error)) from error
         return clip.frames, clip.fps
@@ -143,13 +141,13 @@ class World:
         return {"id": request.row.id, "scenes": request.row.meta.get("scenes")}
 
     def imagine(self, request: Request) -> Imagined:
-        from storm_vlm.world.build import THOUGHT_STEPS, draw_scenes
+        from storm_vlm.world.build import THOUGHT_STEPS
         from storm_vlm.world.render import FPS, thought_frames
 
         row = request.row
         try:
             kind, split, seed, index, _ = row.id.split("-")
-            scenes = _scenes(draw_scenes, kind, split, int(row.meta["scenes"]), int(seed))
+            scenes = _scenes(kind, split, int(row.meta["scenes"]), int(seed))
             scene, (question,) = scenes[int(index)]
         except (KeyError, ValueError, IndexError) as error:
             raise Rejected("no_scene", f"{row.id!r} is no reasoning row of storm world") from error
@@ -160,8 +158,10 @@ class World:
 
 
 @cache
-def _scenes(draw: Callable[..., Any], *of: Any) -> list[Any]:
-    return list(draw(*of))
+def _scenes(kind: Any, split: Any, count: int, seed: int) -> list[Any]:
+    from storm_vlm.world.build import draw_scenes
+
+    return list(draw_scenes(kind, split, count, seed))
 
 
 def _wan(config: BuildConfig) -> Generator:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
 
+from storm_vlm.data.jpeg import jpeg_uri
 from storm_vlm.data.prompt import option_letter
 from storm_vlm.data.schema import Row
 
@@ -90,7 +91,7 @@ class VideoPrompt(BaseModel):
 
 def keyframe_messages(
     row: Row,
-    frames: Sequence[bytes],
+    frames: Sequence[np.ndarray],
     times: Sequence[float],
     most: int,
     show_answer: bool,
@@ -103,12 +104,12 @@ def keyframe_messages(
 
 
 def plan_messages(
-    row: Row, frames: Sequence[bytes], times: Sequence[float], show_answer: bool, detail: str
+    row: Row, frames: Sequence[np.ndarray], times: Sequence[float], show_answer: bool, detail: str
 ) -> Messages:
     return _messages(_PLAN, _question(row, show_answer), frames, times, detail)
 
 
-def video_messages(row: Row, frame: bytes, time: float, detail: str) -> Messages:
+def video_messages(row: Row, frame: np.ndarray, time: float, detail: str) -> Messages:
     """The first keyframe, the question without options, the plan."""
     text = f"Question: {row.question}\nPlan: {row.plan}"
     return _messages(_PROMPT, text, [frame], [time], detail)
@@ -128,11 +129,11 @@ def _question(row: Row, show_answer: bool) -> str:
 
 
 def _messages(
-    system: str, text: str, frames: Sequence[bytes], times: Sequence[float], detail: str
+    system: str, text: str, frames: Sequence[np.ndarray], times: Sequence[float], detail: str
 ) -> Messages:
     content: list[dict[str, Any]] = [{"type": "text", "text": text}]
     for index, (frame, time) in enumerate(zip(frames, times, strict=True)):
         content.append({"type": "text", "text": f"frame {index}, t = {time:.2f} s"})
-        url = "data:image/jpeg;base64," + base64.b64encode(frame).decode()
-        content.append({"type": "image_url", "image_url": {"url": url, "detail": detail}})
+        picture = {"url": jpeg_uri(frame), "detail": detail}
+        content.append({"type": "image_url", "image_url": picture})
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]

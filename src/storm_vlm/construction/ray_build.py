@@ -76,10 +76,9 @@ def _builder(config: str, store: str) -> Builder:
 def prepare(item: Item, config: str, store: str) -> Item:
     """Decoding and the teacher."""
     builder, row = _builder(config, store), Row.model_validate_json(item["row"])
-    draft, done = builder.begin(row)
-    if done:
+    if builder.finished(row):
         return {**item, "state": "done"}
-    return _advanced(builder, {**item, "draft": draft.model_dump_json()}, PREPARING)
+    return _advanced(builder, {**item, "draft": Draft(row=row).model_dump_json()}, PREPARING)
 
 
 class Imaginer:

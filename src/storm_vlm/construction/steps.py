@@ -7,14 +7,12 @@ field of a row is in its `meta`: `video_prompt`, and `construction`, how things 
 
 from __future__ import annotations
 
-import io
 import json
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from storm_vlm.construction import filters
@@ -31,7 +29,7 @@ from storm_vlm.construction.prompts import (
 from storm_vlm.construction.store import Store, key_of
 from storm_vlm.construction.teacher import Asked, Teacher
 from storm_vlm.data.schema import Row, ThoughtVideo
-from storm_vlm.data.video import read_video, write_video
+from storm_vlm.data.video import read_frames, read_video, write_video
 
 CRF = 12  # near-lossless: the codec should not decide what is learned
 JUDGED = 32  # frames of a thought video that the filters look at
@@ -86,10 +84,9 @@ def select_keyframes(tools: Tools, draft: Draft) -> Draft:
     note: dict[str, Any] = {"status": "uniform", "candidates": len(times)}
     if tools.teacher:
         shown, detail = config.show_answer, config.teacher.detail
-        messages = keyframe_messages(
-            row, [_jpeg(f) for f in clip.frames], times, config.keyframes, shown, detail
-        )
-        asked = tools.teacher.ask(messages, Keyframes, candidates=len(times), most=config.keyframes)
+        most = config.keyframes
+        messages = keyframe_messages(row, list(clip.frames), times, most, shown, detail)
+        asked = tools.teacher.ask(messages, Keyframes, candidates=len(times), most=most)
         note |= asked.provenance(config.teacher) | {"answer_shown": shown}
         if asked.value:
             chosen = tuple(times[i] for i in asked.value.selected)
@@ -104,7 +101,7 @@ def write_plan(tools: Tools, draft: Draft) -> Draft:
     row, config = draft.row, tools.config
     if row.plan or not tools.teacher or tools.keeps_thought_video(row):
         return draft
-    frames = [_jpeg(frame) for frame in _keyframes(row, config.max_side)]
+    frames = _keyframes(row, config.max_side)
     messages = plan_messages(row, frames, row.keyframes, config.show_answer, config.teacher.detail)
     asked = tools.teacher.ask(messages, Plan)
     note = asked.provenance(config.teacher) | {"answer_shown": config.show_answer}
@@ -125,7 +122,7 @@ def write_video_prompt(tools: Tools, draft: Draft) -> Draft:
             "teacher.model and run the step plans, or give rows meta.video_prompt"
         )
     (frame,) = _keyframes(row, config.max_side, first=True)
-    messages = video_messages(row, _jpeg(frame), row.keyframes[0], config.teacher.detail)
+    messages = video_messages(row, frame, row.keyframes[0], config.teacher.detail)
     asked = tools.teacher.ask(messages, VideoPrompt)
     text = " ".join(_needed("prompt", asked).prompt.split())
     note = asked.provenance(config.teacher)
@@ -206,13 +203,7 @@ def _keyframes(
 ) -> tuple[np.ndarray, ...]:
     """The frames on screen at the row's keyframes."""
     times = row.keyframes[:1] if first else row.keyframes
-    return tuple(read_video(row.video, 1, t, t + 1e-3, max_side).frames[0] for t in times)
-
-
-def _jpeg(frame: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, "JPEG", quality=85)
-    return file.getvalue()
+    return tuple(read_frames(row.video, [t], max_side).frames[0] for t in times)
 
 
 def _even(frames: np.ndarray) -> np.ndarray:

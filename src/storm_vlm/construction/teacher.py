@@ -10,7 +10,6 @@ server may close even that gap.
 from __future__ import annotations
 
 import json
-import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from storm_vlm.construction.config import TeacherConfig
 from storm_vlm.construction.prompts import Messages, repair_message
 from storm_vlm.construction.store import Store, key_of
+from storm_vlm.endpoint import connect
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -63,22 +63,19 @@ class Spent:
         self._lock = threading.Lock()
         self._usage: dict[str, tuple[int, int]] = {}  # tokens of prompt and completion, by key
 
-    def refresh(self) -> None:
-        """Read the responses that have come since."""
+    def totals(self, config: TeacherConfig) -> dict[str, float]:
+        """With the responses that have come since the last time."""
         with self._lock:
             for path in self._store.files("teacher"):
                 if path.stem not in self._usage:
                     usage = json.loads(path.read_bytes()).get("usage") or {}
-                    asked, said = usage.get("prompt_tokens"), usage.get("completion_tokens")
-                    self._usage[path.stem] = (asked or 0, said or 0)
-
-    def totals(self, config: TeacherConfig) -> dict[str, float]:
-        self.refresh()
-        asked = sum(prompt for prompt, _ in self._usage.values())
-        said = sum(completion for _, completion in self._usage.values())
+                    used = usage.get("prompt_tokens"), usage.get("completion_tokens")
+                    self._usage[path.stem] = (used[0] or 0, used[1] or 0)
+            usages = list(self._usage.values())
+        asked, said = (sum(usage[i] for usage in usages) for i in range(2))
         cost = (asked * config.price_in + said * config.price_out) / 1e6
         return {
-            "calls": len(self._usage),
+            "calls": len(usages),
             "prompt_tokens": asked,
             "completion_tokens": said,
             "cost": round(cost, 6),
@@ -151,13 +148,18 @@ class Teacher:
 
     def _call(self, body: dict[str, Any], key: str) -> bytes:
         """One answered request. Retries, backoff and Retry-After are the client's."""
-        import openai
-
         limit = self.config.max_cost
         if limit is not None and self.spent.totals(self.config)["cost"] >= limit:
             raise BudgetReached
         with self._lock:
-            self._client = self._client or self._connect()
+            self._client = self._client or connect(
+                self.config.base_url,
+                self.config.api_key_env,
+                self.config.retries,
+                self.config.timeout,
+            )
+        import openai
+
         try:
             response = self._client.chat.completions.with_raw_response.create(
                 **body, extra_headers={"Idempotency-Key": key}
@@ -174,19 +176,6 @@ class Teacher:
                 raise _Filtered from error
             where = self.config.base_url or "the teacher's endpoint"
             raise ValueError(f"{where} refuses the request: {error}") from error
-
-    def _connect(self) -> OpenAI:
-        from openai import OpenAI
-
-        key = os.environ.get(self.config.api_key_env)
-        if not key and not self.config.base_url:
-            raise ValueError(f"no API key: set {self.config.api_key_env}, or name a base_url")
-        return OpenAI(
-            api_key=key or "none",  # own servers mostly want none
-            base_url=self.config.base_url,
-            max_retries=self.config.retries,
-            timeout=self.config.timeout,
-        )
 
 
 def _completion(raw: bytes) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Which frame of a file is on screen when, and decoding just those frames (PyAV, one thread)."""
 
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ class VideoSource:
     """One open file: what it shows when, and the frames themselves, two held at a time."""
 
     def __init__(self, path: str) -> None:
+        if not os.path.isfile(path):  # FFmpeg would open addresses, too
+            mend = "it is a folder, name a file in it" if os.path.isdir(path) else "check the path"
+            raise VideoError(f"{path}: no such video file; {mend}")
         self.path = path
         self.keyframes: list[float] = []
         self._open()

@@ -12,7 +12,11 @@ from typing import Any
 
 @contextmanager
 def in_one_step(path: Path) -> Iterator[Path]:
-    """A file to write instead of `path`, which it then replaces: readers see the old file or the whole new one."""
+    """A file to write instead of `path`, which it then replaces: readers see the old file or the whole new one.
+
+    Its folder is made if it is not there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield unfinished

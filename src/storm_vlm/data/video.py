@@ -106,20 +106,27 @@ def read_video(
     )
 
 
-def read_future(path: str | os.PathLike[str], num_frames: int, after: float) -> Clip:
+def read_future(
+    path: str | os.PathLike[str],
+    num_frames: int,
+    after: float,
+    seconds: float = float("inf"),
+    max_side: int | None = None,
+) -> Clip:
     """``num_frames`` spread evenly over the frames that come on screen later than ``after`` seconds.
 
+    ``seconds``: how far ahead to look. ``max_side`` bounds the longer side in pixels.
     Raises :class:`VideoError`, also where the video ends there.
     """
     path = os.fspath(path)
 
     def later(source: VideoSource) -> list[float]:
-        times = [time for time in source.times(after, float("inf")) if time > after + EPSILON]
+        times = [time for time in source.times(after, after + seconds) if time > after + EPSILON]
         if not times:
             raise VideoError(f"{path}: nothing comes after {after} s; correct the row's end")
         return _spread(times, num_frames, times[0], times[-1])
 
-    return _read(path, later)
+    return _read(path, later, max_side)
 
 
 def read_frames(
@@ -148,9 +155,6 @@ def _read(
     path: str, choose: Callable[[VideoSource], list[float]], max_side: int | None = None
 ) -> Clip:
     """The frames that start at the chosen times."""
-    if not os.path.isfile(path):
-        mend = "it is a folder, name a file in it" if os.path.isdir(path) else "check the path"
-        raise VideoError(f"{path}: no such video file; {mend}")
     frames: list[np.ndarray] = []
     try:
         with VideoSource(path) as source:

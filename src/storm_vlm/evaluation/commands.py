@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
@@ -21,7 +20,7 @@ Name = Literal["latent", "direct", "cot", "grounded_cot", "tools"]
 @app.command()
 def evaluate(
     checkpoint: Annotated[
-        str, typer.Argument(help="Folder or hub name; with --endpoint, the model's name there.")
+        str, typer.Argument(help="Folder or hub name; with --base-url, the model's name there.")
     ],
     source: Annotated[
         Path,
@@ -31,8 +30,8 @@ def evaluate(
     reasoner: Annotated[
         Name | None, typer.Option(help="Default: latent for a checkpoint with slots, else direct.")
     ] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(help="Address of an OpenAI-compatible API, ending in /v1.")
+    base_url: Annotated[
+        str | None, typer.Option(help="Of an OpenAI-compatible server, ending in /v1.")
     ] = None,
     control: Annotated[
         Literal["text_only", "one_frame", "shuffled_frames", "reversed_frames", "permuted_options"]
@@ -45,7 +44,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder to keep every answer in; a killed run goes on.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --endpoint: requests at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --base-url: requests at once.")] = 8,
     max_errors: Annotated[
         float, typer.Option(help="Share of rows that may fail to be asked; more is an error.")
     ] = 0.01,
@@ -61,7 +60,10 @@ def evaluate(
     frame_cache: Annotated[
         Path | None, typer.Option(help="Folder to keep decoded frames in.")
     ] = None,
-    latent_mode: Literal["force", "auto", "off"] | None = None,
+    latent_mode: Annotated[
+        Literal["force", "auto", "off"] | None,
+        typer.Option(help="Default: what the checkpoint is for."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     interventions: Annotated[
         bool, typer.Option(help="Also tamper with the latents: do answers depend on them?")
@@ -78,13 +80,13 @@ def evaluate(
     from storm_vlm.evaluation.exam import Exam
     from storm_vlm.evaluation.frames import Frames
     from storm_vlm.evaluation.run import distributed, run
-    from storm_vlm.evaluation.runs import RunError, summarize
+    from storm_vlm.evaluation.runs import RunError
     from storm_vlm.pipeline import DEFAULT_FRAMES
 
     state = distributed()
     if state.num_processes > 1 and out is None:
         raise RunError("several processes meet in a folder: name one with --out")
-    if endpoint is None:
+    if base_url is None:
         pipeline = load_pipeline(
             checkpoint,
             str(state.device),
@@ -95,7 +97,7 @@ def evaluate(
         )
         model, num_frames = pipeline, pipeline.collator.videos.num_frames
     else:
-        pipeline, model = None, EndpointChat(endpoint, checkpoint)
+        pipeline, model = None, EndpointChat(base_url, checkpoint)
     if interventions and (pipeline is None or pipeline.latent_mode == "off"):
         raise RunError("interventions tamper with latents: give a checkpoint that has slots")
     frames = Frames(num_frames or DEFAULT_FRAMES, frame_cache)
@@ -108,12 +110,11 @@ def evaluate(
         finished = run(folder, found, exam, settings, batch_size)
         if not state.is_main_process:
             return
-        summary = summarize(finished)
+        summary = finished.provenance["summary"]
         if interventions:
             right = evaluate_interventions(pipeline, exam.rows, batch_size)  # type: ignore[arg-type]
             summary["interventions"] = {kind: sum(hits) / len(hits) for kind, hits in right.items()}
-            description = json.loads((folder / "run.json").read_text())
-            write_json(folder / "run.json", {**description, "summary": summary})
+            write_json(folder / "run.json", finished.provenance)
     console.print_json(data=summary)
     records = finished.records
     failed = [record for record in records if record.error]
@@ -152,7 +153,7 @@ def bench_latency(
         typer.Option(help="micro: the shipped model; else random weights and a synthetic clip."),
     ] = "micro",
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
-    items: Annotated[int, typer.Option(min=1)] = 8,
+    rows: Annotated[int, typer.Option(min=1)] = 8,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 4,
@@ -167,7 +168,7 @@ def bench_latency(
     from storm_vlm.evaluation.latency import bench_latency as run
 
     lengths = Lengths(answer_tokens, cot_tokens, grounded_tokens, tool_rounds, tool_tokens)
-    found = run(shape, device, items, rounds, batch_size, lengths, results)
+    found = run(shape, device, rows, rounds, batch_size, lengths, results)
     console.print(*latency_tables(found))
 
 

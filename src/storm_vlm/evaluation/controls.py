@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -15,13 +15,7 @@ from storm_vlm.evaluation.frames import Asked, Frames
 Control = Literal[
     "text_only", "one_frame", "shuffled_frames", "reversed_frames", "permuted_options"
 ]
-CONTROLS: tuple[Control, ...] = (
-    "text_only",
-    "one_frame",
-    "shuffled_frames",
-    "reversed_frames",
-    "permuted_options",
-)
+CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
 def permute_options(row: Row) -> Row:

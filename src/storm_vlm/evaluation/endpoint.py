@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
+from storm_vlm.data.jpeg import jpeg_uri
+from storm_vlm.endpoint import connect
 from storm_vlm.evaluation.chat import RefusedError, Turn, Written
-
-JPEG_QUALITY = 90
 
 
 class EndpointChat:
@@ -40,17 +34,8 @@ class EndpointChat:
         retries: int = 5,
         timeout: float = 600.0,
     ) -> None:
-        try:
-            import openai
-        except ImportError as error:
-            raise ValueError(
-                "an endpoint needs the openai client: pip install 'storm-vlm[api]'"
-            ) from error
-        self._openai, self.url, self.model, self.max_side = openai, url, model, max_side
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        self._client = openai.OpenAI(
-            base_url=url, api_key=key, max_retries=retries, timeout=timeout
-        )
+        self.url, self.model, self.max_side = url, model, max_side
+        self._client = connect(url, "OPENAI_API_KEY", retries, timeout)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -61,6 +46,8 @@ class EndpointChat:
             return list(pool.map(lambda chat: self._ask(chat, max_new_tokens), chats))
 
     def _ask(self, chat: Sequence[Turn], max_new_tokens: int) -> Written:
+        import openai
+
         messages: Any = [self._message(turn) for turn in chat]
         began = time.perf_counter()
         try:
@@ -70,9 +57,9 @@ class EndpointChat:
                 max_tokens=max_new_tokens,
                 temperature=0,
             )
-        except self._openai.BadRequestError as error:
+        except openai.BadRequestError as error:
             raise RefusedError(f"{self.url} refused the question: {error}") from error
-        except self._openai.OpenAIError as error:
+        except openai.OpenAIError as error:
             raise OSError(
                 f"{self.url}: {error}; check address, key and model, then run again"
             ) from error
@@ -86,16 +73,7 @@ class EndpointChat:
             return {"role": turn.role, "content": turn.text}
         parts: list[dict[str, Any]] = []
         for time_, frame in zip(turn.clip.timestamps, turn.clip.frames, strict=True):
-            url = f"data:image/jpeg;base64,{jpeg(frame, self.max_side)}"
+            url = jpeg_uri(frame, self.max_side)
             parts.append({"type": "text", "text": f"{time_ - turn.starts_at:.2f} s"})
             parts.append({"type": "image_url", "image_url": {"url": url}})
         return {"role": turn.role, "content": [*parts, {"type": "text", "text": turn.text}]}
-
-
-def jpeg(frame: np.ndarray, max_side: int) -> str:
-    """A frame uint8 (H, W, 3) as base64 JPEG, its longer side at most `max_side` pixels."""
-    image = Image.fromarray(frame)
-    image.thumbnail((max_side, max_side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return base64.b64encode(buffer.getvalue()).decode()

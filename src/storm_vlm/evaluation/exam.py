@@ -14,7 +14,7 @@ from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.schema import Row, read_rows
 from storm_vlm.data.video import VideoError
-from storm_vlm.evaluation.benchmarks import BENCHMARKS, Benchmark
+from storm_vlm.evaluation.benchmarks import Benchmark, find_benchmark
 from storm_vlm.evaluation.chat import RefusedError
 from storm_vlm.evaluation.controls import Control, permute_options, without_evidence
 from storm_vlm.evaluation.frames import Asked, Frames
@@ -105,15 +105,6 @@ class Exam:
         """Of the rows, wherever their videos lie."""
         dumps = (row.model_dump_json(exclude={"video", "thought_video"}) for row in self.rows)
         return hashlib.sha256("\n".join(dumps).encode()).hexdigest()[:16]
-
-
-def find_benchmark(name: str) -> Benchmark:
-    """The published benchmark of that name. Raises RunError, which names those there are."""
-    if name not in BENCHMARKS:
-        raise RunError(
-            f"no benchmark is called {name!r}: choose from {', '.join(sorted(BENCHMARKS))}"
-        )
-    return BENCHMARKS[name]
 
 
 def answer_rows(

@@ -36,7 +36,6 @@ class Frames:
             return read_video(path, count, start, end)
         if not file.exists():
             clip = read_video(path, count, start, end)
-            file.parent.mkdir(parents=True, exist_ok=True)
             with in_one_step(file) as unfinished:
                 np.savez(unfinished, frames=clip.frames, timestamps=clip.timestamps)
         with np.load(file) as kept:

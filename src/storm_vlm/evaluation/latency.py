@@ -31,6 +31,7 @@ from storm_vlm.evaluation.chat import LocalChat, Turn, Written
 from storm_vlm.evaluation.frames import Frames
 from storm_vlm.evaluation.reasoners import Latent, OneTurn, Reasoner
 from storm_vlm.evaluation.records import Reply
+from storm_vlm.evaluation.tables import PHASES
 from storm_vlm.evaluation.tools import Tools
 from storm_vlm.pipeline import StormPipeline
 from storm_vlm.training.bench import Shape, random_model, shape_config
@@ -217,7 +218,6 @@ def bench_latency(
         "reasoners": {name: figures(name, spent, replies[name]) for name in reasoners},
     }
     if results is not None:
-        results.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(results.read_text()) if results.exists() else {"7b cuda": "not measured"}
         write_json(results, {**known, "paper": PAPER, f"{shape} {device}": found})
     return found
@@ -273,15 +273,14 @@ def figures(name: str, spent: dict[str, list[float]], replies: Sequence[Reply]) 
 
 def latency_tables(found: dict[str, Any]) -> list[Table]:
     """For the terminal: medians with low and high over rounds; and where the time goes."""
-    phases = ("decode", "vision", "prefill", "latent", "answer", "tool")
     costs = Table("reasoner", "s/item", "items/s", "x latent", "x direct")
-    split = Table("seconds", *phases, "tokens")
+    split = Table("seconds", *PHASES, "tokens")
     for name, line in found["reasoners"].items():
         spreads = (
             "{median:.3g} ({low:.3g}-{high:.3g})".format(**line[key])
             for key in ("s_per_item", "items_per_s", "ratio_to_latent", "ratio_to_direct")
         )
         costs.add_row(name, *spreads)
-        spent = (f"{line['seconds'].get(phase, 0.0):.3g}" for phase in phases)
+        spent = (f"{line['seconds'].get(phase, 0.0):.3g}" for phase in PHASES)
         split.add_row(name, *spent, f"{line['tokens']:g}")
     return [costs, split]

@@ -64,7 +64,6 @@ def bench_reasoners(results: Path, count: int, batch_size: int, bound: int) -> d
         "n": count,
         "arms": {name: _arm(answered, records[FIRST]) for name, answered in records.items()},
     }
-    results.parent.mkdir(parents=True, exist_ok=True)
     write_json(results, found)
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import question_text
@@ -19,7 +19,7 @@ from storm_vlm.evaluation.records import Reply
 from storm_vlm.pipeline import StormPipeline
 
 ReasonerName = Literal["latent", "direct", "cot", "grounded_cot", "tools"]
-REASONERS: tuple[ReasonerName, ...] = ("latent", "direct", "cot", "grounded_cot", "tools")
+REASONERS: tuple[ReasonerName, ...] = get_args(ReasonerName)
 
 _FINALLY = "give only the answer{letter} between <answer> and </answer>."
 PROTOCOLS = {

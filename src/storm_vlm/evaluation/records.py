@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Record:
-    """One example of a run, as a line of its `answers.jsonl`."""
+    """One example of a run, as a line of its `answers-*.jsonl`."""
 
     id: str
     video: str  #: what intervals are clustered on
@@ -44,4 +43,3 @@ class Record:
         None  #: by the benchmark's own rule on the same text; None: needs a judge
     )
     error: str | None = None  #: a missing or broken video; counted, and wrong
-    meta: dict[str, Any] = field(default_factory=dict)

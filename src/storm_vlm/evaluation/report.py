@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from storm_vlm.data.files import write_text
 from storm_vlm.evaluation.runs import Run
 from storm_vlm.evaluation.tables import Cell, Measured, Table, build_tables, measure
+from storm_vlm.pages import render
 
 HEADING = "STORM: evaluation"
 READING = (
@@ -30,7 +29,6 @@ def write_report(runs: Sequence[Run], out: Path | None = None, paper: bool = Fal
     measured = measure(runs)
     tables = build_tables(measured, paper)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         write_text(out / "report.md", markdown(tables))
         write_text(out / "report.html", html(tables, runs))
         write_text(out / "report.csv", as_csv(measured))
@@ -61,11 +59,7 @@ def _escaped(text: str) -> str:
 
 def html(tables: Sequence[Table], runs: Sequence[Run]) -> str:
     """One page without outside requests; light and dark as the reader's system is."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("storm_vlm"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.get_template("evaluation.html")
-    return template.render(heading=HEADING, reading=READING, tables=tables, runs=runs)
+    return render("evaluation.html", heading=HEADING, reading=READING, tables=tables, runs=runs)
 
 
 CSV_COLUMNS = (

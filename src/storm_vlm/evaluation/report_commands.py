@@ -106,12 +106,9 @@ def download(
     folder: Annotated[Path, typer.Argument(help="Where to; videos are to be unpacked there.")],
 ) -> None:
     """Fetch a benchmark's questions from the hub (not its videos)."""
-    from storm_vlm.evaluation.benchmarks import BENCHMARKS
+    from storm_vlm.evaluation.benchmarks import find_benchmark
 
-    hub = BENCHMARKS[benchmark].hub if benchmark in BENCHMARKS else None
-    if hub is None:
-        names = ", ".join(name for name, known in BENCHMARKS.items() if known.hub)
-        raise ValueError(f"{benchmark!r} is not on the hub: choose from {names}")
+    hub = find_benchmark(benchmark).hub
     for written in hub.download(folder):
         console.print(f"wrote {written}")
     console.print(f"now unpack the videos of {hub.repository} into {folder}, at any depth")

@@ -1,4 +1,4 @@
-"""A run on disk: `run.json` says how it was made, `answers.jsonl` (or answers-*.jsonl shards) holds its records."""
+"""A run on disk: `run.json` says how it was made, `answers-*.jsonl` hold its records."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ class Run:
     @property
     def control(self) -> str:
         """What was taken from the evidence; "" for nothing."""
-        control = self.provenance.get("control")
-        return "" if control in (None, "none") else str(control)
+        return self.provenance.get("control") or ""
 
     @property
     def system(self) -> str:
@@ -62,8 +61,8 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"{file}: not JSON: {error}") from error
     if not isinstance(provenance, dict) or "benchmark" not in provenance:
         raise RunError(f"{file}: benchmark: missing")
-    if not (*folder.glob("answers.jsonl"), *folder.glob("answers-*.jsonl")):
-        raise FileNotFoundError(f"{folder} holds no answers.jsonl: run the evaluation first")
+    if not any(folder.glob("answers-*.jsonl")):
+        raise FileNotFoundError(f"{folder} holds no answers-*.jsonl: run the evaluation first")
     return Run(folder, provenance, tuple(read_records(folder)))
 
 
@@ -71,7 +70,7 @@ def read_records(folder: Path) -> list[Record]:
     """What a folder holds so far, in the order of the files. Raises RunError as `read_run` does."""
     records: dict[str, Record] = {}
     places: dict[str, str] = {}
-    for shard in sorted((*folder.glob("answers.jsonl"), *folder.glob("answers-*.jsonl"))):
+    for shard in sorted(folder.glob("answers-*.jsonl")):
         for number, line in enumerate(shard.read_bytes().split(b"\n"), start=1):
             if not line.strip():
                 continue

@@ -85,7 +85,7 @@ def leaks(
         Path | None, typer.Option(help="Write the training rows that leak nowhere to this file.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write every match to this JSON file.")] = None,
-    frames: Annotated[int, typer.Option(min=0, help="Of each clip; 0: names only.")] = 32,
+    num_frames: Annotated[int, typer.Option(min=0, help="Of each clip; 0: names only.")] = 32,
     cache: Annotated[Path, typer.Option(help="Where to keep the frames' hashes.")] = Path(
         "runs/frame_hashes.sqlite"
     ),
@@ -98,7 +98,7 @@ def leaks(
     from storm_vlm.leaks import find_leaks, without_leaks
 
     rows = read_rows(train)
-    found = find_leaks(rows, read_rows(evaluation), cache, frames)
+    found = find_leaks(rows, read_rows(evaluation), cache, num_frames)
     kept = without_leaks(rows, found)
     table = Table(
         "training clip", "rows", "evaluation clip", "rows", "why", "share", "distance", box=None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from storm_vlm.data.prompt import answer_text
+from storm_vlm.data.prompt import answer_text, question_text
 from storm_vlm.data.schema import Row
-from storm_vlm.formats.parse import Fields, conversation_rows, one_video, prompt_text, recorded
+from storm_vlm.formats.parse import Fields, conversation_rows, one_video, recorded
 
 
 def convert(item: Fields) -> list[Fields]:
@@ -22,7 +22,7 @@ def export(row: Row) -> Fields:
     """
     if row.start is not None or row.end is not None:
         raise ValueError("no window in this format: cut the clip from start to end first")
-    asked, answer = prompt_text(row.question, row.options), answer_text(row)
+    asked, answer = question_text(row.question, row.options), answer_text(row)
     if any(f"<{kind}>" in text for kind in ("video", "image", "audio") for text in (asked, answer)):
         raise ValueError(f"a placeholder in the text: {row.question!r}")
     return {

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from storm_vlm.data.prompt import build_messages, option_letter, parse_answer
+from storm_vlm.data.prompt import option_letter, parse_answer
+from storm_vlm.data.schema import Row
 
 Fields = dict[str, Any]  #: of a `Row`; `video` as the source names it
 
-_LABEL = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*:?\s*")
+_LABEL = re.compile(r"\s*(?:\(([A-Z])\)[:.]?|([A-Z])\s*[.):])\s*")
 _PLACEHOLDER = re.compile(r"<(?:video|image)>")
 _HEADER = re.compile(r"\s*\b(?:options|choices)\s*:\s*\Z", re.IGNORECASE)
 _ROLES = {
@@ -176,19 +177,12 @@ def one_video(item: Fields) -> str:
 
 def recorded(item: Fields, export: Any) -> Fields | None:
     """The row that our own exporter wrote along, if it still says what the rest of the object says."""
-    from storm_vlm.data.schema import Row
-
     if "storm" not in item:
         return None
     row = Row.model_validate_json(item["storm"])
     if any(item.get(key) != value for key, value in export(row).items()):
         raise ValueError("edited beside its `storm` record: delete the record, or edit both")
     return row.model_dump()
-
-
-def prompt_text(question: str, options: Sequence[str]) -> str:
-    """The user's text as our own prompt builder writes it."""
-    return build_messages(question, options, num_videos=0)[0]["content"][0]["text"]
 
 
 def _turn(turn: Any) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from tqdm.auto import tqdm
 
 from storm_vlm.data.files import in_one_step
-from storm_vlm.data.prompt import answer_text, build_messages
+from storm_vlm.data.prompt import answer_text, question_text
 from storm_vlm.data.schema import Row, Split, read_rows, write_rows
 from storm_vlm.formats import llama_factory, llava, openai, swift, video_r1, videoespresso
 from storm_vlm.formats.parse import Fields, Skipped, read_objects
@@ -82,7 +82,7 @@ def import_rows(
             files = [core_frames / image for image in images]
             fields["keyframes"] = videoespresso.find_core_frames(fields["video"], files)
         row = Row.model_validate(fields)
-        build_messages(row.question, row.options)  # raises for what no prompt could say
+        question_text(row.question, row.options)  # raises for what no prompt could say
         answer_text(row)
         return row
 
@@ -151,7 +151,6 @@ def _open_rejects(stack: ExitStack, out: Path) -> TextIO:
         raise ValueError(
             f"{out}: rows are written as JSON lines; name it {out.with_suffix('.jsonl')}"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = stack.enter_context(in_one_step(rejects_file(out)))
     return stack.enter_context(unfinished.open("w", encoding="utf-8"))
 

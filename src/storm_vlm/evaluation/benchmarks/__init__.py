@@ -9,13 +9,13 @@ from storm_vlm.data.schema import Row
 from storm_vlm.evaluation.benchmarks.mmvu import MMVU
 from storm_vlm.evaluation.benchmarks.mvbench import MVBench, TVBench
 from storm_vlm.evaluation.benchmarks.published import Hub
-from storm_vlm.evaluation.benchmarks.rows_file import RowsFile
 from storm_vlm.evaluation.benchmarks.tempcompass import TempCompass
 from storm_vlm.evaluation.benchmarks.tomato import Tomato
 from storm_vlm.evaluation.benchmarks.video_holmes import VideoHolmes
 from storm_vlm.evaluation.benchmarks.videoespresso import VideoEspresso
 from storm_vlm.evaluation.benchmarks.videomme import VideoMME
 from storm_vlm.evaluation.benchmarks.vsibench import VSIBench
+from storm_vlm.evaluation.runs import RunError
 
 
 class Benchmark(Protocol):
@@ -25,7 +25,7 @@ class Benchmark(Protocol):
     groups: tuple[str, ...]  #: keys of `Row.meta` that accuracy is broken down by
 
     @property
-    def hub(self) -> Hub | None:
+    def hub(self) -> Hub:
         """Where its questions are published."""
         ...
 
@@ -59,6 +59,14 @@ _ALL: tuple[Benchmark, ...] = (
     TVBench(),
     Tomato(),
     VSIBench(),
-    RowsFile(),
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """The published benchmark of that name. Raises RunError, which names those there are."""
+    if name not in BENCHMARKS:
+        raise RunError(
+            f"no benchmark is called {name!r}: choose from {', '.join(sorted(BENCHMARKS))}"
+        )
+    return BENCHMARKS[name]

@@ -14,11 +14,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from storm_vlm.data.files import in_one_step
 from storm_vlm.data.schema import Row, RowError
+from storm_vlm.formats.parse import bare_options
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".m4v")
 FETCHED = "questions-*.jsonl"  # what `Hub.download` writes
-_LABEL = re.compile(r"\s*(?:\(([A-Z])\)\s*[:.]?|([A-Z])\s*[.:)])(?:\s+|$)")
 # A published row, its file, its number there; None: not of this benchmark.
 Convert = Callable[[dict[str, Any], Path, int], Row | list[Row] | None]
 
@@ -39,7 +40,6 @@ class Hub:
             from datasets import load_dataset
         except ImportError as error:
             raise ValueError("downloading needs pip install 'storm-vlm[eval]'") from error
-        folder.mkdir(parents=True, exist_ok=True)
         written: list[Path] = []
         for config in self.configs:
             published: Any = load_dataset(
@@ -50,7 +50,8 @@ class Hub:
                 data_files=self.data_files,
             )
             written.append(folder / f"questions-{config or self.split}.jsonl")
-            published.to_json(written[-1], lines=True, force_ascii=False)
+            with in_one_step(written[-1]) as unfinished:
+                published.to_json(unfinished, lines=True, force_ascii=False)
         return written
 
 
@@ -153,16 +154,12 @@ class Videos:
 
 
 def bare(options: Sequence[str]) -> tuple[str, ...]:
-    """Options without the letters in front ("A. red", "(A): red", "A) red"), if all have the right ones.
+    """`bare_options`, unless nothing but letters is there.
 
     Equal options are told apart by their letter, in brackets: a Row wants distinct ones.
     """
-    labels = [_LABEL.match(option) for option in options]
-    letters = [label and (label[1] or label[2]) for label in labels]
-    texts = [option.strip() for option in options]
-    if letters == list(ascii_uppercase[: len(options)]):
-        stripped = [o[m.end() :].strip() for o, m in zip(options, labels, strict=True) if m]
-        texts = stripped if all(stripped) else texts
+    stripped = bare_options(options)
+    texts = stripped if all(stripped) else [option.strip() for option in options]
     return tuple(
         f"{text} [{ascii_uppercase[i]}]" if texts.count(text) > 1 else text
         for i, text in enumerate(texts)

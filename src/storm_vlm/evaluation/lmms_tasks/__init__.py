@@ -15,7 +15,6 @@ from storm_vlm.evaluation.exam import Exam
 def write_task(folder: Path, name: str, exam: Exam) -> str:
     """Write the task into `folder`, for `--include_path`; returns its name there, `storm_<name>`."""
     task = "storm_" + re.sub(r"\W+", "_", name.lower())
-    folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for row in exam.rows:
         asked = exam.question(row)
@@ -28,5 +27,7 @@ def write_task(folder: Path, name: str, exam: Exam) -> str:
     here = resources.files(__name__)
     template = here.joinpath("task.yaml").read_text(encoding="utf-8")
     write_text(folder / f"{task}.yaml", template.replace("TASK", task))
-    write_text(folder / "utils.py", here.joinpath("functions.py").read_text(encoding="utf-8"))
+    write_text(
+        folder / "storm_functions.py", here.joinpath("functions.py").read_text(encoding="utf-8")
+    )
     return task
