@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 
 @contextmanager
 def in_one_step(path: Path) -> Iterator[Path]:
     """A file to write instead of `path`, which it then replaces: readers see the old file or the whole new one."""
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # Not the process's id: processes on several machines may have the same, and share a folder.
+    unfinished = path.with_name(f".{path.stem}.{uuid4().hex[:12]}{path.suffix}")
     try:
         yield unfinished
         os.replace(unfinished, path)
