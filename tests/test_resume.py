@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from storm_vlm.training.checkpoints import SEAL, last_whole_checkpoint
+from storm_vlm.training.checkpoints import SEAL, last_whole_checkpoint, seal
 from storm_vlm.training.config import ConfigError, Method, TrainConfig
 from storm_vlm.training.train import train
 
@@ -112,6 +112,23 @@ def test_a_torn_checkpoint_is_skipped_and_named(
     assert f"checkpoint-{STEPS}: model.safetensors is damaged" in caplog.text
     assert f"checkpoint-{STEPS - 2}: it was never finished" in caplog.text
     assert (output / "model.safetensors").read_bytes() == uninterrupted
+
+
+def test_the_last_whole_checkpoint_goes_when_the_next_is_whole(
+    tmp_path, backbone, reasoning_file, monkeypatch
+) -> None:
+    """With room for one: whatever happens before the seal, there is one."""
+    run = config(tmp_path / "run", backbone, reasoning_file, save_total_limit=1, max_steps=4)
+    whole = []
+
+    def sealed(folder: Path) -> None:
+        whole.append(last_whole_checkpoint(folder.parent))
+        seal(folder)
+
+    monkeypatch.setattr("storm_vlm.training.trainer.seal", sealed)
+    output = train(run)
+    assert whole == [None, output / "checkpoint-2"]
+    assert list(output.glob("checkpoint-*")) == [output / "checkpoint-4"]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -15,7 +16,7 @@ from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.decode import VideoError
 from storm_vlm.data.schema import Row, read_rows, write_rows
 from storm_vlm.data.video import Clip, read_frames, read_future, write_video
-from storm_vlm.latent import alignment_loss, pool_targets
+from storm_vlm.latent import alignment_loss, pool_targets, whiten_targets
 from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.pipeline import StormPipeline
 from storm_vlm.rollout import rollout
@@ -25,8 +26,9 @@ from storm_vlm.training.distillation import Teacher, collate_with_teacher, teach
 from storm_vlm.training.lengths import LengthSampler, row_lengths
 from storm_vlm.training.targets import alignment_targets
 from storm_vlm.training.train import train, training_arguments
-from storm_vlm.training.trainer import StormTrainer, boundary_loss, storm_rollout
+from storm_vlm.training.trainer import RowDataset, StormTrainer, boundary_loss, storm_rollout
 from storm_vlm.world.build import build_world
+from storm_vlm.world.checkpoints import shipped
 from storm_vlm.world.experiment import MICRO_CONFIGS
 
 K = 4
@@ -190,6 +192,44 @@ def test_what_slots_are_fed_with(model, batch) -> None:
     )
 
 
+def test_a_model_trained_with_pause_slots_is_asked_with_pause_slots(
+    model, processor, batch, reasoning_rows
+) -> None:
+    model.config.latent_pause = True
+    trained = storm_rollout(model, batch, STAGES["pause"]).states
+    asked = StormCollator(processor, 6, K).collate_prompts(reasoning_rows[:3], "force")
+    options = {"latent_mode": "force", "output_latent_states": True, "do_sample": False}
+    output = model.eval().generate(
+        **asked, **options, max_new_tokens=K + 2, return_dict_in_generate=True
+    )
+    assert output.latent_counts.tolist() == [K] * 3
+    torch.testing.assert_close(output.latent_states, trained, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slot_input", ["target", "scheduled", "rollout"])
+def test_every_batch_takes_as_many_passes_whichever_rows_lack_targets(
+    slot_input, model, processor, reasoning_rows
+) -> None:
+    """Else the processes of a sharded run would wait for each other."""
+    rows = [*reasoning_rows[:2], reasoning_rows[2].model_copy(update={"thought_video": None})]
+    method = Method(latent_budget=K, slot_input=slot_input)
+    targets = alignment_targets(model, processor, rows, K, "whiten")
+    passes = []
+    model.model.register_forward_hook(lambda *_: passes.append(1))
+
+    def count(trained_on: int, part: slice) -> int:
+        data = RowDataset(rows[:trained_on], targets[:trained_on])
+        arguments = quiet_arguments()
+        trainer = StormTrainer(model=model, method=method, args=arguments, train_dataset=data)
+        passes.clear()
+        trainer.compute_loss(model, StormCollator(processor, 6, K)(rows[part], targets[part]))
+        return len(passes)
+
+    found = [count(3, part) for part in (slice(0, 2), slice(1, 3), slice(2, 3))]
+    assert found == [K + 1] * 3
+    assert count(2, slice(0, 2)) == (K + 1 if slot_input == "rollout" else 1)
+
+
 def test_detached_feedback_is_another_gradient(model, batch) -> None:
     def gradient(detach: bool) -> torch.Tensor:
         model.zero_grad()
@@ -212,6 +252,7 @@ def test_what_should_move_moves(
     frozen = {n for n in before if n.startswith("model.visual.")}
     assert moved == set(before) - frozen, moved ^ (set(before) - frozen)
     assert after.config.latent_budget == method.latent_budget if method.latent_budget else True
+    assert getattr(after.config, "latent_pause", False) == (name == "pause")
     history = json.loads((output / "log_history.json").read_text())
     assert any("answer_loss" in entry for entry in history)
     if method.alignment_weight:
@@ -256,12 +297,15 @@ def test_a_run_whose_latents_get_no_gradient_stops_at_once(
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path, backbone, reasoning_file) -> None:
-    runs = [
-        train(tiny_run(tmp_path / name, backbone, reasoning_file, STAGES["scheduled"], max_steps=2))
-        for name in ("a", "b")
-    ]
-    weights = [(run / "model.safetensors").read_bytes() for run in runs]
-    assert weights[0] == weights[1]
+    for lora, file in ((None, "model"), ({"r": 4}, "adapter_model")):
+        weights = []
+        for noise in (1, 2):
+            torch.manual_seed(noise)
+            folder = tmp_path / f"{file}-{noise}"
+            run = tiny_run(folder, backbone, reasoning_file, STAGES["scheduled"], max_steps=2)
+            output = train(run.model_copy(update={"lora": lora}))
+            weights.append((output / f"{file}.safetensors").read_bytes())
+        assert weights[0] == weights[1]
 
 
 def test_alignment_is_learned(tmp_path, backbone, reasoning_file) -> None:
@@ -354,7 +398,9 @@ def test_every_target_source_reads_what_it_says(model, processor, tmp_path) -> N
     longer = read_rows(build_world(tmp_path, "reasoning", "train", 4, continued=True))
 
     def targets(source: TargetSource, of: list[Row] = longer) -> torch.Tensor:
-        return torch.stack(alignment_targets(model, processor, of, 8, "none", source))  # type: ignore[arg-type]
+        # One cache for all: some sources read the same file.
+        found = alignment_targets(model, processor, of, 8, "none", source, tmp_path / "targets")
+        return torch.stack(found)  # type: ignore[arg-type]
 
     collator = StormCollator(processor, 6, K)
     for short, long in zip(rows, longer, strict=True):  # the model sees the same of both
@@ -396,10 +442,15 @@ def test_a_teacher_is_a_slow_average_that_reads_the_thought_video(
     rows = reasoning_rows[:4]
     model.model.visual.requires_grad_(False)
     reader = teacher_collator(processor, K, 0)
-    teacher = Teacher(model, reader, rows, K, decay=0.9)
+    method = Method(latent_budget=K, target_source="self_distilled", ema_decay=0.9)
+    teacher = Teacher(model, reader, rows, method)
     batch = collate_with_teacher(StormCollator(processor, 6, K), reader, [(r, None) for r in rows])
     before = teacher.targets(batch["teacher"])
     assert before.shape == (4, K, model.config.text_config.hidden_size)
+    plain = Teacher(model, reader, rows, method.model_copy(update={"target_normalization": "none"}))
+    raw = plain.targets(batch["teacher"])
+    assert not torch.allclose(raw, before, atol=0.1)
+    torch.testing.assert_close(whiten_targets(raw, *teacher.whitening), before)
     other = [
         r.model_copy(update={"thought_video": rows[0].thought_video, "question": rows[0].question})
         for r in rows
@@ -431,8 +482,16 @@ def test_a_self_distilled_run_resumes_with_its_teacher(tmp_path, backbone, reaso
     method = Method(latent_budget=K, slot_input="scheduled", target_source="self_distilled")
     method = method.model_copy(update={"ema_decay": 0.5})
     whole = tiny_run(tmp_path / "whole", backbone, reasoning_file, method, max_steps=3)
-    whole.training.update(save_steps=2)
-    expected = (train(whole) / "model.safetensors").read_bytes()
+    whole.training.update(save_steps=1)
+    output = train(whole)
+    expected = (output / "model.safetensors").read_bytes()
+    before, after = (load_file(output / f"checkpoint-{n}" / "teacher.safetensors") for n in (2, 3))
+    for name, weight in StormForConditionalGeneration.from_pretrained(output).named_parameters():
+        if name in after:
+            torch.testing.assert_close(after[name], (before[name] + weight.detach()) / 2)
+    assert "model.language_model.norm.weight" in after
+    history = json.loads((output / "log_history.json").read_text())
+    assert sum("alignment_loss" in entry for entry in history) == 3
     resumed = whole.model_copy(update={"output_dir": str(tmp_path / "resumed")})
     shutil.copytree(
         Path(whole.output_dir) / "checkpoint-2", Path(resumed.output_dir) / "checkpoint-2"
@@ -440,16 +499,20 @@ def test_a_self_distilled_run_resumes_with_its_teacher(tmp_path, backbone, reaso
     assert (train(resumed) / "model.safetensors").read_bytes() == expected
 
 
-def test_evaluations_answer_as_inference_does(tmp_path, backbone, reasoning_file) -> None:
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_evaluations_answer_as_inference_does(lora, tmp_path, backbone, reasoning_file) -> None:
     rows = [r.model_copy(update={"split": "validation"}) for r in read_rows(reasoning_file)[:3]]
     data = tmp_path / "rows.jsonl"
     write_rows(data, [*read_rows(reasoning_file)[3:], *rows])
-    run = tiny_run(tmp_path, backbone, data, STAGES["scheduled"], max_steps=2)
-    run.training.update(eval_strategy="steps", eval_steps=1)
+    run = tiny_run(tmp_path, str(shipped("storm")), data, Method(), max_steps=2)
+    run = run.model_copy(update={"lora": lora})
+    run.training.update(eval_strategy="steps", eval_steps=1, learning_rate=1e-5)
+    run.training.update(train_sampling_strategy="group_by_length")
     output = train(run)
     said = json.loads((output / "samples" / "step-2.json").read_text())
     answers = StormPipeline.from_pretrained(str(output), device="cpu").answer_batch(rows)
     assert [one["said"] for one in said] == [answer.text for answer in answers]
+    assert all(one["said"] for one in said)
     assert (output / "samples" / "step-1.json").exists()
     history = json.loads((output / "log_history.json").read_text())
     assert any("eval_sample_accuracy" in entry for entry in history)

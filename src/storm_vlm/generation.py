@@ -2,7 +2,8 @@
 
 ``generate`` sees a model's hidden state before it chooses the next token. So the last state is
 always kept, and where the chosen token turned out to be ``<|latent_pad|>`` that state, not the
-token's embedding, is fed next. A logits processor decides on the tokens of the segment: after
+token's embedding, is fed next (unless the checkpoint was trained with pause slots, `latent_pause`
+in its config). A logits processor decides on the tokens of the segment: after
 ``<|latent_start|>`` every choice but ``<|latent_end|>`` means "one more slot", and after K slots
 the end is forced.
 
@@ -55,6 +56,7 @@ class _LatentRun:
     forced: bool
     override: Tensor | None
     record: bool
+    pause: bool = False  # slots hold the pad's own embedding
     hidden: Tensor | None = None  # (B, 1, D) at the last position; None until the prompt is read
     is_open: Tensor = field(init=False)  # (B,): is the segment open before the current forward?
     used: Tensor = field(init=False)  # (B,): how many slots it has
@@ -77,6 +79,8 @@ class _LatentRun:
             rows = torch.arange(len(ids), device=ids.device)
             repeats = len(ids) // len(self.override)  # beams or sampled sequences per prompt
             fed = self.override.to(embeds)[rows // repeats, (self.used - 1).clamp_min(0)][:, None]
+        elif self.pause:
+            return embeds
         assert fed is not None
         return torch.where((ids == self.tokens.pad)[..., None], fed.to(embeds), embeds)
 
@@ -145,6 +149,7 @@ class LatentRolloutMixin(_Stock):
                 forced=getattr(config, "latent_mode", None) == "force",
                 override=override,
                 record=bool(getattr(config, "output_latent_states", False)),
+                pause=bool(getattr(self.config, "latent_pause", False)),
             )
         return config, model_kwargs
 

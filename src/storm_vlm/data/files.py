@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 
 @contextmanager
@@ -17,7 +18,8 @@ def in_one_step(path: Path) -> Iterator[Path]:
     Its folder is made if it is not there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    # Not the process's id: processes on several machines may have the same, and share a folder.
+    unfinished = path.with_name(f".{path.stem}.{uuid4().hex[:12]}{path.suffix}")
     try:
         yield unfinished
         os.replace(unfinished, path)

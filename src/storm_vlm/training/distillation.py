@@ -1,8 +1,9 @@
 """Targets from the model itself: a slow average of its weights reads the thought video (`self_distilled`).
 
 The vision tower's tokens say what is to be seen; the decoder's states also say what it makes of that. The teacher
-reads the row's question with the thought video in place of the clip, and its last states over the video's
-tokens are pooled to K vectors. As the model learns, so does its teacher, a little later.
+reads a prompt with the thought video in place of the clip, and its last states over the video's tokens are
+pooled to K vectors. (A video comes before its question, which these states therefore cannot know.) As the model
+learns, so does its teacher, a little later.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from storm_vlm.data.collator import Question, StormCollator
 from storm_vlm.data.schema import Row
 from storm_vlm.latent import pool_targets, target_whitening, whiten_targets
 from storm_vlm.rollout import read_prompt, unwrap
+from storm_vlm.training.config import Method
 from storm_vlm.training.targets import FRAMES_PER_SLOT
 
 FILE = "teacher.safetensors"
@@ -58,11 +60,12 @@ class Teacher(TrainerCallback):
     """
 
     def __init__(
-        self, model: Any, collator: StormCollator, rows: Sequence[Row], budget: int, decay: float
+        self, model: Any, collator: StormCollator, rows: Sequence[Row], method: Method
     ) -> None:
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
         self.model: Any = copy.deepcopy(model, frozen).eval().requires_grad_(False)
-        self.budget, self.decay = budget, decay
+        self.budget, self.decay = method.latent_budget, method.ema_decay
+        self.normalization = method.target_normalization
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         # In float32, or a bfloat16 average would never move.
         self.average = {n: p.float() for n, p in self.model.named_parameters() if n in trained}
@@ -78,7 +81,8 @@ class Teacher(TrainerCallback):
 
     def targets(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, K, D) float32 for the prompts of `collate_with_teacher`."""
-        return whiten_targets(self._pooled(batch), *self.whitening)
+        raw = self._pooled(batch)
+        return whiten_targets(raw, *self.whitening) if self.normalization == "whiten" else raw
 
     @torch.no_grad()
     def _pooled(self, batch: Mapping[str, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from storm_vlm.data.files import write_json
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.schema import Row
 from storm_vlm.pipeline import StormPipeline
+from storm_vlm.rollout import unwrap
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class SampleAnswers:
     def __call__(self, model: Any, step: int) -> dict[str, float]:
         """The share answered right, for the logs."""
         training = model.training
-        answers = StormPipeline(model, self.processor, self.num_frames).answer_batch(self.rows)
+        pipeline = StormPipeline(unwrap(model), self.processor, self.num_frames)
+        # One by one: a batch of them need not fit beside what training keeps.
+        answers = [pipeline.answer_batch([row])[0] for row in self.rows]
         model.train(training)
         said = [
             {

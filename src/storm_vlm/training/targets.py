@@ -131,8 +131,9 @@ def alignment_targets(
 @torch.no_grad()
 def _pooled(model: Any, videos: VideoInputs, batch: Sequence[Excerpt], budget: int) -> list[Tensor]:
     inputs = [videos.process(excerpt.read(videos.num_frames)) for excerpt in batch]
-    pixels = torch.cat([item["pixel_values_videos"] for item in inputs]).to(model.device)
-    grids = torch.cat([item["video_grid_thw"] for item in inputs]).to(model.device)
+    device = model.model.visual.device
+    pixels = torch.cat([item["pixel_values_videos"] for item in inputs]).to(device)
+    grids = torch.cat([item["video_grid_thw"] for item in inputs]).to(device)
     training = model.training
     features = model.eval().model.get_video_features(pixels, grids).pooler_output
     model.train(training)
@@ -183,5 +184,10 @@ def _read(file: Path) -> Tensor | None:
 
 def _write(file: Path, target: Tensor, recipe: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with in_one_step(file) as unfinished:
-        save_file({"target": target}, unfinished, metadata={"recipe": json.dumps(recipe)})
+    try:
+        with in_one_step(file) as unfinished:
+            save_file({"target": target}, unfinished, metadata={"recipe": json.dumps(recipe)})
+    except SafetensorError as error:
+        raise OSError(
+            f"{file} could not be written ({error}): make room, or set target_cache to a folder that has it"
+        ) from error

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments
+from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -57,6 +57,7 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
         raise ConfigError(
             f"{config.data} has no row of the split 'validation': set training.eval_strategy to no"
         )
+    set_seed(arguments.seed)  # adapters begin at random
     model, processor = load_model(config)
     trainer = build_trainer(config, arguments, model, processor, rows, validation)
     if asked := validation[: config.eval_samples]:
@@ -89,6 +90,8 @@ def build_trainer(
     method = config.method
     targets, distilled = None, method.needs_targets and method.target_source == "self_distilled"
     if method.needs_targets and not distilled:
+        tower, home = model.model.visual, model.device
+        tower.to(arguments.device)  # the rest waits until the trainer knows how to place it
         targets = alignment_targets(
             model,
             processor,
@@ -98,6 +101,7 @@ def build_trainer(
             method.target_source,
             Path(config.target_cache or Path(config.data).with_suffix(".targets")),
         )
+        tower.to(home)
     if config.lora is not None:
         model = add_adapters(model, config.lora)
     cache_bytes = int(config.video_cache_gb * 2**30)
@@ -119,9 +123,7 @@ def build_trainer(
                 "target_source self_distilled keeps a second model whole on every process: use DDP, with lora if it "
                 "does not fit"
             )
-        trainer.teacher = Teacher(
-            trainer.model, reader, rows, method.latent_budget, method.ema_decay
-        )
+        trainer.teacher = Teacher(trainer.model, reader, rows, method)
         trainer.add_callback(trainer.teacher)
     if arguments.train_sampling_strategy == "group_by_length":
         trainer.lengths = row_lengths(rows, processor, config.num_frames)
@@ -144,6 +146,7 @@ def load_model(config: TrainConfig) -> tuple[Any, Any]:
     processor = AutoProcessor.from_pretrained(config.model)
     if config.method.latent_budget:
         add_latent_tokens(model, processor, config.method.latent_budget)
+        model.config.latent_pause = config.method.slot_input == "pause"
     elif getattr(model.config, "latent_start_token_id", None) is not None:
         model.config.latent_budget = 0
     model.config.num_frames = config.num_frames

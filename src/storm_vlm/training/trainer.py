@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.schema import Row
@@ -89,6 +90,9 @@ class StormTrainer(Trainer):
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthSampler(self.lengths, rows, seed, lambda: int((self.state.epoch or 0) + 1e-6))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """In their order; stock `group_by_length` would look for token ids in the rows."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Losses on the validation rows, own states in the slots; and sample answers, unless the model is sharded."""
@@ -188,19 +192,24 @@ class StormTrainer(Trainer):
             )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        run = Path(str(self.args.output_dir))
+        folder, limit = run / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
+        self.args.save_total_limit = None  # older ones may go when this one is whole, not before
         try:
             super()._save_checkpoint(model, trial)
+            if self.teacher is not None and self.args.should_save:
+                self.teacher.save(folder)
         except Exception as error:  # each writer has its own way to say that the disk is full
             raise OSError(
                 f"{folder} could not be written ({error}). Older checkpoints are whole: make room, and start the "
                 "same command again to go on from the last of them"
             ) from error
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if self.teacher is not None:
-                self.teacher.save(folder)
             seal(folder)
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """transformers 5 saves a VLM's tensors under the hub's names, but on resuming looks for the module's own, and
