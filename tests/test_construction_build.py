@@ -181,7 +181,7 @@ def test_shards_make_the_rows_of_one_run(
 def test_max_cost_stops_cleanly_and_more_money_goes_on(
     source: Path, teacher: StubTeacher, tmp_path: Path
 ) -> None:
-    command = ["build", "run", "--source", str(source), "--out", str(tmp_path), "--workers", "2"]
+    command = ["build", "--source", str(source), "--out", str(tmp_path), "--workers", "2"]
     command += ["--model", "stub", "--base-url", teacher.url, "--price-in", "1"]
     command += ["generator=keyframes"]  # 0.001 a call, 20 calls in all
 

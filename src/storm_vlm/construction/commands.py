@@ -8,8 +8,19 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
+
+
+class _AllSteps(TyperGroup):
+    """`storm build --source …` is `storm build run --source …`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        whole = bool(args) and args[0].startswith("-") and args[0] != "--help"
+        return super().parse_args(ctx, ["run", *args] if whole else args)
+
 
 app = typer.Typer(
+    cls=_AllSteps,
     no_args_is_help=True,
     help="From rows to training rows: keyframes, plans, prompts, thought videos, filters. All can be interrupted "
     "and run again; nothing is paid twice.",
