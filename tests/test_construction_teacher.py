@@ -71,12 +71,12 @@ def truncated(handler: BaseHTTPRequestHandler) -> None:
 
 
 def slow(handler: BaseHTTPRequestHandler) -> None:
-    time.sleep(0.6)
+    time.sleep(3)
     send(handler, 200, completion(GOOD))
 
 
 def make(server: StubTeacher, folder: Path, **options: Any) -> Teacher:
-    config = {"model": "m", "base_url": server.url, "timeout": 0.3, "retries": 2, **options}
+    config = {"model": "m", "base_url": server.url, "timeout": 20, "retries": 2, **options}
     return Teacher(TeacherConfig.model_validate(config), Store(folder))
 
 
@@ -89,7 +89,7 @@ def ask(teacher: Teacher, messages: list[dict[str, Any]] = MESSAGES) -> Any:
 )
 def test_one_mishap_is_retried_and_one_answer_is_stored(fault: Fault, tmp_path: Path) -> None:
     with BadTeacher(fault, GOOD) as server:
-        teacher = make(server, tmp_path)
+        teacher = make(server, tmp_path, timeout=1.5 if fault is slow else 20)
         asked = ask(teacher)
         assert (asked.value.selected, asked.status) == ([1, 3], "ok")
         assert len(server.calls) == 2
@@ -200,7 +200,7 @@ def test_the_response_is_safe_before_it_is_looked_at(tmp_path: Path) -> None:
 
 def test_many_threads_share_one_teacher(tmp_path: Path) -> None:
     with BadTeacher(GOOD) as server:
-        server.latency = 0.05
+        server.latency = 0.5  # long enough for eight threads to start on a busy machine
         teacher = make(server, tmp_path)
         each = [[{"role": "user", "content": str(i)}] for i in range(16)]
         with ThreadPoolExecutor(8) as pool:

@@ -101,6 +101,7 @@ def test_a_torn_checkpoint_is_skipped_and_named(
     run = config(tmp_path / "run", backbone, reasoning_file, max_steps=STEPS)
     train(run)
     output = Path(run.output_dir)
+    (output / "versions.json").unlink()  # not finished
     (output / "model.safetensors").unlink()
     assert last_whole_checkpoint(output) == output / f"checkpoint-{STEPS}"
     weights = output / f"checkpoint-{STEPS}" / "model.safetensors"
@@ -154,6 +155,7 @@ def test_adapters_go_on_where_they_stopped(tmp_path, backbone, reasoning_file) -
     weights = train(run) / "adapter_model.safetensors"
     expected = weights.read_bytes()
     weights.unlink()
+    (Path(run.output_dir) / "versions.json").unlink()  # not finished
     for step in range(4, STEPS + 1, 2):
         shutil.rmtree(Path(run.output_dir) / f"checkpoint-{step}")
     train(run)

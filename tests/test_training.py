@@ -308,6 +308,17 @@ def test_the_same_seed_gives_the_same_weights(tmp_path, backbone, reasoning_file
         assert weights[0] == weights[1]
 
 
+def test_a_finished_run_is_left_as_it_is(tmp_path, backbone, reasoning_file) -> None:
+    run = tiny_run(tmp_path, backbone, reasoning_file, STAGES["sft"], max_steps=1)
+    weights = train(run) / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    train(run)
+    assert weights.stat().st_mtime_ns == written
+    other = run.model_copy(update={"num_frames": 5})
+    with pytest.raises(ConfigError, match=r"holds a run with other settings \(num_frames\)"):
+        train(other)
+
+
 def test_alignment_is_learned(tmp_path, backbone, reasoning_file) -> None:
     """With the squared distance, a few steps on a handful of rows bring the states nearer to their targets."""
     method = STAGES["target"].model_copy(update={"alignment_reduction": "sum"})

@@ -76,7 +76,7 @@ def answer(
 @app.command()
 def train(
     config: Annotated[
-        str, typer.Argument(help="A YAML file, or the name of a shipped one: stage1, stage2, sft …")
+        str, typer.Argument(help="A YAML file, or the name of a micro one: stage1, stage2, sft …")
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, e.g. training.max_steps=100")
@@ -85,8 +85,11 @@ def train(
     """Train one stage."""
     from storm_vlm.training.config import load_config
     from storm_vlm.training.train import train as run
+    from storm_vlm.world.experiment import MICRO_CONFIGS
 
-    console.print(f"saved {run(load_config(config, overrides))}")
+    named = MICRO_CONFIGS / f"{config}.yaml"
+    path = named if named.exists() and not Path(config).exists() else config
+    console.print(f"saved {run(load_config(path, overrides))}")
 
 
 @app.command()

@@ -116,6 +116,11 @@ def evaluate(
             summary["interventions"] = {kind: sum(hits) / len(hits) for kind, hits in right.items()}
             write_json(folder / "run.json", finished.provenance)
     console.print_json(data=summary)
+    low, high = summary["interval"]
+    console.print(
+        f"{summary['accuracy']:.1%} right ({low:.1%} to {high:.1%}) of {summary['n']}, "
+        f"{summary['unparsed']:.1%} unparsed"
+    )
     records = finished.records
     failed = [record for record in records if record.error]
     for record in failed:

@@ -108,8 +108,9 @@ def survives_shuffling(
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What two provenances say differently, by dotted name."""
-    a, b = _flat(ours), _flat(theirs)
+    """What two provenances say differently about how runs were made, by dotted name."""
+    came_out = ("summary", "seconds")
+    a, b = (_flat({k: v for k, v in run.items() if k not in came_out}) for run in (ours, theirs))
     return {k: (a.get(k), b.get(k)) for k in dict.fromkeys((*a, *b)) if a.get(k) != b.get(k)}
 
 

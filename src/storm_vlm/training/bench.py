@@ -164,6 +164,8 @@ def bench_train(
     torch.manual_seed(0)
     config = shape_config(shape)
     on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError("no CUDA GPU here: use --device cpu, or another machine")
     model = random_model(config, budget, device, torch.bfloat16 if on_gpu else torch.float32)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

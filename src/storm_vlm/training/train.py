@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
     """Train and save; returns the folder, a stock checkpoint that also knows its latent tokens.
 
-    A run that was interrupted goes on from its last whole checkpoint.
+    A run that was interrupted goes on from its last whole checkpoint; one that is finished is left as it is.
 
     Beside the weights: `train_config.yaml` as resolved, `log_history.json`, `versions.json`. `rows` stands in
     for reading `config.data` (whose `train` split is used).
@@ -57,20 +57,21 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
         raise ConfigError(
             f"{config.data} has no row of the split 'validation': set training.eval_strategy to no"
         )
+    output = Path(config.output_dir)
+    if _finished(config, output):
+        logger.info("%s holds this run, finished: remove it to train again", output)
+        return output
     set_seed(arguments.seed)  # adapters begin at random
     model, processor = load_model(config)
     trainer = build_trainer(config, arguments, model, processor, rows, validation)
     if asked := validation[: config.eval_samples]:
-        trainer.samples = SampleAnswers(
-            processor, asked, config.num_frames, Path(config.output_dir)
-        )
+        trainer.samples = SampleAnswers(processor, asked, config.num_frames, output)
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossBar)
-    resume = _begin(config, trainer.args.should_save)
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=_begin(config, output, trainer.args.should_save))
     _save(trainer, processor)
-    return Path(config.output_dir)
+    return output
 
 
 def build_trainer(
@@ -180,24 +181,27 @@ def add_adapters(model: Any, settings: dict[str, Any]) -> Any:
         raise ConfigError(f"lora: {error}") from error
 
 
-def _begin(config: TrainConfig, writes: bool) -> str | None:
-    """The checkpoint to go on from; from now on, the folder belongs to this config.
+def _finished(config: TrainConfig, output: Path) -> bool:
+    """Whether the folder holds this run, with the last file that it writes.
 
     Raises:
         ConfigError: the folder holds a run with other settings.
     """
-    output, wanted = Path(config.output_dir), config.model_dump(mode="json")
     known = output / "train_config.yaml"
     if known.exists():
-        theirs = yaml.safe_load(known.read_text())
+        theirs, wanted = yaml.safe_load(known.read_text()), config.model_dump(mode="json")
         if changed := sorted(key for key in wanted if wanted[key] != theirs.get(key)):
             raise ConfigError(
                 f"{output} holds a run with other settings ({', '.join(changed)}): choose another output_dir, or "
                 "remove that one"
             )
+    return (output / "versions.json").exists()
+
+
+def _begin(config: TrainConfig, output: Path, writes: bool) -> str | None:
+    """The checkpoint to go on from; from now on, the folder belongs to this config."""
     if writes:
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(known, yaml.safe_dump(wanted))
+        write_text(output / "train_config.yaml", yaml.safe_dump(config.model_dump(mode="json")))
         set_torn_aside(output)
     whole = last_whole_checkpoint(output)
     return None if whole is None else str(whole)
