@@ -117,7 +117,7 @@ def evaluate(
             write_json(folder / "run.json", finished.provenance)
     console.print_json(data=summary)
     low, high = summary["interval"]
-    console.print(
+    errors.print(  # beside the JSON, for people
         f"{summary['accuracy']:.1%} right ({low:.1%} to {high:.1%}) of {summary['n']}, "
         f"{summary['unparsed']:.1%} unparsed"
     )
