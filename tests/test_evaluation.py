@@ -7,14 +7,12 @@ from storm_vlm import StormPipeline
 from storm_vlm.data.prompt import option_letter
 from storm_vlm.data.video import VideoError
 from storm_vlm.evaluation.controls import CONTROLS, without_evidence
-from storm_vlm.evaluation.evaluate import (
-    accuracy,
-    evaluate_interventions,
-)
+from storm_vlm.evaluation.evaluate import evaluate_interventions
 from storm_vlm.evaluation.exam import Exam, evaluate
 from storm_vlm.evaluation.frames import Frames
 from storm_vlm.evaluation.reasoners import Latent
 from storm_vlm.evaluation.records import Record, Reply
+from storm_vlm.evaluation.statistics import accuracy
 from storm_vlm.world.checkpoints import shipped
 
 

@@ -86,7 +86,6 @@ def extract(
     ]
     joined: dict[str, Any] = {name: [p[name] for p in parts] for name in parts[0]}
     tensors = {name: torch.cat(found) for name, found in joined.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     with in_one_step(file) as unfinished:
         save_file(tensors, unfinished, metadata={"key": key})
     about = {"key": key, **made_from, "versions": versions(), "commit": commit()}

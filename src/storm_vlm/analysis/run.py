@@ -75,7 +75,6 @@ def analyze(
     for name, part in found.items():
         write_json(out / f"{name}.json", {**about, name: part})
     if results is not None:
-        results.parent.mkdir(parents=True, exist_ok=True)
         reliance = {**about, **found["reliance"]}
         command = f"storm analyze {about['checkpoint']} {rows_file.name}"
         write_json(results, {"command": command, **reliance})

@@ -1,4 +1,4 @@
-"""How sure a figure is, and whether answers depend on the latents."""
+"""Whether answers depend on the latents."""
 
 from __future__ import annotations
 
@@ -57,8 +57,3 @@ def _groups_with_donors(rows: Sequence[Row]) -> list[list[Row]]:
     elif alone:
         raise ValueError("interventions trade latents between rows: give at least two rows")
     return groups
-
-
-def accuracy(outcomes: Sequence[bool | None]) -> float:
-    """Share of right answers; unparsed ones stay in the denominator."""
-    return sum(bool(outcome) for outcome in outcomes) / len(outcomes) if outcomes else float("nan")

@@ -10,6 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 Interval = tuple[float, float]
 
 
+def accuracy(outcomes: Sequence[bool | None]) -> float:
+    """Share of right answers; unparsed ones stay in the denominator."""
+    return sum(bool(outcome) for outcome in outcomes) / len(outcomes) if outcomes else float("nan")
+
+
 def _clusters(clusters: Sequence[Hashable] | None, rows: int) -> NDArray[np.int64]:
     """Cluster numbers (rows,), in the order in which the clusters first occur; by default, each row its own."""
     if clusters is None:

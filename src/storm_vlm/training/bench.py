@@ -197,7 +197,6 @@ def bench_train(
                     seconds[name].append(taken)
         found["batch"][str(rows)] = _ratios(seconds, peaks if on_gpu else None)
     if results is not None:
-        results.parent.mkdir(parents=True, exist_ok=True)
         write_json(results, found)
     return found
 

@@ -44,7 +44,6 @@ class SampleAnswers:
             }
             for row, answer in zip(self.rows, answers, strict=True)
         ]
-        (self.output_dir / "samples").mkdir(parents=True, exist_ok=True)
         write_json(self.output_dir / "samples" / f"step-{step}.json", said)
         first = said[0]
         tqdm.write(

@@ -55,7 +55,7 @@ class Excerpt:
 def excerpts(rows: Sequence[Row], source: TargetSource) -> list[Excerpt | None]:
     """What each row's targets are made from; None where it has nothing of the kind.
 
-    Under `shuffled`, rows exchange their thought videos, always in the same way, and none keeps its own.
+    Under `shuffled`, rows exchange their thought videos, always in the same way; of several, none keeps its own.
     """
     if source == "future":
         return [None if row.end is None else Excerpt(row.video, after=row.end) for row in rows]
@@ -183,7 +183,6 @@ def _read(file: Path) -> Tensor | None:
 
 
 def _write(file: Path, target: Tensor, recipe: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with in_one_step(file) as unfinished:
             save_file({"target": target}, unfinished, metadata={"recipe": json.dumps(recipe)})

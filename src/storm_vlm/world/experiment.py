@@ -23,14 +23,11 @@ from tqdm.auto import tqdm
 from storm_vlm.data.files import write_json
 from storm_vlm.data.schema import Row, read_rows
 from storm_vlm.evaluation.controls import Control
-from storm_vlm.evaluation.evaluate import (
-    accuracy,
-    evaluate_interventions,
-)
+from storm_vlm.evaluation.evaluate import evaluate_interventions
 from storm_vlm.evaluation.exam import evaluate
 from storm_vlm.evaluation.reasoners import Latent
 from storm_vlm.evaluation.records import Record
-from storm_vlm.evaluation.statistics import confidence_interval, paired_difference
+from storm_vlm.evaluation.statistics import accuracy, confidence_interval, paired_difference
 from storm_vlm.pipeline import StormPipeline
 from storm_vlm.training.config import load_config
 from storm_vlm.training.train import train
@@ -91,7 +88,6 @@ class Size:
 def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size) -> dict[str, Any]:
     """Train and evaluate one arm with one seed; returns (and keeps) its outcomes. `shipped` is not trained."""
     result_file = folder / f"{arm}-{seed}" / "result.json"
-    result_file.parent.mkdir(parents=True, exist_ok=True)
     if result_file.exists():
         return json.loads(result_file.read_text())
     checkpoint = shipped("storm" if arm == "shipped" else "backbone")
@@ -296,7 +292,6 @@ def run_experiment(
     )
     command += f"--test-rows {size.test_rows} --steps {size.steps} "
     command += " ".join(f"--arm {arm}" for arm in arms)
-    results.parent.mkdir(parents=True, exist_ok=True)
     write_json(results, summarize(outcomes, data, command, compared))
 
 

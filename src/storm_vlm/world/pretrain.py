@@ -23,9 +23,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainingAr
 from storm_vlm.data.collator import IGNORED_LABEL, VideoInputs, expand_video
 from storm_vlm.data.prompt import build_messages
 from storm_vlm.data.schema import Row, read_rows
-from storm_vlm.evaluation.evaluate import accuracy
 from storm_vlm.evaluation.exam import evaluate
 from storm_vlm.evaluation.reasoners import Latent
+from storm_vlm.evaluation.statistics import accuracy
 from storm_vlm.modeling import enable_latents
 from storm_vlm.pipeline import StormPipeline
 from storm_vlm.versions import versions
