@@ -452,7 +452,7 @@ def test_a_teacher_is_a_slow_average_that_reads_the_thought_video(
 ) -> None:
     rows = reasoning_rows[:4]
     model.model.visual.requires_grad_(False)
-    reader = teacher_collator(processor, K, 0)
+    reader = teacher_collator(processor, 2 * K, 0)
     method = Method(latent_budget=K, target_source="self_distilled", ema_decay=0.9)
     teacher = Teacher(model, reader, rows, method)
     batch = collate_with_teacher(StormCollator(processor, 6, K), reader, [(r, None) for r in rows])

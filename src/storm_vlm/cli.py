@@ -18,6 +18,7 @@ from storm_vlm.construction import commands as construction
 from storm_vlm.evaluation import commands as evaluation
 from storm_vlm.evaluation.report_commands import app as report_app
 from storm_vlm.formats.commands import app as formats
+from storm_vlm.reproduce.commands import app as reproduce_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Latent video reasoning with STORM."
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(evaluation.app)
 app.add_typer(report_app)
 app.add_typer(analysis_app)
+app.add_typer(reproduce_app)
 console = Console()
 errors = Console(stderr=True)
 
@@ -194,36 +196,6 @@ def quickstart(
     from storm_vlm.world.quickstart import quickstart as run
 
     run(out, console)
-
-
-@app.command()
-def micro(
-    out: Annotated[Path, typer.Argument(help="Folder for data and checkpoints.")] = Path(
-        "runs/micro"
-    ),
-    results: Annotated[
-        Path | None,
-        typer.Option(help="Where to write the figures; docs/results/micro.json or targets.json."),
-    ] = None,
-    compare: Annotated[
-        Literal["stages", "targets"],
-        typer.Option(help="The paper's stages and controls, or what the slots are aligned to."),
-    ] = "stages",
-    seeds: int = 3,
-    arms: Annotated[
-        list[str] | None, typer.Option("--arm", help="Repeat for each; all by default.")
-    ] = None,
-    train_rows: int = 4000,
-    test_rows: int = 400,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of every arm.")] = 3000,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
-) -> None:
-    """Every arm of the micro experiment over several seeds; writes the figures for the record."""
-    from storm_vlm.world.experiment import Size, run_experiment
-
-    results = results or Path("docs/results", {"stages": "micro"}.get(compare, compare) + ".json")
-    size = Size(train_rows, test_rows, test_rows // 2, steps)
-    run_experiment(out, results, compare, arms or [], range(seeds), size, jobs)
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure; every figure is a ratio within one run.")

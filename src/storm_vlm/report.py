@@ -19,20 +19,15 @@ from matplotlib.figure import Figure
 from storm_vlm.data.files import write_text
 from storm_vlm.data.schema import Row, read_rows
 from storm_vlm.pages import render
+from storm_vlm.world.arms import ARMS
 
-ARM_NAMES = {
-    "base": "Backbone, perception only",
-    "sft": "SFT, same data and steps",
-    "pause": "Pause slots, no target",
-    "stage1_only": "Stage I only",
-    "stage2_only": "Stage II only",
-    "full": "STORM, Stage I then II",
-    "shipped": "STORM as shipped, 3,000 steps",
-}
+SHOWN = ("base", "sft", "pause", "stage1_only", "stage2_only", "full", "shipped")
+ARM_NAMES = {arm: ARMS[arm].name for arm in SHOWN}
 INTERVENTIONS = {
-    "swap_inputs": "another clip's states fed into the slots",
-    "swap_keys_values": "another clip's keys and values in the segment",
-    "drop": "segment hidden from the answer",
+    "swap_other_answer": "another clip's latents fed into the slots (of another answer)",
+    "shuffle": "its own latents, shuffled between slots",
+    "zero": "zeros fed",
+    "removed": "no slots at all",
 }
 EXAMPLES = 8
 

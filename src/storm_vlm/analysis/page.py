@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from PIL import Image
@@ -21,9 +20,11 @@ from storm_vlm.analysis.findings import findings
 from storm_vlm.data.files import write_text
 from storm_vlm.data.schema import Row
 from storm_vlm.data.video import read_video
+from storm_vlm.pages import render
 
 PICTURE = 80  # pixels of a picture's side in a strip
 GAP = 4
+Card = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,40 +42,19 @@ class Example:
 
 
 def write_page(
-    path: Path, about: dict[str, Any], found: dict[str, Any], examples: Sequence[Example]
+    path: Path, about: dict[str, Any], found: dict[str, Any], cards: Sequence[Card]
 ) -> None:
     """Write the page of what `analyze` found."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("storm_vlm"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["share"] = _share
-    environment.filters["range"] = _range
-    environment.filters["points"] = _points
-    page = environment.get_template("analysis.html").render(
-        about=about,
-        **found,
-        figures=figures.draw(found),
-        findings=findings(found),
-        examples=[_card(example) for example in examples],
-    )
-    write_text(path, page)
+    write_text(path, render("analysis.html", about=about, **shown(found, cards)))
 
 
-def _share(found: dict[str, Any]) -> str:
-    return "-" if found["mean"] is None else f"{100 * found['mean']:.1f}%"
+def shown(found: dict[str, Any], cards: Sequence[Card]) -> dict[str, Any]:
+    """What `_analysis.html` needs, on whichever page it is."""
+    return {**found, "figures": figures.draw(found), "findings": findings(found), "examples": cards}
 
 
-def _range(found: dict[str, Any], scale: float = 100, digits: int = 1) -> str:
-    if found["mean"] is None:
-        return ""
-    return f"{scale * found['low']:.{digits}f} to {scale * found['high']:.{digits}f}"
-
-
-def _points(found: dict[str, Any]) -> str:
-    return f"{100 * found['mean']:+.1f}"
-
-
-def _card(example: Example) -> dict[str, Any]:
+def card(example: Example) -> Card:
+    """An example as the page shows it: its pictures are drawn, so that it can be kept as JSON."""
     clip = read_video(example.row.video, example.num_frames, example.row.start, example.row.end)
     strips = [("what the model sees", _strip(_pictures(_pixels(clip.frames))))]
     if example.true is not None:
@@ -85,7 +65,14 @@ def _card(example: Example) -> dict[str, Any]:
     strips.append(
         (f"where in the clip each slot points (frames {', '.join(map(str, grids))})", _strip(maps))
     )
-    return {"example": example, "strips": strips}
+    return {
+        "question": example.row.question,
+        "wanted": example.row.answer,
+        "answer": example.answer,
+        "correct": example.correct,
+        "strips": strips,
+        "lens": example.lens,
+    }
 
 
 def _pixels(frames: np.ndarray) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,23 +41,24 @@ KINDS = {
 }
 
 
-def latent_reliance(
+@dataclass(frozen=True)
+class Tampered:
+    """What became of each row's answer, by `KINDS`; None for a row without a donor."""
+
+    right: dict[str, list[bool | None]]
+    changed: dict[str, list[bool | None]]  #: not what it answers with its own latents
+    follows: list[bool | None]  #: under `swap_other_answer` it is the donor's
+    follows_own: list[bool | None]  #: with its own latents it is that donor's, too: by accident
+
+
+def tamper(
     pipeline: StormPipeline,
     rows: Sequence[Row],
     states: Tensor | None = None,
     batch_size: int = 32,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Accuracy of greedy answers with all K slots fed as `KINDS` says, and how far latents move with the clip.
-
-    Args:
-        states: the rows' own (N, K, D), if they are known; else one more pass finds them.
-
-    Returns:
-        `interventions`: for each kind the accuracy, its `difference` from the model's own on the same rows, how often
-        the answer `changed`, and for swaps how often it became the donor's (`follows`); a row without
-        a donor counts in neither, see `n`. `reliance`: what another clip's latents of another answer cost.
-        `sensitivity`: see `input_sensitivity`. All with intervals over videos.
+) -> Tampered:
+    """Greedy answers with all K slots fed as `KINDS` says; `states`: the rows' own (N, K, D), if they are known.
 
     Raises:
         ValueError: the checkpoint has no latent slots, or no row can be given another clip's latents.
@@ -74,27 +76,68 @@ def latent_reliance(
             "no row has another clip with another answer to take latents from: give more rows"
         )
     answers = fed_answers(pipeline, rows, _tampered(states, given_by, seed), batch_size)
+    right: dict[str, list[bool | None]] = {}
+    changed: dict[str, list[bool | None]] = {}
+    for kind in KINDS:
+        given = given_by.get(kind, range(len(rows)))
+        each = list(zip(rows, given, answers[kind], answers["own"], strict=True))
+        right[kind] = [None if d is None else bool(is_correct(a, row)) for row, d, a, _ in each]
+        changed[kind] = [None if d is None else a != own for _, d, a, own in each]
+    donors = given_by["swap_other_answer"]
+    follows, follows_own = (
+        [
+            None if donor is None else _says(text, row, rows[donor])
+            for row, donor, text in zip(rows, donors, texts, strict=True)
+        ]
+        for texts in (answers["swap_other_answer"], answers["own"])
+    )
+    return Tampered(right, changed, follows, follows_own)
+
+
+def latent_reliance(
+    pipeline: StormPipeline,
+    rows: Sequence[Row],
+    states: Tensor | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Accuracy under all `KINDS` of tampering, and how far latents move with the clip. Raises what `tamper` raises.
+
+    Args:
+        states: the rows' own (N, K, D), if they are known; else one more pass finds them.
+
+    Returns:
+        `interventions`: for each kind the accuracy, its `difference` from the model's own on the same rows, how often
+        the answer `changed`, and for swaps how often it became the donor's (`follows`); a row without
+        a donor counts in neither, see `n`. `reliance`: what another clip's latents of another answer cost.
+        `sensitivity`: see `input_sensitivity`. All with intervals over videos.
+    """
+    if states is None and pipeline.latent_mode != "off":
+        states = rolled_out(pipeline, rows, batch_size)
+    found = tamper(pipeline, rows, states, batch_size, seed)
+    assert states is not None  # or `tamper` would have refused
     videos = [row.video for row in rows]
-    right = {
-        kind: [bool(is_correct(text, row)) for text, row in zip(texts, rows, strict=True)]
-        for kind, texts in answers.items()
-    }
+
+    def over_videos(outcomes: Sequence[bool | None]) -> dict[str, Any]:
+        kept = [
+            (hit, video) for hit, video in zip(outcomes, videos, strict=True) if hit is not None
+        ]
+        return estimate([hit for hit, _ in kept], [video for _, video in kept])
+
     lines: dict[str, Any] = {}
     for kind, what in KINDS.items():
-        given = given_by.get(kind, range(len(rows)))
-        used = [i for i, donor in enumerate(given) if donor is not None]
-        where = [videos[i] for i in used]
-        hits, own = ([right[k][i] for i in used] for k in (kind, "own"))
-        changed = [answers[kind][i] != answers["own"][i] for i in used]
-        line = {"what": what, "accuracy": estimate(hits, where)}
-        line["difference"] = paired_difference(hits, own, where) if used else None
-        line["changed"] = estimate(changed, where)
-        if kind == "swap_other_answer":
-            donors = [rows[donor] for donor in given if donor is not None]
-            for name, texts in (("follows", answers[kind]), ("follows_own", answers["own"])):
-                said = [_says(texts[i], rows[i], d) for i, d in zip(used, donors, strict=True)]
-                line[name] = estimate(said, where)
+        hits = found.right[kind]
+        used = [i for i, hit in enumerate(hits) if hit is not None]
+        line = {"what": what, "accuracy": over_videos(hits), "difference": None}
+        if used:
+            theirs, own = ([right[i] for i in used] for right in (hits, found.right["own"]))
+            line["difference"] = paired_difference(theirs, own, [videos[i] for i in used])
+        line["changed"] = over_videos(found.changed[kind])
         lines[kind] = line
+    lines["swap_other_answer"] |= {
+        "follows": over_videos(found.follows),
+        "follows_own": over_videos(found.follows_own),
+    }
     loss = lines["swap_other_answer"]["difference"]
     return {
         "n": len(rows),

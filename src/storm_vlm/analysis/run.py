@@ -10,7 +10,7 @@ from torch import Tensor
 
 from storm_vlm.analysis.embeddings import nearness, project
 from storm_vlm.analysis.extract import States, extract
-from storm_vlm.analysis.page import Example, write_page
+from storm_vlm.analysis.page import Example, card, write_page
 from storm_vlm.analysis.reliance import fed_answers, latent_reliance, rolled_out, slot_accuracy
 from storm_vlm.analysis.retrieval import retrieval
 from storm_vlm.analysis.watch import (
@@ -44,8 +44,8 @@ def analyze(
 ) -> dict[str, Any]:
     """Write the page and the files that it is made of into `out`; returns what they say, by part.
 
-    `reliance.json`, `slots.json`, `embeddings.json`, `retrieval.json`, `watch.json`; a part that these rows do
-    not allow is null. Raises what `extract` and `latent_reliance` raise, and RowError.
+    `reliance.json`, `slots.json`, `embeddings.json`, `retrieval.json`, `watch.json`, `examples.json`; a part that
+    these rows do not allow is null. Raises what `extract` and `latent_reliance` raise, and RowError.
     """
     pipeline = StormPipeline.from_pretrained(checkpoint)
     rows = read_rows(rows_file)[:limit]
@@ -80,8 +80,9 @@ def analyze(
         write_json(results, {"command": command, **reliance})
     answers = fed_answers(pipeline, rows, {"own": states.latents}, batch_size)["own"]
     chosen = _chosen(rows, answers, held_out)
-    examples = [_example(pipeline, rows[i], answers[i], states, i, decoder) for i in chosen]
-    write_page(out / "report.html", about, found, examples)
+    cards = [card(_example(pipeline, rows[i], answers[i], states, i, decoder)) for i in chosen]
+    write_json(out / "examples.json", cards)
+    write_page(out / "report.html", about, found, cards)
     return found
 
 

@@ -12,6 +12,7 @@ from storm_vlm.latent import AlignmentReduction, TargetNormalization
 
 __all__ = ["ConfigError", "Method", "TrainConfig", "load_config"]
 
+FRAMES_PER_SLOT = 2  # one temporal grid of Qwen2.5-VL
 TargetSource = Literal["thought_video", "future", "keyframes", "self_distilled", "shuffled", "none"]
 
 
@@ -43,6 +44,12 @@ class Method(BaseModel):
     ema_decay: float = Field(
         0.999, ge=0, le=1, description="Of the `self_distilled` teacher, per optimizer step."
     )
+    thought_video_frames: int | None = Field(
+        None,
+        ge=1,
+        description="Frames sampled from what targets are made from; default 2 K, so that each temporal grid of two "
+        "is one slot's. Where their tokens are K in number, nothing is averaged (Table 5).",
+    )
     target_normalization: TargetNormalization = Field(
         "whiten", description="`none` is raw visual tokens; see `latent.target_whitening`."
     )
@@ -56,6 +63,11 @@ class Method(BaseModel):
     detach_feedback: bool = Field(
         False, description="Cut the gradient through states that are fed back."
     )
+
+    @property
+    def target_frames(self) -> int:
+        """Frames that a row's targets are made from."""
+        return self.thought_video_frames or FRAMES_PER_SLOT * self.latent_budget
 
     @property
     def needs_targets(self) -> bool:

@@ -23,7 +23,6 @@ from storm_vlm.data.schema import Row
 from storm_vlm.latent import pool_targets, target_whitening, whiten_targets
 from storm_vlm.rollout import read_prompt, unwrap
 from storm_vlm.training.config import Method
-from storm_vlm.training.targets import FRAMES_PER_SLOT
 
 FILE = "teacher.safetensors"
 WHITENED_ON = 512  # rows, the first ones
@@ -41,9 +40,9 @@ def collate_with_teacher(
     }
 
 
-def teacher_collator(processor: Any, budget: int, cache_bytes: int) -> StormCollator:
+def teacher_collator(processor: Any, num_frames: int, cache_bytes: int) -> StormCollator:
     """Reads as many frames of a thought video as other targets are made from."""
-    return StormCollator(processor, FRAMES_PER_SLOT * budget, 0, cache_bytes)
+    return StormCollator(processor, num_frames, 0, cache_bytes)
 
 
 def _imagined(row: Row) -> Row | Question:

@@ -30,9 +30,7 @@ from storm_vlm.data.files import in_one_step
 from storm_vlm.data.schema import Row
 from storm_vlm.data.video import Clip, read_frames, read_future, read_video
 from storm_vlm.latent import TargetNormalization, pool_targets, target_whitening, whiten_targets
-from storm_vlm.training.config import TargetSource
-
-FRAMES_PER_SLOT = 2  # one temporal grid of Qwen2.5-VL
+from storm_vlm.training.config import FRAMES_PER_SLOT, TargetSource
 
 
 @dataclass(frozen=True)
@@ -83,16 +81,19 @@ def alignment_targets(
     source: TargetSource = "thought_video",
     cache: Path | None = None,
     batch_size: int = 16,
+    num_frames: int | None = None,
 ) -> list[Tensor | None]:
     """One (K, D) float32 target per row, None where a row has nothing of that source (paper sec. 3.3).
 
     Args:
         cache: folder of the files; None keeps nothing.
+        num_frames: read from each clip; default two for each slot.
 
     Raises:
         VideoError: a clip cannot be read.
         ValueError: no row has a target.
     """
+    num_frames = num_frames or FRAMES_PER_SLOT * budget
     wanted = excerpts(rows, source)
     distinct = list(dict.fromkeys(excerpt for excerpt in wanted if excerpt is not None))
     if not distinct:
@@ -105,7 +106,7 @@ def alignment_targets(
     files: dict[Excerpt, Path] = {}
     recipes: dict[Excerpt, dict[str, Any]] = {}
     if cache is not None:
-        recipe = _recipe(model, processor, budget)
+        recipe = _recipe(model, processor, budget, num_frames)
         for excerpt in tqdm(distinct, "target cache", leave=False):
             path, *part = astuple(excerpt)
             recipes[excerpt] = {"clip": _digest(_chunks(path)), "part": part, **recipe}
@@ -114,7 +115,7 @@ def alignment_targets(
             if (kept := _read(files[excerpt])) is not None:
                 pooled[excerpt] = kept
     missing = [excerpt for excerpt in distinct if excerpt not in pooled]
-    videos = VideoInputs(processor, FRAMES_PER_SLOT * budget)
+    videos = VideoInputs(processor, num_frames)
     for first in tqdm(range(0, len(missing), batch_size), "targets", leave=False):
         batch = missing[first : first + batch_size]
         for excerpt, target in zip(batch, _pooled(model, videos, batch, budget), strict=True):
@@ -140,7 +141,7 @@ def _pooled(model: Any, videos: VideoInputs, batch: Sequence[Excerpt], budget: i
     return [pool_targets(tokens, budget).cpu() for tokens in features]
 
 
-def _recipe(model: Any, processor: Any, budget: int) -> dict[str, Any]:
+def _recipe(model: Any, processor: Any, budget: int, num_frames: int) -> dict[str, Any]:
     """What a target depends on, but for the clip."""
     tower = model.model.visual
     weights = (
@@ -152,7 +153,7 @@ def _recipe(model: Any, processor: Any, budget: int) -> dict[str, Any]:
         "tower": _digest(weights),
         "dtype": str(tower.dtype),
         "pixels": {name: sizes.get(name) for name in ("size", "patch_size", "merge_size")},
-        "frames": FRAMES_PER_SLOT * budget,
+        "frames": num_frames,
         "slots": budget,
         "pooling": "adaptive_avg_pool1d",
     }

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
@@ -114,3 +119,28 @@ def micro_config(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLConfig:
         vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=True,
     )
+
+
+def deepen(checkpoint: Path, folder: Path, num_layers: int) -> Path:
+    """A deeper backbone that computes the same: the shipped one with further decoder layers spread between its own.
+
+    A new layer adds nothing at first (its two output projections are zero) and learns from there, so a second size
+    needs no pretraining of its own. Saved to `folder`, which is returned; left alone if it is there.
+    """
+    if (folder / "model.safetensors").exists():
+        return folder
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint)
+    text: Any = model.config.text_config
+    layers: Any = model.model.language_model.layers
+    depth = len(layers)
+    for added in range(num_layers - depth):
+        place = round((added + 1) * depth / (num_layers - depth + 1)) + added
+        new = copy.deepcopy(layers[place - 1])
+        for name, weight in new.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                torch.nn.init.zeros_(weight)
+        layers.insert(place, new)
+    text.num_hidden_layers, text.layer_types = num_layers, [text.layer_types[0]] * num_layers
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(folder)
+    return folder

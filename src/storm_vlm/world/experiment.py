@@ -1,7 +1,7 @@
 """The micro experiment: every arm at equal data and equal optimizer steps, over several seeds.
 
-An arm is a list of stages; a stage is a shipped YAML file. Each run leaves a `result.json`; a run that has
-one is not repeated, so the experiment can be interrupted and continued.
+Each run leaves a `result.json`; a run that has one is not repeated, so the experiment can be interrupted and
+continued.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from storm_vlm.analysis.reliance import KINDS, tamper
 from storm_vlm.data.files import write_json
-from storm_vlm.data.schema import Row, read_rows
+from storm_vlm.data.schema import Row, read_rows, write_rows
 from storm_vlm.evaluation.controls import Control
-from storm_vlm.evaluation.evaluate import evaluate_interventions
 from storm_vlm.evaluation.exam import evaluate
 from storm_vlm.evaluation.reasoners import Latent
 from storm_vlm.evaluation.records import Record
@@ -32,47 +32,16 @@ from storm_vlm.pipeline import StormPipeline
 from storm_vlm.training.config import load_config
 from storm_vlm.training.train import train
 from storm_vlm.versions import commit, versions
+from storm_vlm.world.arms import ARMS
+from storm_vlm.world.backbone import deepen
 from storm_vlm.world.build import build_world
 from storm_vlm.world.checkpoints import shipped
 from storm_vlm.world.questions import REASONING_SHARE, answers
 
-
-@dataclass(frozen=True)
-class Stage:
-    """A shipped config, its share of the arm's optimizer steps, and what is different in this arm."""
-
-    config: str
-    share: float = 1.0
-    overrides: tuple[str, ...] = ()
-    data: str = "train"
-
-
-def _aligned_to(source: str, data: str = "train") -> list[Stage]:
-    return [Stage("stage1", overrides=(f"method.target_source={source}",), data=data)]
-
-
-# Every arm sees the same rows for the same number of optimizer steps.
-ARMS: dict[str, list[Stage]] = {
-    "base": [],
-    "sft": [Stage("sft")],
-    "pause": [Stage("pause")],
-    "stage1_only": [Stage("stage1")],
-    "stage2_only": [Stage("stage2_only")],
-    "full": [Stage("stage1", 0.8), Stage("stage2", 0.2)],
-    "future": _aligned_to("future", data="train_continued"),
-    "keyframes": _aligned_to("keyframes"),
-    "self_distilled": _aligned_to("self_distilled"),
-    "shuffled": _aligned_to("shuffled"),
-}
-TARGET_ARMS = ("future", "keyframes", "self_distilled", "shuffled")
-Comparison = Literal["stages", "targets"]
-COMPARISONS: dict[Comparison, list[str]] = {
-    "stages": [arm for arm in ARMS if arm not in TARGET_ARMS],
-    "targets": ["sft", "pause", "stage1_only", *TARGET_ARMS],
-}
 CONTROLS: tuple[Control, ...] = ("text_only", "one_frame", "shuffled_frames")
 MICRO_CONFIGS = Path(__file__).parent / "configs"
-LATENT_ARMS = ("stage1_only", "stage2_only", "full", "shipped", *TARGET_ARMS)
+LONGEST_ANSWER = 128  # tokens; a chain of thought has about 90
+DEEP_LAYERS = 6
 
 
 @dataclass(frozen=True)
@@ -86,36 +55,37 @@ class Size:
 
 
 def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size) -> dict[str, Any]:
-    """Train and evaluate one arm with one seed; returns (and keeps) its outcomes. `shipped` is not trained."""
+    """Train and evaluate one arm with one seed; returns (and keeps) its outcomes."""
     result_file = folder / f"{arm}-{seed}" / "result.json"
     if result_file.exists():
         return json.loads(result_file.read_text())
-    checkpoint = shipped("storm" if arm == "shipped" else "backbone")
-    for number, stage in enumerate(ARMS.get(arm, [])):
+    what = ARMS[arm]
+    checkpoint = data["deep"] if what.start == "deep" else shipped(what.start)
+    for number, stage in enumerate(what.stages):
         output = result_file.parent / f"{number}-{stage.config}"
         if not (output / "versions.json").exists():  # the last file that training writes
-            config = load_config(
-                MICRO_CONFIGS / f"{stage.config}.yaml",
-                [
-                    f"model={checkpoint}",
-                    f"data={data[stage.data]}",
-                    f"output_dir={output}",
-                    f"training.max_steps={round(stage.share * size.steps)}",
-                    f"training.seed={seed}",
-                    *stage.overrides,
-                ],
-            )
-            train(config)
+            rows = data[stage.data]
+            settings = [
+                f"model={checkpoint}",
+                f"data={rows}",
+                f"target_cache={rows.with_suffix('.targets')}",
+                f"output_dir={output}",
+                f"training.max_steps={round(stage.share * size.steps)}",
+                f"training.seed={seed}",
+                *stage.overrides,
+            ]
+            config = load_config(MICRO_CONFIGS / f"{stage.config}.yaml", settings)
+            train(config, read_rows(rows)[: round(what.rows * size.train_rows)])
         checkpoint = output
     pipeline = StormPipeline.from_pretrained(str(checkpoint), device="cpu")
     pipeline.collator.videos.cache_bytes = 2**30
-    reasoner = Latent(pipeline)
+    reasoner = Latent(pipeline, max_new_tokens=LONGEST_ANSWER)
     result: dict[str, Any] = {"arm": arm, "seed": seed, "checkpoint": str(checkpoint)}
     for split in ("test", "ood"):
         rows = read_rows(data[split])
         result[split] = [_outcome(r) for r in evaluate(reasoner, rows, reasoner.frames, 100)]
-        if arm in LATENT_ARMS:
-            result[f"{split}_interventions"] = evaluate_interventions(pipeline, rows, 100)
+    if what.latent:
+        result["tampered"] = asdict(tamper(pipeline, read_rows(data["test"]), batch_size=100))
     if arm == "sft":
         rows = read_rows(data["test"])
         for control in CONTROLS:
@@ -134,23 +104,38 @@ def _outcome(record: Record) -> dict[str, Any]:
         "prediction": record.reply.text,
         "answer": record.answer,
         "correct": record.correct if record.parsed else None,
+        "tokens": record.reply.tokens,
         "slots_used": record.reply.slots_used,
         "forced_end": record.reply.forced_end,
     }
 
 
 def build_data(folder: Path, size: Size, arms: Iterable[str] = ()) -> dict[str, Path]:
-    """The reasoning rows of all splits; and, if one of the arms needs them, training clips that go on."""
+    """The rows of all splits, and what only some arms need: clips that go on, plans as answers, a deep backbone."""
     counts = {"train": size.train_rows, "test": size.test_rows, "ood": size.ood_rows}
     data = {
         split: build_world(folder, "reasoning", split, count)  # type: ignore[arg-type]
         for split, count in counts.items()
     }
-    if any(stage.data == "train_continued" for arm in arms for stage in ARMS.get(arm, [])):
+    wanted = {stage.data for arm in arms for stage in ARMS[arm].stages}
+    if "train_continued" in wanted:
         data["train_continued"] = build_world(
             folder, "reasoning", "train", size.train_rows, continued=True
         )
+    if "train_plans" in wanted:
+        data["train_plans"] = data["train"].with_name("reasoning-train-0-plans.jsonl")
+        rows = read_rows(data["train"])
+        chains = [row.model_copy(update={"answer": _chain(row)}) for row in rows]
+        write_rows(data["train_plans"], chains)
+    if any(ARMS[arm].start == "deep" for arm in arms):
+        data["deep"] = deepen(shipped("backbone"), folder / "deep", DEEP_LAYERS)
     return data
+
+
+def _chain(row: Row) -> str:
+    """The oracle's plan as a chain of thought, and the answer where the scorer looks for it."""
+    plan = str(row.plan).removesuffix(f" The answer is {row.answer}.")
+    return f"<think>{plan}</think><answer>{row.answer}</answer>"
 
 
 def _start_worker() -> None:
@@ -209,7 +194,7 @@ def summarize(
     results: Sequence[dict[str, Any]],
     data: dict[str, Path],
     command: str,
-    wanted: Sequence[str] = COMPARISONS["stages"],
+    wanted: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The figures for the record; `wanted` arms without a result are None."""
     test = read_rows(data["test"])
@@ -240,19 +225,20 @@ def summarize(
             )
             for family in REASONING_SHARE
         }
-        if arm in LATENT_ARMS:
-            runs = [run["test_interventions"] for run in by_arm[arm]]
-            for kind in runs[0]:
-                summary[f"{arm}_{kind}"] = _mean(
-                    [[float(hit) for hit in run[kind]] for run in runs]
-                )
+        if ARMS[arm].latent:
+            tampered = [run["tampered"] for run in by_arm[arm]]
+            for kind in KINDS:
+                outcomes = [hit for run in tampered for hit in run["right"][kind]]
+                summary[f"{arm}_{kind}"] = accuracy([hit for hit in outcomes if hit is not None])
+            follows = [hit for run in tampered for hit in run["follows"] if hit is not None]
+            summary[f"{arm}_follows"] = accuracy(follows)
             counts = [o["slots_used"] for run in by_arm[arm] for o in run["test"]]
             summary[f"{arm}_slots_used"] = sum(counts) / len(counts)
             ends = [o["forced_end"] for run in by_arm[arm] for o in run["test"]]
             summary[f"{arm}_forced_end"] = accuracy(ends)
     reference = next((arm for arm in ("full", "stage1_only") if arm in hits), None)
     if reference is not None:
-        summary[f"{reference}_swapped_latents"] = summary[f"{reference}_swap_inputs"]
+        summary[f"{reference}_swapped_latents"] = summary[f"{reference}_swap_other_answer"]
         for other in sorted(set(hits) - {reference}):
             ours, theirs = _paired(by_arm[reference], by_arm[other])
             summary[f"{reference}_minus_{other}"] = paired_difference(ours, theirs)
@@ -262,45 +248,12 @@ def summarize(
     return summary
 
 
-def run_experiment(
-    folder: Path,
-    results: Path,
-    comparison: Comparison,
-    arms: Sequence[str],
-    seeds: Iterable[int],
-    size: Size,
-    jobs: int,
-) -> None:
-    """The named arms over `seeds`; writes the figures of all arms of the comparison in `folder` to `results`."""
-    compared = COMPARISONS[comparison]
-    arms = arms or compared
-    if unknown := set(arms) - set(compared):
-        raise ValueError(
-            f"no arm of {comparison!r} is called {', '.join(sorted(unknown))}: choose from {', '.join(compared)}"
-        )
-    seeds = list(seeds)
-    trained = [arm for arm in arms if ARMS[arm]]
-    run_arms(folder, trained, seeds, size, jobs)
-    if "base" in arms:  # untrained: it has no seed
-        run_arms(folder, ["base"], seeds[:1], size, 1)
-    # All that the folder holds, from earlier calls, too: arms can be measured one after the other.
-    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*/result.json"))]
-    outcomes = [result for result in found if result["arm"] in compared]
-    data = build_data(folder / "data", size)
-    command = (
-        f"storm micro --compare {comparison} --seeds {len(seeds)} --train-rows {size.train_rows} "
-    )
-    command += f"--test-rows {size.test_rows} --steps {size.steps} "
-    command += " ".join(f"--arm {arm}" for arm in arms)
-    write_json(results, summarize(outcomes, data, command, compared))
-
-
 def _paired(
     ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Hits of two arms' runs, seed by seed; an arm that is not trained has one run, which stands for every seed."""
     by_seed = {run["seed"]: run for run in theirs}
-    if not ARMS.get(theirs[0]["arm"]):
+    if not ARMS[theirs[0]["arm"]].trained:
         by_seed = {run["seed"]: theirs[0] for run in ours}
     shared = [run for run in ours if run["seed"] in by_seed]
     return [_hits(run) for run in shared], [_hits(by_seed[run["seed"]]) for run in shared]

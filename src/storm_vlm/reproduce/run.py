@@ -1,0 +1,129 @@
+"""`storm reproduce`: train what is compared, measure, probe, and write it down.
+
+Every run leaves a `result.json`, and every other part a file of its own; what is there is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storm_vlm.analysis.page import Card
+from storm_vlm.analysis.run import analyze
+from storm_vlm.data.files import write_json, write_text
+from storm_vlm.evaluation.latency import Lengths, bench_latency
+from storm_vlm.reproduce.findings import findings
+from storm_vlm.reproduce.page import markdown, write_page
+from storm_vlm.reproduce.tables import Result, table
+from storm_vlm.versions import commit, versions
+from storm_vlm.world.arms import ARMS, COMPARISONS
+from storm_vlm.world.build import build_world
+from storm_vlm.world.checkpoints import shipped
+from storm_vlm.world.experiment import Size, build_data, run_arms, summarize
+
+PARTS = ("reliance", "slots", "embeddings", "retrieval", "watch")  # of an analysis
+# Figures for the record that README's tables are made from.
+RECORDS = {
+    "micro": ("base", "sft", "pause", *COMPARISONS["stages"].arms),
+    "targets": COMPARISONS["targets"].arms,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything: `probed` clips with four questions each, `drawn` training clips for the decoder."""
+
+    size: Size
+    seeds: int
+    probed: int = 100
+    drawn: int = 1000
+    rounds: int = 9  #: of the latency measurement
+
+
+FULL = Plan(Size(train_rows=6000, test_rows=400, ood_rows=200, steps=2000), seeds=3)
+# Everything once, and far too short to learn anything: a rehearsal.
+FAST = Plan(Size(train_rows=320, test_rows=60, ood_rows=20, steps=30), 1, 20, 100, 2)
+
+
+def reproduce(
+    folder: Path,
+    out: Path,
+    plan: Plan,
+    chosen: Sequence[str] = (),
+    jobs: int = 2,
+    command: str = "storm reproduce",
+) -> dict[str, Any]:
+    """The comparisons `chosen` (all of them by default), then latency, analysis, tables and page.
+
+    Data, checkpoints, outcomes and the page go into `folder`, which a second call goes on with; into `out` go
+    `results.md` and, in `results/`, the figures for the record. Tables also show what earlier calls have trained.
+
+    Raises:
+        ValueError: no comparison has such a name.
+    """
+    if unknown := set(chosen) - set(COMPARISONS):
+        raise ValueError(
+            f"no comparison is called {', '.join(sorted(unknown))}: choose from {', '.join(COMPARISONS)}"
+        )
+    wanted = dict.fromkeys(a for name in chosen or COMPARISONS for a in COMPARISONS[name].arms)
+    trained = [arm for arm in wanted if ARMS[arm].trained]
+    run_arms(folder, trained, range(plan.seeds), plan.size, jobs)
+    run_arms(folder, ["base"], [0], plan.size, 1)
+    results = _results(folder)
+    data = build_data(folder / "data", plan.size)
+    latency = _latency(folder / "latency.json", plan.rounds)
+    analysis, cards, analysed = _analysis(folder, data["test"], plan)
+    found: dict[str, Any] = {
+        "command": command,
+        "commit": commit(),
+        "versions": versions(),
+        "steps": plan.size.steps,
+        "train_rows": plan.size.train_rows,
+        "n_test": plan.size.test_rows,
+        "tables": {name: table(of, results) for name, of in COMPARISONS.items()},
+        "latency": latency,
+        "analysed": analysed,
+        **{name: analysis[name] for name in PARTS},
+    }
+    found["findings"] = findings(found)
+    write_json(out / "results" / "reproduce.json", found)
+    for name, arms in RECORDS.items():
+        runs = [run for arm in arms for run in results.get(arm, ())]
+        write_json(out / "results" / f"{name}.json", summarize(runs, data, command, arms))
+    write_text(out / "results.md", markdown(found))
+    write_page(folder / "report.html", found, cards)
+    return found
+
+
+def _results(folder: Path) -> dict[str, list[Result]]:
+    """All runs that the folder holds, by arm, in the order of their seeds."""
+    found: dict[str, list[Result]] = {}
+    for file in folder.glob("*/result.json"):
+        run = json.loads(file.read_text())
+        found.setdefault(run["arm"], []).append(run)
+    return {arm: sorted(runs, key=lambda run: run["seed"]) for arm, runs in found.items()}
+
+
+def _latency(file: Path, rounds: int) -> dict[str, Any]:
+    """Table 4: what each way to reason takes, by `storm bench latency` on the micro model."""
+    if not file.exists():
+        bench_latency("micro", "cpu", 2, rounds, 1, Lengths(), file)
+    return json.loads(file.read_text())
+
+
+def _analysis(folder: Path, test: Path, plan: Plan) -> tuple[dict[str, Any], list[Card], str]:
+    """What `storm analyze` finds, by part, and its examples; of the first STORM trained, else of the shipped one."""
+    trained = folder / "full-0" / "1-stage2"
+    checkpoint = trained if (folder / "full-0" / "result.json").exists() else shipped("storm")
+    out = folder / "analysis" / ("trained" if checkpoint == trained else "shipped")
+    if not (out / "report.html").exists():  # the last file that an analysis writes
+        data = folder / "data"
+        probed = build_world(data, "reasoning", "test", plan.probed, questions=4)
+        drawn = build_world(data / "drawn", "reasoning", "train", plan.drawn)
+        analyze(str(checkpoint), test, out, retrieval_file=probed, decoder_file=drawn)
+    parts = {part: json.loads((out / f"{part}.json").read_text())[part] for part in PARTS}
+    cards = json.loads((out / "examples.json").read_text())
+    return parts, cards, "STORM of seed 0" if checkpoint == trained else "the shipped STORM"

@@ -1,0 +1,161 @@
+"""What is compared on the micro world: arms, and the paper's tables that are made of them.
+
+An arm is a list of stages, and a stage is a shipped YAML file with what is different in this arm. All arms take the
+same number of optimizer steps with batches of the same size, whatever else they do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Split = Literal["train", "train_continued", "train_plans"]
+Start = Literal["backbone", "deep", "storm"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A shipped config, its share of the arm's optimizer steps, and what is different in this arm."""
+
+    config: str
+    share: float = 1.0
+    overrides: tuple[str, ...] = ()
+    data: Split = "train"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A system to compare: `name` is for people, `start` where its training begins, `rows` its share of the rows."""
+
+    name: str
+    stages: tuple[Stage, ...] = ()
+    start: Start = "backbone"
+    rows: float = 1.0
+    latent: bool = False  #: it has slots that hold states
+
+    @property
+    def trained(self) -> bool:
+        return bool(self.stages)
+
+
+def _stage1(name: str, *overrides: str, data: Split = "train") -> Arm:
+    return Arm(name, (Stage("stage1", overrides=overrides, data=data),), latent=True)
+
+
+def _storm(name: str, *overrides: str) -> Arm:
+    stages = (Stage("stage1", 0.85, overrides), Stage("stage2", 0.15, overrides))
+    return Arm(name, stages, latent=True)
+
+
+SFT = Arm("SFT, same data and steps", (Stage("sft"),))
+STORM = _storm("STORM, Stage I then II")
+# The thought video's frames stay what they are for K = 8, whatever K is: two a step.
+_FRAMES = "method.thought_video_frames=16"
+
+ARMS: dict[str, Arm] = {
+    "base": Arm("Backbone, perception only"),
+    "shipped": Arm("STORM as shipped", start="storm", latent=True),
+    "cot": Arm("Chain of thought, SFT on the oracle's plans", (Stage("sft", data="train_plans"),)),
+    "sft": SFT,
+    "pause": Arm("Pause slots, no target", (Stage("pause"),)),
+    "full": STORM,
+    # Table 3
+    "deep_sft": replace(SFT, name="SFT, six layers", start="deep"),
+    "deep_full": replace(STORM, name="STORM, six layers", start="deep"),
+    # Table 5
+    "k4": _storm("K = 4, two steps a slot", "method.latent_budget=4", _FRAMES),
+    "k16": _storm("K = 16, half a board a slot", "method.latent_budget=16", _FRAMES),
+    "unpooled": _storm(
+        "K = 16, not pooled: all tokens of 2 frames",
+        "method.latent_budget=16",
+        "method.thought_video_frames=2",
+    ),
+    # Table 6
+    "stage1_only": _stage1("Stage I only"),
+    "stage2_only": Arm("Stage II only", (Stage("stage2_only"),), latent=True),
+    # What slots are aligned to
+    "keyframes": _stage1("the keyframes alone", "method.target_source=keyframes"),
+    "self_distilled": _stage1(
+        "the thought video, read by a slow average of the model",
+        "method.target_source=self_distilled",
+    ),
+    "future": _stage1(
+        "what the camera saw next", "method.target_source=future", data="train_continued"
+    ),
+    "shuffled": _stage1("another row's thought video (control)", "method.target_source=shuffled"),
+    # What slots are fed with in Stage I
+    "fed_targets": _stage1("targets, to the end", "method.slot_input=target"),
+    "fed_states": _stage1("own states, from the start", "method.slot_input=rollout"),
+    # How many rows it takes
+    "sft_eighth": replace(SFT, name="SFT, an eighth of the rows", rows=1 / 8),
+    "full_eighth": replace(STORM, name="STORM, an eighth of the rows", rows=1 / 8),
+    "sft_third": replace(SFT, name="SFT, a third of the rows", rows=1 / 3),
+    "full_third": replace(STORM, name="STORM, a third of the rows", rows=1 / 3),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms side by side: the counterpart of a table of the paper, or a question that it leaves open.
+
+    `names` are what an arm is called here, where that is not its own name; the others are set against `reference`.
+    """
+
+    title: str
+    paper: str
+    arms: tuple[str, ...]
+    reference: str
+    names: dict[str, str] | None = None
+
+    def name(self, arm: str) -> str:
+        return (self.names or {}).get(arm, ARMS[arm].name)
+
+
+COMPARISONS: dict[str, Comparison] = {
+    "main": Comparison(
+        "STORM against its baselines",
+        "Tables 1 and 2",
+        ("base", "cot", "sft", "pause", "full"),
+        "full",
+    ),
+    "stages": Comparison("Stages", "Table 6", ("stage1_only", "stage2_only", "full"), "full"),
+    "targets": Comparison(
+        "What slots are aligned to (Stage I alone)",
+        "future work",
+        ("stage1_only", "self_distilled", "future", "keyframes", "shuffled", "pause", "sft"),
+        "stage1_only",
+        {
+            "stage1_only": "the oracle's thought video",
+            "pause": "none: pause slots",
+            "sft": "no slots: SFT",
+        },
+    ),
+    "slot_inputs": Comparison(
+        "What slots are fed with in Stage I",
+        "not in the paper",
+        ("stage1_only", "fed_targets", "fed_states", "pause"),
+        "stage1_only",
+        {"stage1_only": "targets at first, then own states", "pause": "a pause token, no target"},
+    ),
+    "sizes": Comparison(
+        "Two sizes of the backbone",
+        "Table 3",
+        ("sft", "full", "deep_sft", "deep_full"),
+        "full",
+        {"sft": "SFT, four layers", "full": "STORM, four layers"},
+    ),
+    "latent_sizes": Comparison(
+        "Latent size",
+        "Table 5",
+        ("k4", "full", "k16", "unpooled"),
+        "full",
+        {"full": "K = 8, a step a slot"},
+    ),
+    "rows": Comparison(
+        "How many rows it takes",
+        "not in the paper",
+        ("sft_eighth", "full_eighth", "sft_third", "full_third", "sft", "full"),
+        "full",
+        {"sft": "SFT, all rows", "full": "STORM, all rows"},
+    ),
+}
