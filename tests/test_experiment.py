@@ -4,9 +4,27 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+import torch
 from rich.console import Console
 
-from storm_vlm.world.experiment import ARMS, Size, run_arm
+from storm_vlm.data.prompt import is_correct
+from storm_vlm.data.schema import Row
+from storm_vlm.latent import answer_loss
+from storm_vlm.pipeline import StormPipeline
+from storm_vlm.rollout import rollout
+from storm_vlm.training.config import load_config
+from storm_vlm.world.arms import ARMS
+from storm_vlm.world.backbone import deepen
+from storm_vlm.world.checkpoints import shipped
+from storm_vlm.world.experiment import (
+    LONGEST_ANSWER,
+    MICRO_CONFIGS,
+    Size,
+    _chain,
+    build_data,
+    run_arm,
+)
 from storm_vlm.world.quickstart import quickstart
 
 TINY = Size(train_rows=8, test_rows=6, ood_rows=4, steps=2)
@@ -36,16 +54,57 @@ def test_quickstart_writes_a_report_and_resumes(tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} == weights
 
 
-def test_every_arm_takes_the_same_number_of_steps() -> None:
-    assert all(
-        sum(stage.share for stage in stages) == 1 for arm, stages in ARMS.items() if arm != "base"
+@pytest.mark.parametrize("arm", [arm for arm, what in ARMS.items() if what.trained])
+def test_every_arm_takes_the_same_number_of_steps_and_its_configs_are_valid(arm: str) -> None:
+    stages = ARMS[arm].stages
+    assert sum(stage.share for stage in stages) == 1
+    for stage in stages:
+        config = load_config(MICRO_CONFIGS / f"{stage.config}.yaml", list(stage.overrides))
+        assert config.training["per_device_train_batch_size"] == 16
+        assert ARMS[arm].latent == (
+            config.method.latent_budget > 0 and config.method.slot_input != "pause"
+        )
+
+
+def test_a_chain_of_thought_is_the_plan_and_its_answer_is_what_the_scorer_reads(
+    reasoning_rows: list[Row],
+) -> None:
+    pipeline = StormPipeline.from_pretrained(str(shipped("backbone")))
+    for row in reasoning_rows:
+        chain = _chain(row)
+        assert is_correct(chain, row) and chain.count(row.answer) >= 1
+        assert not is_correct(chain.replace(f"<answer>{row.answer}", "<answer>nothing"), row)
+        assert len(pipeline.processor.tokenizer(chain)["input_ids"]) < LONGEST_ANSWER
+        assert "The answer is" not in chain
+
+
+def test_a_deeper_backbone_computes_the_same_and_all_of_it_learns(
+    tmp_path: Path, reasoning_rows: list[Row]
+) -> None:
+    shallow = StormPipeline.from_pretrained(str(shipped("backbone")))
+    deep = StormPipeline.from_pretrained(str(deepen(shipped("backbone"), tmp_path / "deep", 6)))
+    assert len(deep.model.model.language_model.layers) == 6
+    batch = shallow.collator(reasoning_rows[:2])
+    with torch.no_grad():
+        before = rollout(shallow.model, batch, 0).logits
+    after = rollout(deep.model, batch, 0).logits
+    torch.testing.assert_close(after, before)
+    answer_loss(after, batch["labels"]).backward()
+    silent = [
+        name
+        for name, weight in deep.model.model.language_model.named_parameters()
+        if weight.grad is None or not weight.grad.any()
+    ]
+    new = {
+        name.split(".")[1] for name in silent
+    }  # what lies before an output of zero moves a step later
+    assert len(new) == 2 and not any(
+        n.endswith(("o_proj.weight", "down_proj.weight")) for n in silent
     )
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Stage I is done, Stage II is not: only Stage II is trained again."""
-    from storm_vlm.world.experiment import build_data
-
     data = build_data(tmp_path / "data", TINY)
     first = run_arm(tmp_path, data, "full", 0, TINY)
     folder = tmp_path / "full-0"

@@ -13,8 +13,15 @@ from storm_vlm.report import svg
 from storm_vlm.reproduce.charts import dots, rows_curve
 
 COLUMNS = (
-    *("", "accuracy", "95% interval", "behind", "interval", "harder split", "seeds"),
-    *("another clip's latents", "that clip's answer", "no slots", "tokens"),
+    *(
+        "",
+        "accuracy",
+        "behind",
+        "harder split",
+        "with another clip's latents",
+        "that clip's answer",
+    ),
+    *("without slots", "tokens", "seeds"),
 )
 NOT_MEASURED = "not measured"
 READING = (
@@ -47,7 +54,7 @@ def markdown(found: dict[str, Any]) -> str:
     parts.append("## Latency (Table 4)")
     parts.append(_bullets(found["findings"]["latency"]))
     parts.append(_grid(LATENCY_COLUMNS, latency_rows(found["latency"]), bold=0))
-    parts.append(f"## What the latents hold ({found['analysed']}; Figures 4 to 8)")
+    parts.append(f"## What the latents hold (of `{found['analysed']}`; Figures 4 to 8)")
     for name in ("reliance", "slots", "retrieval", "embeddings", "watch"):
         parts.append(_bullets(found["findings"][name]))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -84,25 +91,22 @@ def table_rows(table: dict[str, Any]) -> list[list[str]]:
 
 
 def _row(line: dict[str, Any]) -> list[str]:
-    accuracy = line["accuracy"]
-    if accuracy is None:
+    if line["accuracy"] is None:
         return [line["name"], NOT_MEASURED, *[""] * (len(COLUMNS) - 2)]
-    behind, tampered = line["behind"], line["tampered"]
+    behind, tampered = line["behind"], line["tampered"] or {}
     return [
         line["name"],
-        share(accuracy),
-        interval(accuracy),
-        points(behind) if behind else "",
-        interval(behind) if behind else "",
-        share(line["harder"]),
-        str(len(line["seeds"])),
-        *(
-            [share(tampered[kind]) for kind in ("swap_other_answer", "follows", "removed")]
-            if tampered
-            else ["", "", ""]
-        ),
+        _share(line["accuracy"]),
+        f"{points(behind)} ({interval(behind)})" if behind else "",
+        _share(line["harder"]),
+        *(_share(tampered.get(kind)) for kind in ("swap_other_answer", "follows", "removed")),
         f"{line['tokens']:.0f}",
+        str(len(line["seeds"])),
     ]
+
+
+def _share(found: dict[str, Any] | None) -> str:
+    return f"{share(found)} ({interval(found)})" if found else ""
 
 
 LATENCY_COLUMNS = ("reasoner", "seconds an item", "times latent", "times direct", "tokens")

@@ -90,6 +90,9 @@ def reproduce(
     }
     found["findings"] = findings(found)
     write_json(out / "results" / "reproduce.json", found)
+    about = json.loads((folder / "analysis" / analysed / "reliance.json").read_text())
+    reliance = {"command": command, **about, **about.pop("reliance")}
+    write_json(out / "results" / "reliance.json", reliance)
     for name, arms in RECORDS.items():
         runs = [run for arm in arms for run in results.get(arm, ())]
         write_json(out / "results" / f"{name}.json", summarize(runs, data, command, arms))
@@ -118,7 +121,8 @@ def _analysis(folder: Path, test: Path, plan: Plan) -> tuple[dict[str, Any], lis
     """What `storm analyze` finds, by part, and its examples; of the first STORM trained, else of the shipped one."""
     trained = folder / "full-0" / "1-stage2"
     checkpoint = trained if (folder / "full-0" / "result.json").exists() else shipped("storm")
-    out = folder / "analysis" / ("trained" if checkpoint == trained else "shipped")
+    name = "full-0" if checkpoint == trained else "shipped"
+    out = folder / "analysis" / name
     if not (out / "report.html").exists():  # the last file that an analysis writes
         data = folder / "data"
         probed = build_world(data, "reasoning", "test", plan.probed, questions=4)
@@ -126,4 +130,4 @@ def _analysis(folder: Path, test: Path, plan: Plan) -> tuple[dict[str, Any], lis
         analyze(str(checkpoint), test, out, retrieval_file=probed, decoder_file=drawn)
     parts = {part: json.loads((out / f"{part}.json").read_text())[part] for part in PARTS}
     cards = json.loads((out / "examples.json").read_text())
-    return parts, cards, "STORM of seed 0" if checkpoint == trained else "the shipped STORM"
+    return parts, cards, name
