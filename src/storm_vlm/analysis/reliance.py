@@ -46,11 +46,13 @@ def latent_reliance(
     states: Tensor | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    asked: Sequence[Row | Question] | None = None,
 ) -> dict[str, Any]:
     """Accuracy of greedy answers with all K slots fed as `KINDS` says, and how far latents move with the clip.
 
     Args:
         states: the rows' own (N, K, D), if they are known; else one more pass finds them.
+        asked: how the rows are put, such as in a benchmark's own words; by default as they are.
 
     Returns:
         `interventions`: for each kind the accuracy, its `difference` from the model's own on the same rows, how often
@@ -63,8 +65,6 @@ def latent_reliance(
     """
     if pipeline.latent_mode == "off":
         raise ValueError("latent_reliance needs a checkpoint with latent slots (storm train)")
-    if states is None:
-        states = rolled_out(pipeline, rows, batch_size)
     given_by = {
         f"swap_{name}_answer": _donors(rows, name == "same", random.Random(seed))
         for name in ("same", "other")
@@ -73,7 +73,10 @@ def latent_reliance(
         raise ValueError(
             "no row has another clip with another answer to take latents from: give more rows"
         )
-    answers = fed_answers(pipeline, rows, _tampered(states, given_by, seed), batch_size)
+    asked = rows if asked is None else asked
+    if states is None:
+        states = rolled_out(pipeline, asked, batch_size)
+    answers = fed_answers(pipeline, asked, _tampered(states, given_by, seed), batch_size)
     videos = [row.video for row in rows]
     right = {
         kind: [bool(is_correct(text, row)) for text, row in zip(texts, rows, strict=True)]
@@ -106,7 +109,7 @@ def latent_reliance(
             "low": 0.0 - loss["high"],
             "high": 0.0 - loss["low"],
         },
-        "sensitivity": input_sensitivity(pipeline, rows, states, batch_size, seed),
+        "sensitivity": input_sensitivity(pipeline, asked, states, batch_size, seed),
     }
 
 
@@ -155,7 +158,11 @@ def slot_variants(budget: int) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def input_sensitivity(
-    pipeline: StormPipeline, rows: Sequence[Row], states: Tensor, batch_size: int, seed: int
+    pipeline: StormPipeline,
+    rows: Sequence[Row | Question],
+    states: Tensor,
+    batch_size: int,
+    seed: int,
 ) -> dict[str, Any]:
     """How far latents (N, K, D) move when a row's clip, or its question, is exchanged for another's.
 
@@ -174,7 +181,7 @@ def input_sensitivity(
     for name, questions in asked.items():
         moved = rolled_out(pipeline, questions, batch_size, states.shape[1])
         relative = (moved - states).norm(dim=-1) / spread.clamp_min(1e-12)  # (N, K)
-        found[name] = estimate(relative.mean(1), [row.video for row in rows])
+        found[name] = estimate(relative.mean(1), [str(row.video) for row in rows])
         found[name]["slots"] = relative.mean(0).tolist()
     return found
 
@@ -196,7 +203,7 @@ def rolled_out(
 
 def fed_answers(
     pipeline: StormPipeline,
-    rows: Sequence[Row],
+    rows: Sequence[Row | Question],
     slots: Mapping[str, Tensor],
     batch_size: int = 32,
 ) -> dict[str, list[str]]:
@@ -263,5 +270,6 @@ def _donors(rows: Sequence[Row], same_answer: bool, rng: random.Random) -> list[
 def _says(text: str, row: Row, donor: Row) -> bool:
     """Whether an answer to `row` is what `donor` has for an answer (the letter, where there are options)."""
     if row.options and donor.options:
-        return parse_answer(text, row.options) == donor.options.index(donor.answer)
+        labels = row.meta.get("labels", ())
+        return parse_answer(text, row.options, labels) == donor.options.index(donor.answer)
     return bool(is_correct(text, donor))
