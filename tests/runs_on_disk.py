@@ -54,6 +54,25 @@ def write_run(folder: Path, records: list[Record], shards: int = 1, **provenance
     return folder
 
 
+def write_reliance(folder: Path, loss: float = 0.5, low: float = 0.4, n: int = 60) -> None:
+    """What another clip's latents cost a run, made up; its own are right in four of five."""
+
+    def share(mean: float, of: int = n) -> dict[str, Any]:
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": of}
+
+    cost = {"mean": -loss, "low": -2 * loss + low, "high": -low}
+    swap = {"accuracy": share(0.8 - loss, n - 5), "difference": cost}
+    lines = {
+        "own": {"accuracy": share(0.8)},
+        "swap_same_answer": {"accuracy": {"mean": None, "low": None, "high": None, "n": 0}},
+        "swap_other_answer": {**swap, "follows": share(0.45), "follows_own": share(0.1)},
+        "removed": {"accuracy": share(0.2)},
+    }
+    reliance = {"mean": loss, "low": low, "high": 2 * loss - low}
+    found = {"n": n, "drawn_from": 120, "interventions": lines, "reliance": reliance}
+    (folder / "reliance.json").write_text(json.dumps(found))
+
+
 def chance(rate: float, seed: int, n: int = 120) -> Callable[[int], bool]:
     drawn = np.random.default_rng(seed).random(n) < rate
     return lambda i: bool(drawn[i])

@@ -1,17 +1,28 @@
-"""Evaluation: scores, controls and interventions."""
+"""Evaluation: scores, controls, and what answers owe to the latents."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from storm_vlm import StormPipeline
+from storm_vlm.analysis.reliance import latent_reliance, rolled_out
+from storm_vlm.cli import app
 from storm_vlm.data.prompt import option_letter
+from storm_vlm.data.schema import read_rows, write_rows
 from storm_vlm.data.video import VideoError
 from storm_vlm.evaluation.controls import CONTROLS, without_evidence
-from storm_vlm.evaluation.evaluate import evaluate_interventions
 from storm_vlm.evaluation.exam import Exam, evaluate
 from storm_vlm.evaluation.frames import Frames
 from storm_vlm.evaluation.reasoners import Latent
 from storm_vlm.evaluation.records import Record, Reply
+from storm_vlm.evaluation.reliance import sampled_reliance
+from storm_vlm.evaluation.runs import Run
 from storm_vlm.evaluation.statistics import accuracy
 from storm_vlm.world.checkpoints import shipped
 
@@ -33,14 +44,16 @@ def test_results_do_not_depend_on_the_batch_size(storm, reasoning_rows) -> None:
     assert outcomes(five) == outcomes(one)
 
 
-def test_teacher_forced_score_is_the_greedy_score(storm, reasoning_rows) -> None:
-    """With the end suppressed, greedy decoding fills every slot, as the fixed-length rollout does."""
+def test_accuracy_with_its_own_latents_is_that_of_the_evaluation(storm, reasoning_rows) -> None:
+    """With the end suppressed, greedy decoding fills every slot, as latent reliance does."""
     end = storm.model.config.latent_end_token_id
     greedy = evaluate(Latent(storm, suppress_tokens=[end]), reasoning_rows, FRAMES)
     assert all(record.reply and record.reply.slots_used == 8 for record in greedy)
-    right = evaluate_interventions(storm, reasoning_rows, 32)
-    assert sum(right["none"]) == sum(record.correct for record in greedy)
-    assert all(len(hits) == len(reasoning_rows) for hits in right.values())
+    exam = Exam(reasoning_rows, FRAMES)
+    found = sampled_reliance(storm, exam, Run(Path(), {}, tuple(greedy)), 200, 5)
+    own = found["interventions"]["own"]["accuracy"]
+    assert own["mean"] == sum(record.correct for record in greedy) / len(greedy)
+    assert own["n"] == found["n"] == found["drawn_from"] == len(reasoning_rows)
 
 
 def test_controls_take_the_evidence_away(storm, reasoning_rows) -> None:
@@ -127,5 +140,93 @@ def test_unparsed_answers_stay_in_the_denominator() -> None:
 
 def test_evaluation_leaves_the_model_as_it_was(storm, reasoning_rows) -> None:
     before = {n: p.clone() for n, p in storm.model.state_dict().items()}
-    evaluate_interventions(storm, reasoning_rows, 4)
+    latent_reliance(storm, reasoning_rows, None, 4)
     assert all(torch.equal(p, before[n]) for n, p in storm.model.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------ latent reliance
+def test_reliance_is_of_a_seeded_sample_of_what_could_be_asked(storm, reasoning_rows) -> None:
+    gone = reasoning_rows[0].model_copy(update={"id": "gone", "video": "/nowhere.mp4"})
+    exam = Exam([gone, *reasoning_rows], FRAMES)
+    records = [exam.record(row, Reply("b2"), None) for row in exam.rows]
+    records[0] = replace(records[0], reply=None, error="no such video")
+    run = Run(Path(), {}, tuple(records))
+    found = sampled_reliance(storm, exam, run, 7, 4)
+    assert (found["n"], found["drawn_from"]) == (7, 12)
+    assert found == sampled_reliance(storm, exam, run, 7, 4)
+    assert found != sampled_reliance(storm, exam, run, 7, 4, seed=1)
+
+
+def test_latents_are_asked_for_in_the_benchmarks_words(storm, reasoning_rows) -> None:
+    exam = Exam(reasoning_rows, FRAMES, Spoken(), prompt="official")
+    run = Run(Path(), {}, tuple(exam.record(row, Reply("b2"), None) for row in exam.rows))
+    found = sampled_reliance(storm, exam, run, 12, 12)
+    spoken = [
+        row.model_copy(update={"question": f"Say it: {row.question}"}) for row in reasoning_rows
+    ]
+    assert {"drawn_from": 12, **latent_reliance(storm, spoken, None, 12)} == found
+    plain = latent_reliance(storm, reasoning_rows, None, 12)
+    assert plain["sensitivity"] != found["sensitivity"]
+
+
+def test_latents_are_found_from_kept_frames(storm, reasoning_rows, tmp_path, monkeypatch) -> None:
+    rows = reasoning_rows[:3]
+    expected = rolled_out(storm, rows)
+    kept = Frames(storm.collator.videos.num_frames, tmp_path)
+    monkeypatch.setattr(storm.collator.videos, "read", kept.window)
+    assert torch.equal(rolled_out(storm, rows), expected)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def storm_evaluate(*arguments: Any) -> Any:
+    done = CliRunner().invoke(app, ["evaluate", str(shipped("storm")), *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def test_the_command_tells_and_keeps_latent_reliance(reasoning_file, tmp_path) -> None:
+    out, frames = tmp_path / "run", tmp_path / "frames"
+    arguments = (reasoning_file, "--out", out, "--frame-cache", frames, "--reliance-rows", 6)
+    told = storm_evaluate(*arguments)
+    assert json.loads(told.stdout)["n"] == 12  # the table is beside it
+    assert "Latent reliance, 6 rows drawn from 12" in told.stderr
+    assert "no slots at all" in told.stderr and "become that clip's" in told.stderr
+    found = json.loads((out / "reliance.json").read_text())
+    assert (found["n"], found["drawn_from"], found["checkpoint"]) == (6, 12, "storm")
+    assert found["commit"] and found["versions"]["torch"]
+    # Kept as it is, until it is removed; then measured again, to the same end.
+    marked = {**found, "n": 5}
+    (out / "reliance.json").write_text(json.dumps(marked))
+    assert "Latent reliance, 5 rows" in storm_evaluate(*arguments).stderr
+    assert json.loads((out / "reliance.json").read_text()) == marked
+    (out / "reliance.json").unlink()
+    storm_evaluate(*arguments)
+    assert json.loads((out / "reliance.json").read_text()) == found
+    # Clips are read from the cache of frames, as the run's were: blank ones there are seen.
+    for file in frames.glob("*.npz"):
+        with np.load(file) as kept:
+            blank = {**kept, "frames": np.zeros_like(kept["frames"])}
+        np.savez(file, **blank)
+    (out / "reliance.json").unlink()
+    storm_evaluate(*arguments)
+    blind = json.loads((out / "reliance.json").read_text())
+    assert blind["sensitivity"]["clip"]["mean"] == 0 < found["sensitivity"]["clip"]["mean"]
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [("--reliance-rows", 0), ("--control", "one_frame"), ("--reasoner", "direct")],
+    ids=lambda chosen: chosen[0],
+)
+def test_no_latent_reliance_where_it_is_not_asked_for(chosen, reasoning_file, tmp_path) -> None:
+    out = tmp_path / "run"
+    told = storm_evaluate(reasoning_file, "--limit", 3, "--out", out, *chosen)
+    assert "reliance" not in told.stderr and not (out / "reliance.json").exists()
+
+
+def test_rows_of_one_answer_have_no_latent_reliance(reasoning_file, tmp_path) -> None:
+    rows = [row.model_copy(update={"answer": "b2"}) for row in read_rows(reasoning_file)[:2]]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    told = storm_evaluate(tmp_path / "rows.jsonl", "--out", tmp_path / "run")
+    assert "no latent reliance: no row has another clip with another answer" in told.stderr
+    assert not (tmp_path / "run/reliance.json").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs_on_disk import chance, make_records, write_run
+from runs_on_disk import chance, make_records, write_reliance, write_run
 from typer.testing import CliRunner
 
 from storm_vlm.cli import app
@@ -213,6 +213,39 @@ def test_report_writes_what_the_runs_say(tmp_path) -> None:
     page = (tmp_path / "out/report.html").read_text()
     assert not re.findall(r'(?:src|href)="[^#]|url\(|@import', page)
     assert "not temporal" in page and "prefers-color-scheme: dark" in page
+
+
+def test_latent_reliance_stands_beside_the_accuracy(tmp_path) -> None:
+    base, storm, *_ = suite(tmp_path / "runs", True)
+    other = write_run(tmp_path / "other", make_records(chance(0.5, 3)), model="m/3b")
+    write_reliance(storm)
+    write_reliance(other, loss=0.02, low=-0.01, n=120)
+    runs = find_runs([base, storm, other])
+    table = {t.title: t for t in write_report(runs, tmp_path / "out")}["Latent reliance"]
+    assert [line.cells[0].small for line in table.lines] == ["7b", "3b"]  # the first has no latents
+    ours, theirs = (line.cells[1:] for line in table.lines)
+    assert [cell.text for cell in ours] == [
+        *("VideoMME", "80.0 [70.0, 90.0]", "30.0 [20.0, 40.0]", "-50.0 [-60.0, -40.0]"),
+        *("45.0 [35.0, 55.0]", "20.0 [10.0, 30.0]", "60"),
+    ]
+    assert [cell.small for cell in ours] == ["", "", "n 55", "", "10.0 with own", "", "of 120"]
+    assert theirs[3].small == "not shown to depend" and theirs[-1].small == ""
+    assert [cell.warning for cell in (ours[3], theirs[3])] == [False, True]
+    for file in ("report.md", "report.html"):
+        assert "-50.0 [-60.0, -40.0]" in (tmp_path / "out" / file).read_text(), file
+    lines = csv.DictReader((tmp_path / "out/report.csv").open())
+    fed = {r["category"]: r for r in lines if r["group"] == "latents fed" and "7b" in r["system"]}
+    assert list(fed) == ["own", "swap_same_answer", "swap_other_answer", "removed"]
+    assert (fed["own"]["accuracy"], fed["swap_other_answer"]["n"]) == ("0.8", "55")
+    assert fed["swap_same_answer"]["accuracy"] == ""
+
+
+@pytest.mark.parametrize("text", ["{", '{"reliance": {}}', "[]"])
+def test_another_file_in_the_place_of_reliance_is_refused(tmp_path, text) -> None:
+    folder = write_run(tmp_path / "run", make_records(lambda i: True, 3))
+    (folder / "reliance.json").write_text(text)
+    with pytest.raises(RunError, match=r"reliance\.json: not "):
+        read_run(folder)
 
 
 def test_text_of_a_run_cannot_break_the_page(tmp_path) -> None:

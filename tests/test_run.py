@@ -140,6 +140,8 @@ def test_two_processes_are_one(whole, rows_file, tmp_path) -> None:
     assert content(out) == content(whole)
     assert json.loads((out / "run.json").read_text())["processes"] == 2
     assert json.loads(done.stdout)["n"] == 7 and done.stderr.count("gone.mp4") == 1
+    assert done.stderr.count("Latent reliance, 6 rows") == 1  # by one of them
+    assert json.loads((out / "reliance.json").read_text())["drawn_from"] == 6
 
 
 def test_too_many_errors_fail_the_command(rows_file) -> None:

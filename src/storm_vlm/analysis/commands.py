@@ -45,20 +45,32 @@ def analyze(
             raise
         raise ValueError("needs scikit-learn: pip install 'storm-vlm[analysis]'") from error
     found = run(checkpoint, rows, out, limit, retrieval_rows, decoder_rows, batch_size, results)
-    console.print(_reliance_table(found["reliance"]))
-    moved = found["reliance"]["sensitivity"]
-    console.print(
-        f"latents move {moved['clip']['mean']:.2f} of their spread when the clip changes, "
-        f"{moved['question']['mean']:.2f} when the question does"
-    )
+    print_reliance(console, found["reliance"])
     console.print(f"wrote {out / 'report.html'}")
 
 
-def _reliance_table(reliance: Mapping[str, Any]) -> Table:
-    heads = ("accuracy", "95% interval", "difference", "n")
-    table = Table(
-        Column("what is fed into the slots", overflow="fold"), *heads, box=box.SIMPLE_HEAD
+def print_reliance(to: Console, reliance: Mapping[str, Any], drawn_from: int | None = None) -> None:
+    """The table of latent reliance and what it comes to, for people; `drawn_from`: rows that there were."""
+    n, moved = reliance["n"], reliance["sensitivity"]
+    swap = reliance["interventions"]["swap_other_answer"]
+    drawn = f" drawn from {drawn_from}" if drawn_from and drawn_from > n else ""
+    to.print(_reliance_table(reliance, f"Latent reliance, {n} rows{drawn}"))
+    cost, low, high = (100 * reliance["reliance"][name] for name in ("mean", "low", "high"))
+    to.print(
+        f"latents of another answer cost {cost:.1f} points ({low:.1f} to {high:.1f}); "
+        f"{swap['follows']['mean']:.1%} of answers become that clip's "
+        f"({swap['follows_own']['mean']:.1%} with their own latents)"
     )
+    to.print(
+        f"latents move {moved['clip']['mean']:.2f} of their spread when the clip changes, "
+        f"{moved['question']['mean']:.2f} when the question does"
+    )
+
+
+def _reliance_table(reliance: Mapping[str, Any], title: str) -> Table:
+    first = Column("what is fed into the slots", overflow="fold")
+    heads = ("accuracy", "95% interval", "difference", "n")
+    table = Table(first, *heads, title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for line in reliance["interventions"].values():
         share = line["accuracy"]
         if not share["n"]:

@@ -57,16 +57,19 @@ def tamper(
     states: Tensor | None = None,
     batch_size: int = 32,
     seed: int = 0,
-) -> Tampered:
-    """Greedy answers with all K slots fed as `KINDS` says; `states`: the rows' own (N, K, D), if they are known.
+    asked: Sequence[Row | Question] | None = None,
+) -> tuple[Tampered, Tensor]:
+    """Greedy answers with all K slots fed as `KINDS` says; also returns the rows' own latents (N, K, D).
+
+    Args:
+        states: the rows' own latents, if they are known; else one more pass finds them.
+        asked: how the rows are put, such as in a benchmark's own words; by default as they are.
 
     Raises:
         ValueError: the checkpoint has no latent slots, or no row can be given another clip's latents.
     """
     if pipeline.latent_mode == "off":
         raise ValueError("latent_reliance needs a checkpoint with latent slots (storm train)")
-    if states is None:
-        states = rolled_out(pipeline, rows, batch_size)
     given_by = {
         f"swap_{name}_answer": _donors(rows, name == "same", random.Random(seed))
         for name in ("same", "other")
@@ -75,7 +78,10 @@ def tamper(
         raise ValueError(
             "no row has another clip with another answer to take latents from: give more rows"
         )
-    answers = fed_answers(pipeline, rows, _tampered(states, given_by, seed), batch_size)
+    asked = rows if asked is None else asked
+    if states is None:
+        states = rolled_out(pipeline, asked, batch_size)
+    answers = fed_answers(pipeline, asked, _tampered(states, given_by, seed), batch_size)
     right: dict[str, list[bool | None]] = {}
     changed: dict[str, list[bool | None]] = {}
     for kind in KINDS:
@@ -91,7 +97,7 @@ def tamper(
         ]
         for texts in (answers["swap_other_answer"], answers["own"])
     )
-    return Tampered(right, changed, follows, follows_own)
+    return Tampered(right, changed, follows, follows_own), states
 
 
 def latent_reliance(
@@ -100,11 +106,9 @@ def latent_reliance(
     states: Tensor | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    asked: Sequence[Row | Question] | None = None,
 ) -> dict[str, Any]:
-    """Accuracy under all `KINDS` of tampering, and how far latents move with the clip. Raises what `tamper` raises.
-
-    Args:
-        states: the rows' own (N, K, D), if they are known; else one more pass finds them.
+    """Accuracy under all `KINDS` of tampering, and how far latents move with the clip. Takes and raises as `tamper`.
 
     Returns:
         `interventions`: for each kind the accuracy, its `difference` from the model's own on the same rows, how often
@@ -112,10 +116,8 @@ def latent_reliance(
         a donor counts in neither, see `n`. `reliance`: what another clip's latents of another answer cost.
         `sensitivity`: see `input_sensitivity`. All with intervals over videos.
     """
-    if states is None and pipeline.latent_mode != "off":
-        states = rolled_out(pipeline, rows, batch_size)
-    found = tamper(pipeline, rows, states, batch_size, seed)
-    assert states is not None  # or `tamper` would have refused
+    found, states = tamper(pipeline, rows, states, batch_size, seed, asked)
+    asked = rows if asked is None else asked
     videos = [row.video for row in rows]
 
     def over_videos(outcomes: Sequence[bool | None]) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def latent_reliance(
         used = [i for i, hit in enumerate(hits) if hit is not None]
         line = {"what": what, "accuracy": over_videos(hits), "difference": None}
         if used:
-            theirs, own = ([right[i] for i in used] for right in (hits, found.right["own"]))
+            theirs, own = ([bool(r[i]) for i in used] for r in (hits, found.right["own"]))
             line["difference"] = paired_difference(theirs, own, [videos[i] for i in used])
         line["changed"] = over_videos(found.changed[kind])
         lines[kind] = line
@@ -149,7 +151,7 @@ def latent_reliance(
             "low": 0.0 - loss["high"],
             "high": 0.0 - loss["low"],
         },
-        "sensitivity": input_sensitivity(pipeline, rows, states, batch_size, seed),
+        "sensitivity": input_sensitivity(pipeline, asked, states, batch_size, seed),
     }
 
 
@@ -198,7 +200,11 @@ def slot_variants(budget: int) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def input_sensitivity(
-    pipeline: StormPipeline, rows: Sequence[Row], states: Tensor, batch_size: int, seed: int
+    pipeline: StormPipeline,
+    rows: Sequence[Row | Question],
+    states: Tensor,
+    batch_size: int,
+    seed: int,
 ) -> dict[str, Any]:
     """How far latents (N, K, D) move when a row's clip, or its question, is exchanged for another's.
 
@@ -217,7 +223,7 @@ def input_sensitivity(
     for name, questions in asked.items():
         moved = rolled_out(pipeline, questions, batch_size, states.shape[1])
         relative = (moved - states).norm(dim=-1) / spread.clamp_min(1e-12)  # (N, K)
-        found[name] = estimate(relative.mean(1), [row.video for row in rows])
+        found[name] = estimate(relative.mean(1), [str(row.video) for row in rows])
         found[name]["slots"] = relative.mean(0).tolist()
     return found
 
@@ -239,7 +245,7 @@ def rolled_out(
 
 def fed_answers(
     pipeline: StormPipeline,
-    rows: Sequence[Row],
+    rows: Sequence[Row | Question],
     slots: Mapping[str, Tensor],
     batch_size: int = 32,
 ) -> dict[str, list[str]]:
@@ -306,5 +312,6 @@ def _donors(rows: Sequence[Row], same_answer: bool, rng: random.Random) -> list[
 def _says(text: str, row: Row, donor: Row) -> bool:
     """Whether an answer to `row` is what `donor` has for an answer (the letter, where there are options)."""
     if row.options and donor.options:
-        return parse_answer(text, row.options) == donor.options.index(donor.answer)
+        labels = row.meta.get("labels", ())
+        return parse_answer(text, row.options, labels) == donor.options.index(donor.answer)
     return bool(is_correct(text, donor))

@@ -5,7 +5,7 @@ tensor, because the latent segment comes between the two and holds no token of t
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +39,8 @@ class VideoInputs:
 
     def __init__(self, processor: Any, num_frames: int, cache_bytes: int = 0) -> None:
         self.processor, self.num_frames, self.cache_bytes = processor, num_frames, cache_bytes
+        # Or what reads the same and keeps it, such as `Frames.window`.
+        self.read: Callable[..., Clip] = read_video
         self._kept: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
         self._kept_bytes = 0
         # Unset, it means different things in different versions; True is what the model was trained with.
@@ -53,7 +55,7 @@ class VideoInputs:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        inputs = self.process(read_video(path, self.num_frames, start, end))
+        inputs = self.process(self.read(path, self.num_frames, start, end))
         size = _num_bytes(inputs)
         if size <= self.cache_bytes:
             self._kept[key] = inputs

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from storm_vlm.analysis.commands import print_reliance
+
+if TYPE_CHECKING:
+    from storm_vlm.evaluation.exam import Exam
+    from storm_vlm.evaluation.runs import Run
+    from storm_vlm.pipeline import StormPipeline
 
 app = typer.Typer()
 bench = typer.Typer()
@@ -65,18 +72,16 @@ def evaluate(
         typer.Option(help="Default: what the checkpoint is for."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
-    interventions: Annotated[
-        bool, typer.Option(help="Also tamper with the latents: do answers depend on them?")
-    ] = False,
+    reliance_rows: Annotated[
+        int, typer.Option(min=0, help="Rows to tell latent reliance from (STORM only); 0: none.")
+    ] = 200,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that the checkpoint brings.")
     ] = False,
 ) -> None:
     """Accuracy with intervals on a file of rows or a benchmark; under `accelerate launch` on many GPUs."""
-    from storm_vlm.data.files import write_json
     from storm_vlm.evaluation.build import build_reasoner, default_reasoner, load_pipeline
     from storm_vlm.evaluation.endpoint import EndpointChat
-    from storm_vlm.evaluation.evaluate import evaluate_interventions
     from storm_vlm.evaluation.exam import Exam
     from storm_vlm.evaluation.frames import Frames
     from storm_vlm.evaluation.run import distributed, run
@@ -98,23 +103,26 @@ def evaluate(
         model, num_frames = pipeline, pipeline.collator.videos.num_frames
     else:
         pipeline, model = None, EndpointChat(base_url, checkpoint)
-    if interventions and (pipeline is None or pipeline.latent_mode == "off"):
-        raise RunError("interventions tamper with latents: give a checkpoint that has slots")
     frames = Frames(num_frames or DEFAULT_FRAMES, frame_cache)
     name = reasoner or default_reasoner(pipeline)
     found = build_reasoner(name, model, frames, max_new_tokens)
     exam = Exam.read(source, benchmark, limit, frames=frames, control=control, prompt=prompt)
     settings = {"model": checkpoint, "reasoner": name}
     with TemporaryDirectory() as unkept:
-        folder = out or Path(unkept)
-        finished = run(folder, found, exam, settings, batch_size)
-        if not state.is_main_process:
-            return
-        summary = finished.provenance["summary"]
-        if interventions:
-            right = evaluate_interventions(pipeline, exam.rows, batch_size)  # type: ignore[arg-type]
-            summary["interventions"] = {kind: sum(hits) / len(hits) for kind, hits in right.items()}
-            write_json(folder / "run.json", finished.provenance)
+        finished = run(out or Path(unkept), found, exam, settings, batch_size)
+    if not state.is_main_process:
+        return
+    _tell(finished, max_errors)
+    if pipeline and name == "latent" and control is None and reliance_rows:
+        pipeline.collator.videos.read = frames.window  # from the cache of frames, if there is one
+        _tell_reliance(pipeline, exam, finished, reliance_rows, batch_size, out)
+
+
+def _tell(finished: Run, max_errors: float) -> None:
+    """The summary, and what went wrong. Raises RunError if that is too much."""
+    from storm_vlm.evaluation.runs import RunError
+
+    summary = finished.provenance["summary"]
     console.print_json(data=summary)
     low, high = summary["interval"]
     errors.print(  # beside the JSON, for people
@@ -130,6 +138,31 @@ def evaluate(
         raise RunError(
             f"{len(failed)} of {len(records)} rows could not be asked, more than --max-errors {max_errors:g} allows"
         )
+
+
+def _tell_reliance(
+    pipeline: StormPipeline, exam: Exam, finished: Run, rows: int, batch_size: int, out: Path | None
+) -> None:
+    """The table of latent reliance, from the run's folder if it is there, else measured and kept there."""
+    from storm_vlm.data.files import write_json
+    from storm_vlm.evaluation.reliance import sampled_reliance
+    from storm_vlm.evaluation.runs import RELIANCE, read_reliance
+    from storm_vlm.versions import commit, versions
+
+    kept = read_reliance(out) if out else None
+    try:
+        found = kept or sampled_reliance(pipeline, exam, finished, rows, batch_size)
+    except ValueError as error:
+        errors.print(f"no latent reliance: {error}", markup=False, soft_wrap=True)
+        return
+    print_reliance(errors, found, found["drawn_from"])
+    if kept:
+        errors.print(f"as {out}/{RELIANCE} has it; without that file it is measured again")
+    elif out:
+        model = finished.provenance["model"]
+        named = Path(model).name if Path(model).is_absolute() else model
+        made = {"checkpoint": named, "commit": commit(), "versions": versions()}
+        write_json(out / RELIANCE, {**made, **found})
 
 
 @app.command()

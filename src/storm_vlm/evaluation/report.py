@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.data.files import write_text
+from storm_vlm.evaluation.cells import Cell, Table
 from storm_vlm.evaluation.runs import Run
-from storm_vlm.evaluation.tables import Cell, Measured, Table, build_tables, measure
+from storm_vlm.evaluation.tables import Measured, build_tables, measure
 from storm_vlm.pages import render
 
 HEADING = "STORM: evaluation"
@@ -69,13 +70,15 @@ CSV_COLUMNS = (
 
 
 def as_csv(measured: Measured) -> str:
-    """A line for each run and each of its categories; shares from 0 to 1."""
+    """A line for each run, each of its categories and each kind of latents fed; shares from 0 to 1."""
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for (system, benchmark, control), summary in measured.summaries.items():
         run = {"system": system, "benchmark": benchmark, "control": control}
         writer.writerows(run | line for line in _csv_lines(summary))
+        reliance = measured.runs[system, benchmark, control].reliance or {"interventions": {}}
+        writer.writerows(run | line for line in _csv_fed(reliance["interventions"]))
     return text.getvalue()
 
 
@@ -93,6 +96,13 @@ def _csv_lines(summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }
         for name, category in group["categories"].items():
             yield {"group": key, "category": name, **_csv_shares(category)}
+
+
+def _csv_fed(kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for kind, line in kinds.items():
+        share = line["accuracy"]
+        bounds = {"accuracy": share["mean"], "low": share["low"], "high": share["high"]}
+        yield {"group": "latents fed", "category": kind, "n": share["n"], **bounds}
 
 
 def _csv_shares(found: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from storm_vlm.evaluation.tables import Table
+    from storm_vlm.evaluation.cells import Table
 
 app = typer.Typer()
 console = Console()
@@ -55,7 +55,7 @@ def compare_runs(
 
 
 def _compared(found: dict[str, Any]) -> list[str]:
-    from storm_vlm.evaluation.tables import percent, signed
+    from storm_vlm.evaluation.cells import percent, signed
 
     shares = [percent(found["ours"]), percent(found["theirs"]), signed(found["difference"])]
     return [str(found["n"]), *shares, str(found["only_ours"]), str(found["only_theirs"])]

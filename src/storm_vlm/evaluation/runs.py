@@ -1,4 +1,5 @@
-"""A run on disk: `run.json` says how it was made, `answers-*.jsonl` hold its records."""
+"""A run on disk: `run.json` says how it was made, `answers-*.jsonl` hold its records, `reliance.json` (of STORM only)
+says what its answers owe to the latents."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from storm_vlm.evaluation.scoring import RULES
 from storm_vlm.evaluation.statistics import category_intervals, confidence_interval
 
 _RECORD = TypeAdapter(Record)
+RELIANCE = "reliance.json"
 
 
 class RunError(ValueError):
@@ -30,6 +32,7 @@ class Run:
     folder: Path
     provenance: dict[str, Any]
     records: tuple[Record, ...]
+    reliance: dict[str, Any] | None = None  #: see `latent_reliance`; None: not measured
 
     @property
     def benchmark(self) -> str:
@@ -63,7 +66,21 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"{file}: benchmark: missing")
     if not any(folder.glob("answers-*.jsonl")):
         raise FileNotFoundError(f"{folder} holds no answers-*.jsonl: run the evaluation first")
-    return Run(folder, provenance, tuple(read_records(folder)))
+    return Run(folder, provenance, tuple(read_records(folder)), read_reliance(folder))
+
+
+def read_reliance(folder: Path) -> dict[str, Any] | None:
+    """A folder's latent reliance, None where it was not measured. Raises RunError for another kind of file."""
+    file = folder / RELIANCE
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise RunError(f"{file}: not JSON: {error}") from error
+    if not isinstance(found, dict) or not {"interventions", "drawn_from"} <= found.keys():
+        raise RunError(f"{file}: not what storm evaluate writes: remove it, and it is made again")
+    return found
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from storm_vlm.evaluation.cells import Cell, Line, Table, estimated, percent, signed, span
 from storm_vlm.evaluation.compare import SHUFFLED, overall, survives_shuffling
 from storm_vlm.evaluation.runs import Run, summarize
 
@@ -30,31 +31,6 @@ LAYOUT = {
 }
 PHASES = ("decode", "vision", "prefill", "latent", "answer", "tool")
 PAPER_FILE = Path(__file__).with_name("paper_tables.yaml")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A figure, and what has to be known about it, in smaller print."""
-
-    text: str = "-"
-    small: str = ""
-    warning: bool = False
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of a table; `paper` lines are not ours."""
-
-    cells: tuple[Cell, ...]
-    paper: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    columns: tuple[str, ...]
-    lines: list[Line]
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -91,12 +67,13 @@ def measure(runs: Sequence[Run]) -> Measured:
 
 
 def build_tables(measured: Measured, with_paper: bool = False) -> list[Table]:
-    """The paper's Tables 1, 2 and 4 with our lines; then gains, controls and categories."""
+    """The paper's Tables 1, 2 and 4 with our lines; gains, controls, latent reliance and categories."""
     paper = yaml.safe_load(PAPER_FILE.read_text(encoding="utf-8")) if with_paper else {}
     tables = [_main(measured, title, names, paper) for title, names in LAYOUT.items()]
     others = [b for b in measured.benchmarks if not any(b in names for names in LAYOUT.values())]
     tables.append(_main(measured, "Other benchmarks", tuple(others), {}))
-    tables += [_gains(measured), _controls(measured), _latency(measured, paper)]
+    tables += [_gains(measured), _controls(measured), _reliance(measured)]
+    tables.append(_latency(measured, paper))
     tables += [t for benchmark in measured.benchmarks for t in _categories(measured, benchmark)]
     return [table for table in tables if table.lines]
 
@@ -108,20 +85,6 @@ def title(benchmark: str) -> str:
 def _name(system: str) -> Cell:
     reasoner, _, model = system.partition(" · ")
     return Cell(reasoner, model)
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _span(interval: Sequence[float]) -> str:
-    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-
-
-def signed(found: dict[str, float]) -> str:
-    """A difference in points, with its interval."""
-    low, high = 100 * found["low"], 100 * found["high"]
-    return f"{100 * found['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _main(
@@ -168,7 +131,7 @@ def _score(summary: dict[str, Any] | None) -> Cell:
         said.append(f"official {percent(official['accuracy'])}{of}")
     for name, score in list(summary["rules"].items())[1:]:  # the first is the official one
         said.append(f"{name} rule {percent(score['accuracy'])}")
-    text = f"{percent(summary['accuracy'])} {_span(summary['interval'])}"
+    text = f"{percent(summary['accuracy'])} {span(summary['interval'])}"
     return Cell(text, " · ".join(said), warning=n != expected or summary["errors"] > 0)
 
 
@@ -231,7 +194,44 @@ def _control(full: Run | None, control: Run | None, measured: Measured) -> Cell:
     if full is None:
         return Cell(percent(summary["accuracy"]))
     cost = overall([control], [full])["difference"]
-    return Cell(f"{percent(summary['accuracy'])} {_span(summary['interval'])}", signed(cost))
+    return Cell(f"{percent(summary['accuracy'])} {span(summary['interval'])}", signed(cost))
+
+
+def _reliance(measured: Measured) -> Table:
+    """What each system's answers owe to its latents: a line for each run in which that was measured."""
+    lines = [
+        Line((_name(system), Cell(title(benchmark)), *_relied(run.reliance)))
+        for (system, benchmark, _), run in measured.runs.items()
+        if run.reliance
+    ]
+    columns = (
+        *("system", "benchmark", "own latents", "another clip's", "difference"),
+        *("answers follow", "no slots", "n"),
+    )
+    notes = [
+        "Accuracy of greedy answers when the slots are fed the clip's own latents or those of another clip that "
+        "has another answer; the difference, in points, is paired. Answers follow where they become that clip's. A "
+        "difference that may be nought is marked: these answers are not shown to depend on the latents."
+    ]
+    return Table("Latent reliance", columns, lines, notes)
+
+
+def _relied(found: dict[str, Any]) -> tuple[Cell, ...]:
+    own, swap, removed = (
+        found["interventions"][kind] for kind in ("own", "swap_other_answer", "removed")
+    )
+    small = f"{percent(swap['follows_own']['mean'])} with own"
+    unshown = found["reliance"]["low"] <= 0
+    given = swap["accuracy"]["n"]
+    drawn = f"of {found['drawn_from']:,}" if found["drawn_from"] > found["n"] else ""
+    return (
+        estimated(own["accuracy"]),
+        estimated(swap["accuracy"], "" if given == found["n"] else f"n {given:,}"),
+        Cell(signed(swap["difference"]), "not shown to depend" if unshown else "", unshown),
+        estimated(swap["follows"], small),
+        estimated(removed["accuracy"]),
+        Cell(f"{found['n']:,}", drawn),
+    )
 
 
 def _latency(measured: Measured, paper: dict[str, Any]) -> Table:
@@ -285,7 +285,7 @@ def _categories(measured: Measured, benchmark: str) -> list[Table]:
             for name in names
         ]
         macro = (
-            Cell(f"{percent(g['macro'])} {_span(g['macro_interval'])}") if "macro" in g else Cell()
+            Cell(f"{percent(g['macro'])} {span(g['macro_interval'])}") if "macro" in g else Cell()
             for g in groups
         )
         lines.append(Line((Cell("mean of these (macro)"), *macro)))
@@ -300,4 +300,4 @@ def _category(found: dict[str, Any] | None) -> Cell:
     said = f"n {found['n']:,} · unparsed {percent(found['unparsed'])}%"
     if found["official"]["scored"]:
         said += f" · official {percent(found['official']['accuracy'])}"
-    return Cell(f"{percent(found['accuracy'])} {_span(found['interval'])}", said)
+    return Cell(f"{percent(found['accuracy'])} {span(found['interval'])}", said)

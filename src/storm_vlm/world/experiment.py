@@ -85,7 +85,8 @@ def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size
         rows = read_rows(data[split])
         result[split] = [_outcome(r) for r in evaluate(reasoner, rows, reasoner.frames, 100)]
     if what.latent:
-        result["tampered"] = asdict(tamper(pipeline, read_rows(data["test"]), batch_size=100))
+        tampered, _ = tamper(pipeline, read_rows(data["test"]), batch_size=100)
+        result["tampered"] = asdict(tampered)
     if arm == "sft":
         rows = read_rows(data["test"])
         for control in CONTROLS:

@@ -1,0 +1,52 @@
+"""What a table is made of, and how its figures are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, and what has to be known about it, in smaller print."""
+
+    text: str = "-"
+    small: str = ""
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table; `paper` lines are not ours."""
+
+    cells: tuple[Cell, ...]
+    paper: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: tuple[str, ...]
+    lines: list[Line]
+    notes: list[str] = field(default_factory=list)
+
+
+def percent(value: float | None) -> str:
+    """A share, without the sign."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def span(interval: Sequence[float]) -> str:
+    """Its bounds in percent."""
+    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def signed(found: dict[str, float]) -> str:
+    """A difference in points, with its interval."""
+    low, high = 100 * found["low"], 100 * found["high"]
+    return f"{100 * found['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def estimated(found: dict[str, float], small: str = "") -> Cell:
+    """A mean with its interval."""
+    return Cell(f"{percent(found['mean'])} {span((found['low'], found['high']))}", small)
