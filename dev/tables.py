@@ -12,7 +12,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from storm_vlm.report import ARM_NAMES, INTERVENTIONS, accuracy_bars
+from storm_vlm.report import accuracy_bars
+from storm_vlm.reproduce.page import grid_of
 from storm_vlm.world.build import HORIZON
 from storm_vlm.world.questions import sample_reasoning
 from storm_vlm.world.render import clip_frames, thought_frames
@@ -21,37 +22,22 @@ from storm_vlm.world.simulator import REASONING
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def results(micro: dict[str, Any]) -> str:
-    """The results section, in Markdown."""
+def results(found: dict[str, Any]) -> str:
+    """The results section, in Markdown: the first tables of docs/results.md."""
+    micro = recorded("micro")
     lines = [
-        f"Micro world, {micro['n_test']} test questions about the unseen part, every arm with the same "
-        f"rows and the same number of optimizer steps (`{micro['command']}`, [figures](docs/results/micro.json)):",
-        "",
-        "| model | accuracy | 95% interval, over questions | seeds | harder split |",
-        "|---|---|---|---|---|",
-    ]
-    for arm, name in ARM_NAMES.items():
-        if arm == "shipped":  # the quickstart's
-            continue
-        if micro.get(arm) is None:
-            lines.append(f"| {name} | not measured | | | |")
-        else:
-            low, high = micro[f"{arm}_interval"]
-            bold = "**" if arm == "full" else ""
-            lines.append(
-                f"| {bold}{name}{bold} | {bold}{micro[arm]:.1%}{bold} | {low:.1%} – {high:.1%} | {len(micro[f'{arm}_seeds'])} | {micro[f'{arm}_ood']:.1%} |"
-            )
-    lines += [
-        f"| best shortcut ({max(micro['shortcuts'], key=micro['shortcuts'].get).replace('_', ' ')}) | {micro['shortcut_best']:.1%} | | | |",
-        f"| uniform guess | {micro['chance']:.1%} | | | |",
+        f"Micro world, {found['n_test']} test questions about the unseen part, every arm with the same rows and the same number of optimizer "
+        f"steps ({found['steps']}); 95% intervals over seeds and questions. All tables, with what differs from the paper: "
+        f"[docs/results.md](docs/results.md), written by `{found['command']}` ([figures](docs/results/reproduce.json)).",
         "",
     ]
-    gain = micro["full_minus_sft"]
+    for name in ("main", "stages"):
+        table = found["tables"][name]
+        lines += [f"**{table['title']}** ({table['paper']} of the paper)", "", grid_of(table), ""]
     lines += [
-        f"STORM minus SFT: {100 * gain['mean']:+.1f} points (95% interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}). "
-        "Are the latents used? Accuracy of the same STORM models when",
+        f"Best shortcut ({max(micro['shortcuts'], key=micro['shortcuts'].get).replace('_', ' ')}): {micro['shortcut_best']:.1%}; uniform guess: {micro['chance']:.1%}.",
         "",
-        *(f"- {text}: {micro[f'full_{kind}']:.1%}" for kind, text in INTERVENTIONS.items()),
+        *(f"- {sentence}" for sentence in found["findings"]["main"] + found["findings"]["stages"]),
         "",
         "![Accuracy of each arm](docs/images/micro.svg)",
         "",
@@ -62,38 +48,6 @@ def results(micro: dict[str, Any]) -> str:
         )
         + ".",
     ]
-    return "\n".join(lines) + "\n"
-
-
-TARGETS = {
-    "stage1_only": "thought video",
-    "keyframes": "keyframes alone",
-    "self_distilled": "thought video, read by a slow average of the model",
-    "future": "what the camera saw next",
-    "shuffled": "another row's thought video (control)",
-    "pause": "none: pause slots (control)",
-    "sft": "no slots: SFT",
-}
-
-
-def targets(found: dict[str, Any]) -> str:
-    """What the slots are aligned to, as a table."""
-    lines = [
-        f"What should slots be aligned to? Stage I alone, {found['n_test']} questions, same rows and steps ([figures](docs/results/targets.json)):",
-        "",
-        "| target | accuracy | 95% interval | another clip's states fed in | seeds |",
-        "|---|---|---|---|---|",
-    ]
-    for arm, name in TARGETS.items():
-        if found.get(arm) is None:
-            lines.append(f"| {name} | not measured | | | |")
-            continue
-        low, high = found[f"{arm}_interval"]
-        swapped = found.get(f"{arm}_swap_inputs")
-        swap = "" if swapped is None else f"{swapped:.1%}"
-        lines.append(
-            f"| {name} | {found[arm]:.1%} | {low:.1%} – {high:.1%} | {swap} | {len(found[f'{arm}_seeds'])} |"
-        )
     return "\n".join(lines) + "\n"
 
 
@@ -133,8 +87,7 @@ def draw(micro: dict[str, Any], folder: Path) -> None:
 
 
 SECTIONS = {
-    "results": (results, "micro"),
-    "targets": (targets, "targets"),
+    "results": (results, "reproduce"),
     "latency": (latency, "latency"),
 }
 

@@ -14,9 +14,8 @@ from tiny_model import (
 )
 from torch import Tensor
 
-from storm_vlm.interventions import latent_interventions
 from storm_vlm.latent import alignment_loss, answer_loss
-from storm_vlm.rollout import RolloutOutput, read_prompt, rollout
+from storm_vlm.rollout import RolloutOutput, rollout
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 0}
 
@@ -272,98 +271,3 @@ def test_mistakes_are_named() -> None:
         rollout(model, batch, BUDGET, torch.zeros(3, 1, 64), torch.ones(3).bool())
     with pytest.raises(ValueError, match="left"):
         rollout(model, {**batch, "attention_mask": batch["attention_mask"].flip(1)}, BUDGET)
-    with pytest.raises(ValueError, match="budget"):
-        latent_interventions(model, batch, 0, torch.arange(3))
-
-
-# ---------------------------------------------------------------- interventions
-
-
-def test_interventions_that_change_nothing_change_nothing() -> None:
-    model, batch = exact_model(), training_batch()
-    expected = rollout(model, batch, BUDGET).logits
-    outputs = latent_interventions(model, batch, BUDGET, torch.arange(3))
-    for kind in ("none", "swap_inputs", "swap_keys_values"):
-        torch.testing.assert_close(outputs[kind], expected, **CLOSE)
-    assert (outputs["drop"] - expected).abs().amax((1, 2)).min() > 1e-2
-
-
-@torch.no_grad()
-def test_swapped_inputs_are_the_donors_states() -> None:
-    model, batch, donors = exact_model(), training_batch(), torch.tensor([1, 2, 0])
-    states = rollout(model, batch, BUDGET).states
-    swapped = latent_interventions(model, batch, BUDGET, donors, ["swap_inputs"])
-    expected = rollout(model, batch, BUDGET, states[donors]).logits
-    torch.testing.assert_close(swapped["swap_inputs"], expected, **CLOSE)
-
-
-@torch.no_grad()
-def test_dropped_segment_equals_full_recompute_under_a_mask() -> None:
-    model, batch = exact_model(), training_batch()
-    dropped = latent_interventions(model, batch, BUDGET, torch.arange(3), ["drop"])["drop"]
-    for i, row in enumerate(prompts()):
-        # without cache: the prompt but its start, then end and answer at the positions they had
-        labels = batch["labels"][i][batch["labels"][i] != -100]
-        ids = torch.cat([row["input_ids"][0, :-1], torch.tensor([TOKENS.end]), labels[:-1]])[None]
-        positions, _ = model.model.get_rope_index(
-            **{n: v for n, v in row.items() if n != "pixel_values_videos"}
-        )
-        after = positions[..., -1:] + BUDGET + torch.arange(1, len(labels) + 1)
-        logits = model(
-            input_ids=ids,
-            position_ids=torch.cat([positions[..., :-1], after], -1),
-            pixel_values_videos=row["pixel_values_videos"],
-            video_grid_thw=row["video_grid_thw"],
-        ).logits[0, -len(labels) :]
-        torch.testing.assert_close(dropped[i, : len(labels)], logits, **CLOSE)
-
-
-@torch.no_grad()
-def test_swapped_keys_are_turned_to_the_receivers_positions() -> None:
-    """Two rows with the same latent inputs at different positions differ in nothing but context.
-
-    A one-layer model's keys depend on the slot's input alone, so that swapping them between such
-    rows must change nothing.
-    """
-    model = exact_model(num_hidden_layers=1)
-    # nothing but the first slot's input may tell the rows apart, so give both the same prompt ...
-    row = prompts()[0]
-    ids = row["input_ids"]
-    longer = torch.cat([ids[:, :3], ids[:, :3], ids[:, 3:]], 1)  # ... one with three words more
-    moved = {
-        **row,
-        "input_ids": longer,
-        "attention_mask": torch.ones_like(longer),
-        "mm_token_type_ids": torch.nn.functional.pad(row["mm_token_type_ids"], (3, 0)),
-    }
-    batch = left_pad([row, moved])
-    prompt, _ = read_prompt(model, batch)
-    slots = (
-        torch.randn(1, BUDGET, 64, generator=torch.Generator().manual_seed(0))
-        .expand(2, -1, -1)
-        .double()
-    )
-    prompt.extend(slots)
-    layers: list[Any] = list(prompt.cache.layers)
-    before = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
-    from storm_vlm.interventions import _swap_keys_values
-
-    _swap_keys_values(prompt, torch.tensor([1, 0]))
-    for layer, (keys, values) in zip(layers, before, strict=True):
-        torch.testing.assert_close(layer.keys, keys, **CLOSE)
-        torch.testing.assert_close(layer.values, values, **CLOSE)
-        assert (keys[0, :, -1] - keys[1, :, -1]).abs().max() > 1e-2  # unturned, they differ
-
-
-@torch.no_grad()
-def test_swapped_keys_and_values_change_the_answer() -> None:
-    outputs = latent_interventions(
-        exact_model(),
-        training_batch(),
-        BUDGET,
-        torch.tensor([1, 2, 0]),
-        ["none", "swap_keys_values"],
-    )
-    assert set(outputs) == {"none", "swap_keys_values"}
-    difference = (outputs["none"] - outputs["swap_keys_values"]).abs().amax((1, 2))
-    assert difference.min() > 1e-2

@@ -131,17 +131,11 @@ class Prompt:
     last_position: Tensor  # (3, B, 1)
     length: int  # T
 
-    def extend(self, embeds: Tensor, hide: slice | None = None) -> Tensor:
-        """Append embeddings (B, n, D), return their states; ``hide`` masks past columns."""
-        batch, added = embeds.shape[:2]
+    def extend(self, embeds: Tensor) -> Tensor:
+        """Append embeddings (B, n, D), return their states."""
+        added = embeds.shape[1]
         past = self.cache.get_seq_length() - self.length  # appended so far
-        mask = self.mask
-        if mask is None and hide is not None:
-            mask = torch.ones(batch, self.length, dtype=torch.long, device=embeds.device)
-        if mask is not None:
-            mask = F.pad(mask, (0, past + added), value=1)
-            if hide is not None:
-                mask[:, hide] = 0
+        mask = None if self.mask is None else F.pad(self.mask, (0, past + added), value=1)
         step = torch.arange(past + 1, past + added + 1, device=embeds.device)
         # These passes are short: checkpointing would save nothing, and drop the cache.
         with _on_every_layer(self.core, "gradient_checkpointing", False):
@@ -152,12 +146,6 @@ class Prompt:
                 past_key_values=self.cache,
                 use_cache=False,  # as below
             ).last_hidden_state
-
-    def peek(self, embeds: Tensor, hide: slice | None = None) -> Tensor:
-        """`extend`, and forget the appended tokens again."""
-        states = self.extend(embeds, hide)
-        self.cache.crop(-embeds.shape[1])
-        return states
 
 
 def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:

@@ -50,7 +50,7 @@ def markdown(found: dict[str, Any]) -> str:
     for name, table in found["tables"].items():
         parts.append(f"## {table['title']} ({table['paper']})")
         parts.append(_bullets(found["findings"][name]))
-        parts.append(_grid(COLUMNS, table_rows(table), bold=_place(table)))
+        parts.append(grid_of(table))
     parts.append("## Latency (Table 4)")
     parts.append(_bullets(found["findings"]["latency"]))
     parts.append(_grid(LATENCY_COLUMNS, latency_rows(found["latency"]), bold=0))
@@ -128,8 +128,10 @@ def latency_rows(latency: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _place(table: dict[str, Any]) -> int:
-    return [line["name"] for line in table["lines"]].index(table["reference"])
+def grid_of(table: dict[str, Any]) -> str:
+    """One table in Markdown, its reference in bold."""
+    names = [line["name"] for line in table["lines"]]
+    return _grid(COLUMNS, table_rows(table), bold=names.index(table["reference"]))
 
 
 def _bullets(sentences: Sequence[str]) -> str:
