@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from storm_vlm.reproduce.findings import findings
 from storm_vlm.reproduce.page import markdown, table_rows
-from storm_vlm.reproduce.run import Plan, reproduce
+from storm_vlm.reproduce.run import Plan, _belongs, reproduce
 from storm_vlm.reproduce.tables import TAMPERED, table
 from storm_vlm.world.arms import COMPARISONS
 from storm_vlm.world.experiment import Size
@@ -99,6 +100,14 @@ def test_a_second_call_trains_and_probes_nothing_again(
 def test_a_table_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no comparison is called tables.*latent_sizes"):
         reproduce(tmp_path, tmp_path, TINY, ["tables"])
+
+
+def test_a_folder_holds_runs_of_one_plan_but_seeds_can_be_added(tmp_path: Path) -> None:
+    _belongs(tmp_path, TINY)
+    _belongs(tmp_path, replace(TINY, seeds=3))
+    longer = replace(TINY, size=replace(TINY.size, steps=70))
+    with pytest.raises(ValueError, match=r"holds runs of other settings.*'steps': 7"):
+        reproduce(tmp_path, tmp_path, longer, ["stages"])
 
 
 def test_what_is_said_follows_the_figures(reproduced: tuple[Path, dict[str, Any]]) -> None:

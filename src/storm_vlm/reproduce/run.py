@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,13 @@ def reproduce(
     `results.md` and, in `results/`, the figures for the record. Tables also show what earlier calls have trained.
 
     Raises:
-        ValueError: no comparison has such a name.
+        ValueError: no comparison has such a name, or the folder holds runs of other settings.
     """
     if unknown := set(chosen) - set(COMPARISONS):
         raise ValueError(
             f"no comparison is called {', '.join(sorted(unknown))}: choose from {', '.join(COMPARISONS)}"
         )
+    _belongs(folder, plan)
     wanted = dict.fromkeys(a for name in chosen or COMPARISONS for a in COMPARISONS[name].arms)
     trained = [arm for arm in wanted if ARMS[arm].trained]
     run_arms(folder, trained, range(plan.seeds), plan.size, jobs)
@@ -99,6 +100,16 @@ def reproduce(
     write_text(out / "results.md", markdown(found))
     write_page(folder / "report.html", found, cards)
     return found
+
+
+def _belongs(folder: Path, plan: Plan) -> None:
+    """Runs of different settings do not go together: a folder is one plan's; only seeds may be added."""
+    file = folder / "plan.json"
+    wanted = {key: value for key, value in asdict(plan).items() if key != "seeds"}
+    if not file.exists():
+        write_json(file, wanted)
+    elif (known := json.loads(file.read_text())) != wanted:
+        raise ValueError(f"{folder} holds runs of other settings ({known}): choose another folder")
 
 
 def _results(folder: Path) -> dict[str, list[Result]]:

@@ -159,12 +159,16 @@ def run_arms(
     work = [(folder, data, arm, seed, size) for arm in arms for seed in seeds]
     if jobs == 1:
         return [run_arm(*job) for job in work]
+    # Workers read it when they import tqdm: bars of several runs would write over each other.
+    os.environ["TQDM_DISABLE"] = "1"
     context = multiprocessing.get_context("spawn")
+    results = []
     with ProcessPoolExecutor(jobs, context, initializer=_start_worker) as pool:
         futures = [pool.submit(run_arm, *job) for job in work]
-        return [
-            future.result() for future in tqdm(as_completed(futures), "runs", total=len(futures))
-        ]
+        for future in tqdm(as_completed(futures), "runs", total=len(futures)):
+            results.append(result := future.result())
+            tqdm.write(f"{result['arm']}, seed {result['seed']}: {_mean([_hits(result)]):.1%}")
+    return results
 
 
 def shortcut_accuracies(
