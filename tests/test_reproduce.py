@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from storm_vlm.reproduce.findings import findings
+from storm_vlm.analysis.reliance import KINDS
+from storm_vlm.cli import app
+from storm_vlm.reproduce.findings import SAY
 from storm_vlm.reproduce.page import markdown, table_rows
-from storm_vlm.reproduce.run import Plan, _belongs, reproduce
-from storm_vlm.reproduce.tables import TAMPERED, table
-from storm_vlm.world.arms import COMPARISONS
+from storm_vlm.reproduce.run import FAST, FULL, Plan, _belongs, reproduce
+from storm_vlm.reproduce.tables import table
+from storm_vlm.world.arms import ARMS, COMPARISONS
 from storm_vlm.world.experiment import Size
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,11 +25,15 @@ TINY = Plan(Size(train_rows=16, test_rows=8, ood_rows=2, steps=7), 1, probed=3, 
 def run(
     arm: str, seed: int, right: list[bool], swapped: list[bool | None] | None = None
 ) -> dict[str, Any]:
+    """An arm's outcomes; `swapped`: whether it is right with another clip's latents, None without a donor."""
     outcomes = [{"correct": hit, "tokens": 2, "slots_used": 8} for hit in right]
-    result = {"arm": arm, "seed": seed, "test": outcomes, "ood": outcomes[:2]}
-    if swapped is not None:
-        kinds = {kind: swapped if kind.startswith("swap") else right for kind in TAMPERED}
-        result["tampered"] = {"right": kinds, "follows": [hit is False for hit in swapped]}
+    result: dict[str, Any] = {"arm": arm, "seed": seed, "test": outcomes, "ood": outcomes[:2]}
+    if ARMS[arm].latent:
+        swapped = swapped or [not hit for hit in right]
+        kinds = {kind: swapped if kind.startswith("swap") else right for kind in KINDS}
+        follows = [None if hit is None else not hit for hit in swapped]
+        never = [None if hit is None else False for hit in swapped]
+        result["tampered"] = {"right": kinds, "follows": follows, "follows_own": never}
     return result
 
 
@@ -50,10 +57,78 @@ def test_a_table_counts_over_seeds_and_pairs_what_seeds_share() -> None:
     assert lines["base"]["behind"]["mean"] == 5 / 8  # its one run stands for both seeds
     tampered = lines["full"]["tampered"]
     assert tampered["swap_other_answer"]["mean"] == 1 / 6  # rows without a donor do not count
+    assert tampered["follows"]["mean"] == 5 / 6 and tampered["follows_own"]["mean"] == 0
     assert tampered["own"]["mean"] == 5 / 8 and lines["sft"]["tampered"] is None
     cells = dict(zip(lines, table_rows(found), strict=True))
     assert cells["cot"][1] == "not measured" and cells["full"][1].startswith("62.5% (")
     assert {len(row) for row in cells.values()} == {9}
+
+
+def test_an_arm_of_another_size_is_set_against_its_own_storm() -> None:
+    results = {arm: [run(arm, 0, [arm == "deep_full"] * 4)] for arm in COMPARISONS["sizes"].arms}
+    lines = {line["arm"]: line for line in table(COMPARISONS["sizes"], results)["lines"]}
+    assert lines["deep_sft"]["behind"]["mean"] == 1 and lines["sft"]["behind"]["mean"] == 0
+
+
+def said(name: str, ours: float, theirs: float) -> str:
+    """All sentences of a table: its references are right with a share of `ours`, its other arms of `theirs`."""
+    comparison = COMPARISONS[name]
+    results = {}
+    for arm in comparison.arms:
+        leads = arm == comparison.reference or arm in comparison.rivals.values()
+        share = ours if leads else theirs
+        results[arm] = [run(arm, s, [i < 40 * share for i in range(40)]) for s in (0, 1)]
+    return _sentences(comparison, results)
+
+
+def _sentences(comparison: Any, results: dict[str, Any]) -> str:
+    found = {line["arm"]: line for line in table(comparison, results)["lines"]}
+    known = {a: x for a, x in found.items() if x["accuracy"] and (x["behind"] or not x["against"])}
+    return " ".join(SAY[comparison_name(comparison)](known))
+
+
+def comparison_name(comparison: Any) -> str:
+    return next(name for name, other in COMPARISONS.items() if other is comparison)
+
+
+@pytest.mark.parametrize(
+    ("name", "ahead", "behind", "same"),
+    [
+        (
+            "main",
+            ", as in Tables 1 and 2",
+            ", unlike Tables 1 and 2",
+            "no difference shown, unlike Tables",
+        ),
+        ("stages", ", as in Table 6", ", unlike Table 6", "no difference shown, unlike Table 6"),
+        ("sizes", "leads at both sizes", "not shown", "not shown"),
+        (
+            "latent_sizes",
+            ", as in Table 5",
+            ", unlike Table 5",
+            "no difference shown, unlike Table 5",
+        ),
+        ("targets", "is ahead of", "is behind", "is not shown to differ from"),
+        ("slot_inputs", "is ahead of", "is behind", "is not shown to differ from"),
+        ("rows", "+75.0 points", "-75.0 points", "+0.0 points"),
+    ],
+)
+def test_sentences_follow_the_figures(name: str, ahead: str, behind: str, same: str) -> None:
+    assert ahead in said(name, 1.0, 0.25) and behind not in said(name, 1.0, 0.25)
+    assert behind in said(name, 0.25, 1.0) and ahead not in said(name, 0.25, 1.0)
+    assert same in said(name, 0.5, 0.5) and ahead not in said(name, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_sentences_are_said_of_what_there_is(name: str) -> None:
+    """Any arm may be missing, or share no seed with the others: nothing breaks, and nothing is said of it."""
+    comparison = COMPARISONS[name]
+    whole = {arm: [run(arm, 0, [True, False])] for arm in comparison.arms}
+    for gone in comparison.arms:
+        _sentences(comparison, {arm: runs for arm, runs in whole.items() if arm != gone})
+        other_seed = whole | {gone: [run(gone, 1, [True, False])]}
+        _sentences(comparison, other_seed)
+    assert "points" not in _sentences(comparison, {})
 
 
 @pytest.fixture(scope="module")
@@ -77,23 +152,28 @@ def test_reproduce_trains_the_chosen_tables_and_writes_down_all(
     assert text == markdown(record)
     for comparison in COMPARISONS.values():
         assert f"## {comparison.title} ({comparison.paper})" in text
-    assert "not measured" in text  # SFT, say
+    assert "not measured" in text and "A rehearsal" in text  # SFT, say; and seven steps
     for name in ("micro", "targets", "reliance"):
-        assert json.loads((folder / f"docs/results/{name}.json").read_text())["command"]
+        record = (folder / f"docs/results/{name}.json").read_text()
+        assert json.loads(record)["command"] and "NaN" not in record
     page = (folder / "report.html").read_text()
     assert page.count("data:image/svg+xml") >= len(COMPARISONS) + 5
     assert "Does the answer depend on the latents?" in page and "Watch the thought" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # no request leaves the page
 
 
-def test_a_second_call_trains_and_probes_nothing_again(
-    reproduced: tuple[Path, dict[str, Any]],
-) -> None:
+def test_a_second_call_does_nothing_again(reproduced: tuple[Path, dict[str, Any]]) -> None:
     folder, found = reproduced
-    made = [*folder.rglob("model.safetensors"), *folder.rglob("states.safetensors")]
-    before = {file: file.stat().st_mtime_ns for file in made}
+    patterns = (
+        "model.safetensors",
+        "result.json",
+        "latency.json",
+        "examples.json",
+        "states.safetensors",
+    )
+    made = {file: file.stat().st_mtime_ns for name in patterns for file in folder.rglob(name)}
     again = reproduce(folder, folder / "docs", TINY, ["stages"], jobs=1)
-    assert before and before == {file: file.stat().st_mtime_ns for file in made}
+    assert len(made) >= 12 and made == {file: file.stat().st_mtime_ns for file in made}
     assert again["tables"] == found["tables"] and again["reliance"] == found["reliance"]
 
 
@@ -110,15 +190,13 @@ def test_a_folder_holds_runs_of_one_plan_but_seeds_can_be_added(tmp_path: Path) 
         reproduce(tmp_path, tmp_path, longer, ["stages"])
 
 
-def test_what_is_said_follows_the_figures(reproduced: tuple[Path, dict[str, Any]]) -> None:
-    """The same sentence must come out the other way round when the figures do."""
-    found = dict(reproduced[1])
-    many = [True] * 60
-    strong = {"full": [run("full", 0, many, [False] * 60)], "sft": [run("sft", 0, [False] * 60)]}
-    weak = {"full": [run("full", 0, [False] * 60, [False] * 60)], "sft": [run("sft", 0, many)]}
-    said = []
-    for results in (strong, weak):
-        found["tables"] = {name: table(of, results) for name, of in COMPARISONS.items()}
-        said.append(findings(found)["main"][0])
-    assert "+100.0 points" in said[0] and "as in Tables 1 and 2" in said[0]
-    assert "-100.0 points" in said[1] and "unlike Tables 1 and 2" in said[1]
+def test_the_verb_hands_its_options_on(tmp_path: Path) -> None:
+    """A folder of another plan is refused before anything is done, and the refusal shows what was asked for."""
+    _belongs(tmp_path, TINY)
+    for options, plan in (([], FULL), (["--fast"], FAST), (["--steps", "70"], FULL)):
+        size = replace(plan.size, steps=70 if "--steps" in options else plan.size.steps)
+        result = CliRunner().invoke(app, ["reproduce", str(tmp_path), *options])
+        assert isinstance(result.exception, ValueError)
+        assert f"steps={size.steps}" in str(result.exception) and str(tmp_path) in str(
+            result.exception
+        )

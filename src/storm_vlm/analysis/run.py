@@ -29,6 +29,7 @@ from storm_vlm.data.schema import Row, read_rows
 from storm_vlm.pipeline import StormPipeline
 from storm_vlm.versions import commit, versions
 
+PARTS = ("reliance", "slots", "retrieval", "embeddings", "watch")
 EXAMPLES = 3  # right ones, and as many wrong ones
 
 

@@ -109,6 +109,15 @@ def paired_difference(
     return {"mean": float(difference.mean()), "low": float(low), "high": float(high)}
 
 
+def mean_over_seeds(outcomes: ArrayLike) -> dict[str, float]:
+    """Mean of (seeds, rows) outcomes with its 95% interval, as in `paired_difference`, and `n`.
+
+    With few seeds it reaches hardly beyond the worst and the best of them; with one, it is over rows alone.
+    """
+    values = np.atleast_2d(np.asarray(outcomes, float))
+    return {**paired_difference(values, np.zeros_like(values)), "n": values.size}
+
+
 def only_right(ours: ArrayLike, theirs: ArrayLike) -> tuple[int, int]:
     """How many rows only ours, and only theirs, has right (what McNemar's test looks at); over all seeds."""
     a, b = np.asarray(ours, bool), np.asarray(theirs, bool)

@@ -7,31 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.analysis.page import Card, shown
+from storm_vlm.analysis.reliance import KINDS
+from storm_vlm.analysis.run import PARTS
 from storm_vlm.data.files import write_text
 from storm_vlm.pages import interval, points, render, share
 from storm_vlm.report import svg
 from storm_vlm.reproduce.charts import dots, rows_curve
 
 COLUMNS = (
-    *(
-        "",
-        "accuracy",
-        "behind",
-        "harder split",
-        "with another clip's latents",
-        "that clip's answer",
-    ),
-    *("without slots", "tokens", "seeds"),
+    "",
+    "accuracy",
+    "behind",
+    "harder split",
+    "with another clip's latents",
+    "that clip's answer",
+    "without slots",
+    "tokens",
+    "seeds",
 )
 NOT_MEASURED = "not measured"
 READING = (
-    "Clips of the micro world stop early, and every question is about what comes after. All arms of a table see the "
-    "same rows for {steps} optimizer steps of 16 ({train_rows} rows, but where it says otherwise), and answer the "
-    "same {n_test} test questions. Intervals: 95%, seeds and questions drawn again. Behind: the bold line less this "
-    "one, in points, seed by seed. Beside each accuracy stands what is left of it when another clip's latents (of "
-    "another answer) are fed into the slots, how often the answer then becomes that clip's, and what is left without "
-    "slots. Harder split: two balls, six or seven hidden steps."
+    "Clips of the micro world stop early, and every question is about what comes after. All arms take {steps} "
+    "optimizer steps of 16 rows, of {train_rows} but where a name says otherwise, and answer the same {n_test} "
+    "test questions. Brackets: 95% intervals, over seeds and questions; with three seeds they reach hardly beyond "
+    "the worst and the best of them, with one they are over questions alone. Behind: how far this line is behind "
+    "the bold one (SFT behind STORM of the same size or rows), in points, seed by seed. Beside each accuracy "
+    "stands what is left of it when another clip's latents (of another answer) are fed into all slots, how often "
+    "the answer then becomes that clip's, and what is left without slots. Harder split: two balls, five to seven "
+    "mirrors, six or seven hidden steps."
 )
+ANALYSED = "One model, {analysed}; intervals over videos."
+REHEARSAL = "A rehearsal: far too few steps to learn anything, so these figures mean nothing."
 CAPTIONS = {"rows": "Accuracy by the number of training rows, at equal optimizer steps."}
 CAPTION = (
     "Accuracy with its interval; small dots are seeds, the cross is with another clip's latents."
@@ -45,6 +51,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"Written by `{found['command']}` (commit {found['commit']}; "
         + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
         + "); figures: [reproduce.json](results/reproduce.json). The command also writes a page with every picture.",
+        *([REHEARSAL] if found["rehearsal"] else []),
         READING.format(**found),
     ]
     for name, table in found["tables"].items():
@@ -54,17 +61,20 @@ def markdown(found: dict[str, Any]) -> str:
     parts.append("## Latency (Table 4)")
     parts.append(_bullets(found["findings"]["latency"]))
     parts.append(_grid(LATENCY_COLUMNS, latency_rows(found["latency"]), bold=0))
-    parts.append(f"## What the latents hold (of `{found['analysed']}`; Figures 4 to 8)")
-    for name in ("reliance", "slots", "retrieval", "embeddings", "watch"):
+    parts.append(found["latency"]["micro cpu"]["note"])
+    parts.append("## Does the answer depend on the latents?")
+    parts.append(RELIANCE)
+    parts.append(_grid(RELIANCE_COLUMNS, reliance_rows(found["tables"]["main"]), bold=0))
+    parts.append("## What the latents hold (Figures 4 to 8)")
+    parts.append(ANALYSED.format(**found))
+    for name in PARTS:
         parts.append(_bullets(found["findings"][name]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def write_page(path: Path, found: dict[str, Any], cards: Sequence[Card]) -> None:
     """The page: tables, charts, and all that `storm analyze` shows."""
-    analysis = {
-        name: found[name] for name in ("reliance", "slots", "embeddings", "retrieval", "watch")
-    }
+    analysis = {name: found[name] for name in PARTS}
     tables = found["tables"]
     charts = {
         name: svg((rows_curve if name == "rows" else dots)(table)) for name, table in tables.items()
@@ -74,10 +84,17 @@ def write_page(path: Path, found: dict[str, Any], cards: Sequence[Card]) -> None
         **{name: found[name] for name in ("command", "commit", "versions", "tables", "analysed")},
         **shown(analysis, cards),
         reading=READING.format(**found),
+        rehearsal=REHEARSAL if found["rehearsal"] else "",
+        about_analysis=ANALYSED.format(**found),
+        about_reliance=RELIANCE,
+        reliance_columns=RELIANCE_COLUMNS,
         columns=COLUMNS,
         said=found["findings"],
         rows={name: table_rows(table) for name, table in tables.items()}
-        | {"latency": latency_rows(found["latency"])},
+        | {
+            "latency": latency_rows(found["latency"]),
+            "reliance": reliance_rows(tables["main"]),
+        },
         charts=charts,
         captions={name: CAPTIONS.get(name, CAPTION) for name in tables},
         latency_note=found["latency"]["micro cpu"]["note"],
@@ -109,6 +126,19 @@ def _share(found: dict[str, Any] | None) -> str:
     return f"{share(found)} ({interval(found)})" if found else ""
 
 
+RELIANCE = (
+    "STORM of all seeds with all its slots fed as the line says, and answers decoded greedily; the first line is "
+    "what it does by itself. The paper has no such table."
+)
+RELIANCE_COLUMNS = ("fed into the slots", "accuracy")
+
+
+def reliance_rows(table: dict[str, Any]) -> list[list[str]]:
+    """Cells under `RELIANCE_COLUMNS`: STORM's accuracy by what is fed into the slots; none if it has no run."""
+    found = next(line.get("tampered") for line in table["lines"] if line["against"] is None)
+    return [[what, _share(found[kind])] for kind, what in KINDS.items()] if found else []
+
+
 LATENCY_COLUMNS = ("reasoner", "seconds an item", "times latent", "times direct", "tokens")
 
 
@@ -116,7 +146,7 @@ def latency_rows(latency: dict[str, Any]) -> list[list[str]]:
     """Cells under `LATENCY_COLUMNS`: medians, and the range over rounds."""
 
     def spread(value: dict[str, float]) -> str:
-        return f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+        return f"{value['median']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
 
     return [
         [
@@ -130,8 +160,8 @@ def latency_rows(latency: dict[str, Any]) -> list[list[str]]:
 
 def grid_of(table: dict[str, Any]) -> str:
     """One table in Markdown, its reference in bold."""
-    names = [line["name"] for line in table["lines"]]
-    return _grid(COLUMNS, table_rows(table), bold=names.index(table["reference"]))
+    bold = [line["against"] for line in table["lines"]].index(None)
+    return _grid(COLUMNS, table_rows(table), bold)
 
 
 def _bullets(sentences: Sequence[str]) -> str:

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from storm_vlm.analysis.page import Card
-from storm_vlm.analysis.run import analyze
+from storm_vlm.analysis.run import PARTS, analyze
 from storm_vlm.data.files import write_json, write_text
 from storm_vlm.evaluation.latency import Lengths, bench_latency
 from storm_vlm.reproduce.findings import findings
@@ -24,7 +23,6 @@ from storm_vlm.world.build import build_world
 from storm_vlm.world.checkpoints import shipped
 from storm_vlm.world.experiment import Size, build_data, run_arms, summarize
 
-PARTS = ("reliance", "slots", "embeddings", "retrieval", "watch")  # of an analysis
 # Figures for the record that README's tables are made from.
 RECORDS = {
     "micro": ("base", "sft", "pause", *COMPARISONS["stages"].arms),
@@ -45,7 +43,13 @@ class Plan:
 
 FULL = Plan(Size(train_rows=6000, test_rows=400, ood_rows=200, steps=2000), seeds=3)
 # Everything once, and far too short to learn anything: a rehearsal.
-FAST = Plan(Size(train_rows=320, test_rows=60, ood_rows=20, steps=30), 1, 20, 100, 2)
+FAST = Plan(
+    Size(train_rows=320, test_rows=60, ood_rows=20, steps=30),
+    seeds=1,
+    probed=20,
+    drawn=100,
+    rounds=2,
+)
 
 
 def reproduce(
@@ -76,29 +80,30 @@ def reproduce(
     results = _results(folder)
     data = build_data(folder / "data", plan.size)
     latency = _latency(folder / "latency.json", plan.rounds)
-    analysis, cards, analysed = _analysis(folder, data["test"], plan)
+    analysis = _analysis(folder, data["test"], plan)
     found: dict[str, Any] = {
         "command": command,
         "commit": commit(),
         "versions": versions(),
+        "rehearsal": plan.size.steps <= FAST.size.steps,
         "steps": plan.size.steps,
         "train_rows": plan.size.train_rows,
         "n_test": plan.size.test_rows,
         "tables": {name: table(of, results) for name, of in COMPARISONS.items()},
         "latency": latency,
-        "analysed": analysed,
-        **{name: analysis[name] for name in PARTS},
+        "analysed": {"full-0": "STORM of seed 0", "shipped": "the shipped STORM"}[analysis.name],
+        **{part: json.loads((analysis / f"{part}.json").read_text())[part] for part in PARTS},
     }
     found["findings"] = findings(found)
     write_json(out / "results" / "reproduce.json", found)
-    about = json.loads((folder / "analysis" / analysed / "reliance.json").read_text())
-    reliance = {"command": command, **about, **about.pop("reliance")}
-    write_json(out / "results" / "reliance.json", reliance)
+    about = json.loads((analysis / "reliance.json").read_text())
+    reliance = about.pop("reliance")
+    write_json(out / "results" / "reliance.json", {"command": command, **about, **reliance})
     for name, arms in RECORDS.items():
         runs = [run for arm in arms for run in results.get(arm, ())]
         write_json(out / "results" / f"{name}.json", summarize(runs, data, command, arms))
     write_text(out / "results.md", markdown(found))
-    write_page(folder / "report.html", found, cards)
+    write_page(folder / "report.html", found, json.loads((analysis / "examples.json").read_text()))
     return found
 
 
@@ -109,7 +114,9 @@ def _belongs(folder: Path, plan: Plan) -> None:
     if not file.exists():
         write_json(file, wanted)
     elif (known := json.loads(file.read_text())) != wanted:
-        raise ValueError(f"{folder} holds runs of other settings ({known}): choose another folder")
+        raise ValueError(
+            f"{folder} holds runs of other settings ({known}), not of {plan}: choose another folder"
+        )
 
 
 def _results(folder: Path) -> dict[str, list[Result]]:
@@ -128,17 +135,14 @@ def _latency(file: Path, rounds: int) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def _analysis(folder: Path, test: Path, plan: Plan) -> tuple[dict[str, Any], list[Card], str]:
-    """What `storm analyze` finds, by part, and its examples; of the first STORM trained, else of the shipped one."""
-    trained = folder / "full-0" / "1-stage2"
-    checkpoint = trained if (folder / "full-0" / "result.json").exists() else shipped("storm")
-    name = "full-0" if checkpoint == trained else "shipped"
-    out = folder / "analysis" / name
+def _analysis(folder: Path, test: Path, plan: Plan) -> Path:
+    """Folder of what `storm analyze` finds of the STORM of seed 0, or of the shipped one if there is none."""
+    trained = (folder / "full-0" / "result.json").exists()
+    checkpoint = folder / "full-0" / "1-stage2" if trained else shipped("storm")
+    out = folder / "analysis" / ("full-0" if trained else "shipped")
     if not (out / "report.html").exists():  # the last file that an analysis writes
         data = folder / "data"
         probed = build_world(data, "reasoning", "test", plan.probed, questions=4)
         drawn = build_world(data / "drawn", "reasoning", "train", plan.drawn)
         analyze(str(checkpoint), test, out, retrieval_file=probed, decoder_file=drawn)
-    parts = {part: json.loads((out / f"{part}.json").read_text())[part] for part in PARTS}
-    cards = json.loads((out / "examples.json").read_text())
-    return parts, cards, name
+    return out

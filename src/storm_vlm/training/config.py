@@ -44,7 +44,7 @@ class Method(BaseModel):
     ema_decay: float = Field(
         0.999, ge=0, le=1, description="Of the `self_distilled` teacher, per optimizer step."
     )
-    thought_video_frames: int | None = Field(
+    target_frames: int | None = Field(
         None,
         ge=1,
         description="Frames sampled from what targets are made from; default 2 K, so that each temporal grid of two "
@@ -65,9 +65,9 @@ class Method(BaseModel):
     )
 
     @property
-    def target_frames(self) -> int:
+    def num_target_frames(self) -> int:
         """Frames that a row's targets are made from."""
-        return self.thought_video_frames or FRAMES_PER_SLOT * self.latent_budget
+        return self.target_frames or FRAMES_PER_SLOT * self.latent_budget
 
     @property
     def needs_targets(self) -> bool:

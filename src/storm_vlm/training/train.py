@@ -101,14 +101,16 @@ def build_trainer(
             method.target_normalization,
             method.target_source,
             Path(config.target_cache or Path(config.data).with_suffix(".targets")),
-            num_frames=method.target_frames,
+            num_frames=method.num_target_frames,
         )
         tower.to(home)
     if config.lora is not None:
         model = add_adapters(model, config.lora)
     cache_bytes = int(config.video_cache_gb * 2**30)
     collator = StormCollator(processor, config.num_frames, method.latent_budget, cache_bytes)
-    reader = teacher_collator(processor, method.target_frames, cache_bytes) if distilled else None
+    reader = (
+        teacher_collator(processor, method.num_target_frames, cache_bytes) if distilled else None
+    )
     trainer = StormTrainer(
         model=model,
         args=arguments,

@@ -6,7 +6,7 @@ same number of optimizer steps with batches of the same size, whatever else they
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Split = Literal["train", "train_continued", "train_plans"]
@@ -50,7 +50,7 @@ def _storm(name: str, *overrides: str) -> Arm:
 SFT = Arm("SFT, same data and steps", (Stage("sft"),))
 STORM = _storm("STORM, Stage I then II")
 # The thought video's frames stay what they are for K = 8, whatever K is: two a step.
-_FRAMES = "method.thought_video_frames=16"
+_FRAMES = "method.target_frames=16"
 
 ARMS: dict[str, Arm] = {
     "base": Arm("Backbone, perception only"),
@@ -60,15 +60,15 @@ ARMS: dict[str, Arm] = {
     "pause": Arm("Pause slots, no target", (Stage("pause"),)),
     "full": STORM,
     # Table 3
-    "deep_sft": replace(SFT, name="SFT, six layers", start="deep"),
-    "deep_full": replace(STORM, name="STORM, six layers", start="deep"),
+    "deep_sft": replace(SFT, name="SFT, six layers (two of them new)", start="deep"),
+    "deep_full": replace(STORM, name="STORM, six layers (two of them new)", start="deep"),
     # Table 5
     "k4": _storm("K = 4, two steps a slot", "method.latent_budget=4", _FRAMES),
     "k16": _storm("K = 16, half a board a slot", "method.latent_budget=16", _FRAMES),
     "unpooled": _storm(
         "K = 16, not pooled: all tokens of 2 frames",
         "method.latent_budget=16",
-        "method.thought_video_frames=2",
+        "method.target_frames=2",
     ),
     # Table 6
     "stage1_only": _stage1("Stage I only"),
@@ -98,17 +98,23 @@ ARMS: dict[str, Arm] = {
 class Comparison:
     """Arms side by side: the counterpart of a table of the paper, or a question that it leaves open.
 
-    `names` are what an arm is called here, where that is not its own name; the others are set against `reference`.
+    `names` are what an arm is called here, where that is not its own name; `rivals` what an arm is set against,
+    where that is not the `reference`.
     """
 
     title: str
     paper: str
     arms: tuple[str, ...]
     reference: str
-    names: dict[str, str] | None = None
+    names: dict[str, str] = field(default_factory=dict)
+    rivals: dict[str, str] = field(default_factory=dict)
 
     def name(self, arm: str) -> str:
-        return (self.names or {}).get(arm, ARMS[arm].name)
+        return self.names.get(arm, ARMS[arm].name)
+
+    def against(self, arm: str) -> str | None:
+        """None for the reference itself."""
+        return None if arm == self.reference else self.rivals.get(arm, self.reference)
 
 
 COMPARISONS: dict[str, Comparison] = {
@@ -121,7 +127,7 @@ COMPARISONS: dict[str, Comparison] = {
     "stages": Comparison("Stages", "Table 6", ("stage1_only", "stage2_only", "full"), "full"),
     "targets": Comparison(
         "What slots are aligned to (Stage I alone)",
-        "future work",
+        "the paper's future work",
         ("stage1_only", "self_distilled", "future", "keyframes", "shuffled", "pause", "sft"),
         "stage1_only",
         {
@@ -135,14 +141,22 @@ COMPARISONS: dict[str, Comparison] = {
         "not in the paper",
         ("stage1_only", "fed_targets", "fed_states", "pause"),
         "stage1_only",
-        {"stage1_only": "targets at first, then own states", "pause": "a pause token, no target"},
+        {
+            "stage1_only": "targets at first, then own states",
+            "pause": "a pause token, no target",
+        },
     ),
     "sizes": Comparison(
         "Two sizes of the backbone",
         "Table 3",
-        ("sft", "full", "deep_sft", "deep_full"),
+        ("base", "sft", "full", "deep_sft", "deep_full"),
         "full",
-        {"sft": "SFT, four layers", "full": "STORM, four layers"},
+        {
+            "base": "Backbone, perception only (either size)",
+            "sft": "SFT, four layers",
+            "full": "STORM, four layers",
+        },
+        {"deep_sft": "deep_full"},
     ),
     "latent_sizes": Comparison(
         "Latent size",
@@ -157,5 +171,6 @@ COMPARISONS: dict[str, Comparison] = {
         ("sft_eighth", "full_eighth", "sft_third", "full_third", "sft", "full"),
         "full",
         {"sft": "SFT, all rows", "full": "STORM, all rows"},
+        {"sft_eighth": "full_eighth", "sft_third": "full_third"},
     ),
 }

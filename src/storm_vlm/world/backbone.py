@@ -127,8 +127,9 @@ def deepen(checkpoint: Path, folder: Path, num_layers: int) -> Path:
     A new layer adds nothing at first (its two output projections are zero) and learns from there, so a second size
     needs no pretraining of its own. Saved to `folder`, which is returned; left alone if it is there.
     """
-    if (folder / "model.safetensors").exists():
+    if folder.exists():
         return folder
+    unfinished = folder.with_name(folder.name + ".unfinished")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint)
     text: Any = model.config.text_config
     layers: Any = model.model.language_model.layers
@@ -141,6 +142,6 @@ def deepen(checkpoint: Path, folder: Path, num_layers: int) -> Path:
                 torch.nn.init.zeros_(weight)
         layers.insert(place, new)
     text.num_hidden_layers, text.layer_types = num_layers, [text.layer_types[0]] * num_layers
-    model.save_pretrained(folder)
-    AutoProcessor.from_pretrained(checkpoint).save_pretrained(folder)
-    return folder
+    model.save_pretrained(unfinished)
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(unfinished)
+    return unfinished.rename(folder)

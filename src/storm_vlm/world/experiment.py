@@ -11,12 +11,13 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -27,7 +28,7 @@ from storm_vlm.evaluation.controls import Control
 from storm_vlm.evaluation.exam import evaluate
 from storm_vlm.evaluation.reasoners import Latent
 from storm_vlm.evaluation.records import Record
-from storm_vlm.evaluation.statistics import accuracy, confidence_interval, paired_difference
+from storm_vlm.evaluation.statistics import accuracy, mean_over_seeds, paired_difference
 from storm_vlm.pipeline import StormPipeline
 from storm_vlm.training.config import load_config
 from storm_vlm.training.train import train
@@ -167,7 +168,9 @@ def run_arms(
         futures = [pool.submit(run_arm, *job) for job in work]
         for future in tqdm(as_completed(futures), "runs", total=len(futures)):
             results.append(result := future.result())
-            tqdm.write(f"{result['arm']}, seed {result['seed']}: {_mean([_hits(result)]):.1%}")
+            tqdm.write(
+                f"{result['arm']}, seed {result['seed']}: {np.mean(hits(result['test'])):.1%}"
+            )
     return results
 
 
@@ -185,7 +188,7 @@ def shortcut_accuracies(
     found = {"majority": accuracy([majority[row.meta["family"]] == row.answer for row in rows])}
     for name in ("last_seen", "straight_line"):
         found[name] = accuracy([row.meta["shortcuts"][name] == row.answer for row in rows])
-    for control in CONTROLS:
+    for control in CONTROLS if sft else ():
         found[control] = accuracy([hit for result in sft for hit in result[control]])
     return found
 
@@ -206,7 +209,6 @@ def summarize(
     by_arm: dict[str, list[dict[str, Any]]] = {}
     for result in sorted(results, key=lambda result: result["seed"]):
         by_arm.setdefault(result["arm"], []).append(result)
-    hits = {arm: [_hits(run) for run in runs] for arm, runs in by_arm.items()}
     summary: dict[str, Any] = {
         "command": command,
         "commit": commit(),
@@ -219,35 +221,36 @@ def summarize(
         test, read_rows(data["train"]), by_arm.get("sft", [])
     )
     summary["shortcut_best"] = max(summary["shortcuts"].values())
-    for arm, outcomes in hits.items():
-        summary[arm] = _mean(outcomes)
-        summary[f"{arm}_seeds"] = [run["seed"] for run in by_arm[arm]]
-        summary[f"{arm}_interval"] = confidence_interval([x for run in outcomes for x in run])
-        summary[f"{arm}_ood"] = accuracy([o["correct"] for run in by_arm[arm] for o in run["ood"]])
+    for arm, runs in by_arm.items():
+        found = mean_over_seeds([hits(run["test"]) for run in runs])
+        summary[arm] = found["mean"]
+        summary[f"{arm}_seeds"] = [run["seed"] for run in runs]
+        summary[f"{arm}_interval"] = [found["low"], found["high"]]
+        summary[f"{arm}_ood"] = accuracy([o["correct"] for run in runs for o in run["ood"]])
         summary[f"{arm}_by_family"] = {
             family: accuracy(
-                [o["correct"] for run in by_arm[arm] for o in run["test"] if o["family"] == family]
+                [o["correct"] for run in runs for o in run["test"] if o["family"] == family]
             )
             for family in REASONING_SHARE
         }
         if ARMS[arm].latent:
-            tampered = [run["tampered"] for run in by_arm[arm]]
-            for kind in KINDS:
-                outcomes = [hit for run in tampered for hit in run["right"][kind]]
-                summary[f"{arm}_{kind}"] = accuracy([hit for hit in outcomes if hit is not None])
-            follows = [hit for run in tampered for hit in run["follows"] if hit is not None]
-            summary[f"{arm}_follows"] = accuracy(follows)
-            counts = [o["slots_used"] for run in by_arm[arm] for o in run["test"]]
+            tampered = [run["tampered"] for run in runs]
+            fed = {kind: [hit for run in tampered for hit in run["right"][kind]] for kind in KINDS}
+            fed["follows"] = [hit for run in tampered for hit in run["follows"]]
+            for kind, outcomes in fed.items():
+                known = [hit for hit in outcomes if hit is not None]
+                summary[f"{arm}_{kind}"] = accuracy(known) if known else None
+            counts = [o["slots_used"] for run in runs for o in run["test"]]
             summary[f"{arm}_slots_used"] = sum(counts) / len(counts)
-            ends = [o["forced_end"] for run in by_arm[arm] for o in run["test"]]
+            ends = [o["forced_end"] for run in runs for o in run["test"]]
             summary[f"{arm}_forced_end"] = accuracy(ends)
-    reference = next((arm for arm in ("full", "stage1_only") if arm in hits), None)
+    reference = next((arm for arm in ("full", "stage1_only") if arm in by_arm), None)
     if reference is not None:
         summary[f"{reference}_swapped_latents"] = summary[f"{reference}_swap_other_answer"]
-        for other in sorted(set(hits) - {reference}):
+        for other in sorted(set(by_arm) - {reference}):
             ours, theirs = _paired(by_arm[reference], by_arm[other])
             summary[f"{reference}_minus_{other}"] = paired_difference(ours, theirs)
-    summary |= {arm: None for arm in wanted if arm not in hits}  # not measured
+    summary |= {arm: None for arm in wanted if arm not in by_arm}  # not measured
     perception = json.loads((shipped("backbone") / "perception.json").read_text())
     summary |= {"perception": perception["all"], "perception_one_ball": perception["one"]}
     return summary
@@ -261,12 +264,9 @@ def _paired(
     if not ARMS[theirs[0]["arm"]].trained:
         by_seed = {run["seed"]: theirs[0] for run in ours}
     shared = [run for run in ours if run["seed"] in by_seed]
-    return [_hits(run) for run in shared], [_hits(by_seed[run["seed"]]) for run in shared]
+    return [hits(r["test"]) for r in shared], [hits(by_seed[r["seed"]]["test"]) for r in shared]
 
 
-def _hits(run: dict[str, Any]) -> list[float]:
-    return [float(bool(outcome["correct"])) for outcome in run["test"]]
-
-
-def _mean(outcomes: Sequence[Sequence[float]]) -> float:
-    return sum(map(sum, outcomes)) / sum(map(len, outcomes))
+def hits(outcomes: Sequence[Mapping[str, Any]]) -> list[float]:
+    """1 for a right answer; what could not be parsed is wrong."""
+    return [float(bool(outcome["correct"])) for outcome in outcomes]
