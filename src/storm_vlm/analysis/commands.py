@@ -38,12 +38,8 @@ def analyze(
     ] = None,
 ) -> None:
     """Do the latents hold the clip, and does the answer depend on them? Probes, interventions, pictures, a page."""
-    try:
-        from storm_vlm.analysis.run import analyze as run
-    except ModuleNotFoundError as error:
-        if error.name != "sklearn":
-            raise
-        raise ValueError("needs scikit-learn: pip install 'storm-vlm[analysis]'") from error
+    from storm_vlm.analysis.run import analyze as run
+
     found = run(checkpoint, rows, out, limit, retrieval_rows, decoder_rows, batch_size, results)
     print_reliance(console, found["reliance"])
     console.print(f"wrote {out / 'report.html'}")

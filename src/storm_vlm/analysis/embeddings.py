@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from torch import Tensor
 from torch.nn import functional as F
 
 from storm_vlm.analysis.estimate import estimate
 from storm_vlm.analysis.extract import States
 from storm_vlm.data.schema import Row
+
+try:
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+except ModuleNotFoundError as error:  # before an analysis, or hours of training, begin
+    raise ValueError("needs scikit-learn: pip install 'storm-vlm[analysis]'") from error
 
 SHOWN = 20  # rows in the figure, as in the paper
 

@@ -36,13 +36,8 @@ def reproduce(
     """The paper's tables and figures on the micro world, with intervals; safe to interrupt and run again."""
     from dataclasses import replace
 
-    try:
-        from storm_vlm.reproduce.run import FAST, FULL
-        from storm_vlm.reproduce.run import reproduce as run
-    except ModuleNotFoundError as error:
-        if error.name != "sklearn":
-            raise
-        raise ValueError("needs scikit-learn: pip install 'storm-vlm[analysis]'") from error
+    from storm_vlm.reproduce.run import FAST, FULL
+    from storm_vlm.reproduce.run import reproduce as run
 
     plan = FAST if fast else FULL
     size = replace(

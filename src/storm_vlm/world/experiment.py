@@ -82,6 +82,7 @@ def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size
     pipeline.collator.videos.cache_bytes = 2**30
     reasoner = Latent(pipeline, max_new_tokens=LONGEST_ANSWER)
     result: dict[str, Any] = {"arm": arm, "seed": seed, "checkpoint": str(checkpoint)}
+    result["commit"] = commit()
     for split in ("test", "ood"):
         rows = read_rows(data[split])
         result[split] = [_outcome(r) for r in evaluate(reasoner, rows, reasoner.frames, 100)]
