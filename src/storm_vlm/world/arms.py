@@ -43,7 +43,7 @@ def _stage1(name: str, *overrides: str, data: Split = "train") -> Arm:
 
 
 def _storm(name: str, *overrides: str) -> Arm:
-    stages = (Stage("stage1", 0.85, overrides), Stage("stage2", 0.15, overrides))
+    stages = (Stage("stage1", 0.8, overrides), Stage("stage2", 0.2, overrides))
     return Arm(name, stages, latent=True)
 
 
