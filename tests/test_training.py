@@ -91,6 +91,30 @@ def test_targets_are_the_pooled_tokens_of_the_vision_tower(
     assert torch.allclose(white.square().mean(-1), torch.ones(()), atol=1e-4)
 
 
+def test_the_same_frames_are_pooled_to_more_or_fewer_slots_or_not_at_all(
+    model, processor, reasoning_rows
+) -> None:
+    """Paper, Table 5: K = 4, 8, 16, and as many slots as there are visual tokens."""
+
+    def targets(budget: int, frames: int) -> torch.Tensor:
+        found = alignment_targets(
+            model, processor, reasoning_rows[:1], budget, "none", num_frames=frames
+        )
+        return torch.stack(found)[0]  # type: ignore[arg-type]
+
+    eight = targets(8, 16)
+    assert torch.equal(eight, targets(8, Method(latent_budget=8).num_target_frames))
+    torch.testing.assert_close(targets(4, 16), eight.view(4, 2, -1).mean(1))
+    torch.testing.assert_close(targets(16, 16).view(8, 2, -1).mean(1), eight)
+    video = VideoInputs(processor, 2).get(reasoning_rows[0].thought_video.path)  # type: ignore[union-attr]
+    with torch.no_grad():
+        (tokens,) = model.model.get_video_features(
+            video["pixel_values_videos"], video["video_grid_thw"]
+        ).pooler_output
+    torch.testing.assert_close(targets(len(tokens), 2), tokens)
+    assert Method(latent_budget=16, target_frames=2).num_target_frames == 2
+
+
 def test_rows_without_thought_video_have_no_target(model, processor, reasoning_rows) -> None:
     rows = [reasoning_rows[0], reasoning_rows[1].model_copy(update={"thought_video": None})]
     targets = alignment_targets(model, processor, rows, K, "none")
