@@ -39,7 +39,9 @@ def _ahead(line: Line) -> int:
 
 def _gap(line: Line) -> str:
     behind = line["behind"]
-    return f"{100 * behind['mean']:+.1f} points ({100 * behind['low']:+.1f} to {100 * behind['high']:+.1f})"
+    low, high = 100 * behind["low"], 100 * behind["high"]
+    alone = ", over the one seed that both have" if behind["seeds"] == 1 else ""
+    return f"{100 * behind['mean']:+.1f} points ({low:+.1f} to {high:+.1f}{alone})"
 
 
 def _verdict(line: Line, paper: str) -> str:

@@ -98,7 +98,8 @@ def reproduce(
     write_json(out / "results" / "reproduce.json", found)
     about = json.loads((analysis / "reliance.json").read_text())
     reliance = about.pop("reliance")
-    write_json(out / "results" / "reliance.json", {"command": command, **about, **reliance})
+    about |= {"command": command, "checkpoint": found["analysed"]}
+    write_json(out / "results" / "reliance.json", {**about, **reliance})
     for name, arms in RECORDS.items():
         runs = [run for arm in arms for run in results.get(arm, ())]
         write_json(out / "results" / f"{name}.json", summarize(runs, data, command, arms))

@@ -30,8 +30,8 @@ def line(runs: Sequence[Result], against: Sequence[Result]) -> dict[str, Any]:
     """What an arm's runs, one for each seed, have to show.
 
     `accuracy` and `harder`, the split with two balls and longer chains; `behind`: `against` minus this, over the
-    seeds that both have; `tampered`: accuracy by what is fed into the slots (None: it has no latents), and how often
-    the answer became the donor's, with the donor's latents (`follows`) and by accident (`follows_own`); `tokens` and
+    `seeds` that both have; `tampered`: accuracy by what is fed into the slots (None: it has no latents), and how
+    often the answer became the donor's, with the donor's latents (`follows`) and by accident (`follows_own`); `tokens` and
     `slots` of an answer. An arm that is not trained has one run, which stands for every seed.
     """
     if not runs:
@@ -67,4 +67,5 @@ def _behind(runs: Sequence[Result], against: Sequence[Result]) -> dict[str, floa
     shared = [run for run in against if run["seed"] in ours]
     if not shared:
         return None
-    return paired_difference([hits(r["test"]) for r in shared], [ours[r["seed"]] for r in shared])
+    pairs = [(hits(run["test"]), ours[run["seed"]]) for run in shared]
+    return {**paired_difference(*zip(*pairs, strict=True)), "seeds": len(shared)}
