@@ -31,8 +31,8 @@ def line(runs: Sequence[Result], against: Sequence[Result]) -> dict[str, Any]:
 
     `accuracy` and `harder`, the split with two balls and longer chains; `behind`: `against` minus this, over the
     `seeds` that both have; `tampered`: accuracy by what is fed into the slots (None: it has no latents), and how
-    often the answer became the donor's, with the donor's latents (`follows`) and by accident (`follows_own`); `tokens` and
-    `slots` of an answer. An arm that is not trained has one run, which stands for every seed.
+    often the answer became the donor's, with the donor's latents (`follows`) and by accident (`follows_own`);
+    `tokens` and `slots` of an answer. An arm that is not trained has one run, which stands for every seed.
     """
     if not runs:
         return {"seeds": [], "accuracy": None, "behind": None}
