@@ -67,5 +67,6 @@ def _behind(runs: Sequence[Result], against: Sequence[Result]) -> dict[str, floa
     shared = [run for run in against if run["seed"] in ours]
     if not shared:
         return None
-    pairs = [(hits(run["test"]), ours[run["seed"]]) for run in shared]
-    return {**paired_difference(*zip(*pairs, strict=True)), "seeds": len(shared)}
+    theirs = [hits(run["test"]) for run in shared]
+    found = paired_difference(theirs, [ours[run["seed"]] for run in shared])
+    return {**found, "seeds": len(shared)}
