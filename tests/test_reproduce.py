@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from storm_vlm.analysis.reliance import KINDS
 from storm_vlm.cli import app
-from storm_vlm.reproduce.findings import SAY
+from storm_vlm.reproduce.findings import sentences
 from storm_vlm.reproduce.page import markdown, table_rows
 from storm_vlm.reproduce.run import FAST, FULL, Plan, _belongs, reproduce
 from storm_vlm.reproduce.tables import table
@@ -78,17 +78,11 @@ def said(name: str, ours: float, theirs: float) -> str:
         leads = arm == comparison.reference or arm in comparison.rivals.values()
         share = ours if leads else theirs
         results[arm] = [run(arm, s, [i < 40 * share for i in range(40)]) for s in (0, 1)]
-    return _sentences(comparison, results)
+    return _sentences(name, results)
 
 
-def _sentences(comparison: Any, results: dict[str, Any]) -> str:
-    found = {line["arm"]: line for line in table(comparison, results)["lines"]}
-    known = {a: x for a, x in found.items() if x["accuracy"] and (x["behind"] or not x["against"])}
-    return " ".join(SAY[comparison_name(comparison)](known))
-
-
-def comparison_name(comparison: Any) -> str:
-    return next(name for name, other in COMPARISONS.items() if other is comparison)
+def _sentences(name: str, results: dict[str, Any]) -> str:
+    return " ".join(sentences(name, table(COMPARISONS[name], results)))
 
 
 @pytest.mark.parametrize(
@@ -125,10 +119,10 @@ def test_sentences_are_said_of_what_there_is(name: str) -> None:
     comparison = COMPARISONS[name]
     whole = {arm: [run(arm, 0, [True, False])] for arm in comparison.arms}
     for gone in comparison.arms:
-        _sentences(comparison, {arm: runs for arm, runs in whole.items() if arm != gone})
+        _sentences(name, {arm: runs for arm, runs in whole.items() if arm != gone})
         other_seed = whole | {gone: [run(gone, 1, [True, False])]}
-        _sentences(comparison, other_seed)
-    assert "points" not in _sentences(comparison, {})
+        _sentences(name, other_seed)
+    assert "points" not in _sentences(name, {})
 
 
 @pytest.fixture(scope="module")

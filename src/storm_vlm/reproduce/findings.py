@@ -15,16 +15,18 @@ Lines = dict[str, Line]
 
 def findings(found: dict[str, Any]) -> dict[str, list[str]]:
     """Sentences by table and by part of the analysis. What is not measured is not spoken of."""
-    said = {}
-    for name, table in found["tables"].items():
-        # An arm can be set against its reference only by a seed that both have.
-        lines = {
-            line["arm"]: line
-            for line in table["lines"]
-            if line["accuracy"] and (line["behind"] or line["against"] is None)
-        }
-        said[name] = SAY[name](lines)
+    said = {name: sentences(name, table) for name, table in found["tables"].items()}
     return {**said, "latency": [_latency(found["latency"])], **analysis_findings(found)}
+
+
+def sentences(name: str, table: dict[str, Any]) -> list[str]:
+    """Of one table; an arm can be set against its reference only by a seed that both have."""
+    lines = {
+        line["arm"]: line
+        for line in table["lines"]
+        if line["accuracy"] and (line["behind"] or line["against"] is None)
+    }
+    return SAY[name](lines)
 
 
 def _percent(line: Line) -> str:
