@@ -29,7 +29,7 @@ types: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --durations 5
+	$(BIN)/pytest -q -n 2 --durations 5
 
 clean:
 	rm -rf .venv runs

@@ -1,12 +1,10 @@
 """A run that was killed ends as if it had not been."""
 
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +41,30 @@ def config(output: Path, backbone: str, data: Path, **training: Any) -> TrainCon
     )
 
 
-def in_a_process(run: TrainConfig, limit: int | None = None) -> subprocess.Popen[str]:
-    """`limit`: no file may grow beyond so many bytes, which is how a full disk looks to a process."""
+def in_a_process(run: TrainConfig, before: str = "") -> subprocess.Popen[str]:
+    """`storm train`, after the lines of Python that `before` holds."""
     file = Path(run.output_dir).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
     code = "import sys; from storm_vlm.cli import main; sys.argv = sys.argv[1:]; main()"
-    if limit is not None:
-        code = (
-            "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); " + code
-        )
     return subprocess.Popen(
-        [sys.executable, "-c", code, "storm", "train", str(file)],
+        [sys.executable, "-c", f"{before}\n{code}", "storm", "train", str(file)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def kill_as_it_opens(file: str, run: TrainConfig) -> None:
+    """The process kills itself: killed from outside, it may have gone on by then."""
+    process = in_a_process(
+        run,
+        "import os, signal, sys\n"
+        "sys.addaudithook(lambda event, args: event == 'open' "
+        f"and str(args[0]).endswith({file!r}) and os.kill(os.getpid(), signal.SIGKILL))",
+    )
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == -signal.SIGKILL, printed
 
 
 @pytest.fixture(scope="module")
@@ -71,24 +76,13 @@ def uninterrupted(tmp_path_factory, backbone: str, reasoning_file: Path) -> byte
     return (Path(run.output_dir) / "model.safetensors").read_bytes()
 
 
-def kill_when_there_is(path: Path, run: TrainConfig, later: float = 0.0) -> None:
-    process = in_a_process(run)
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.001)
-    time.sleep(later)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (Path(run.output_dir) / "model.safetensors").exists()
-
-
 def test_killed_and_started_again_it_ends_with_the_same_weights(
     uninterrupted, tmp_path, backbone, reasoning_file
 ) -> None:
     run = config(tmp_path / "run", backbone, reasoning_file)
     output = Path(run.output_dir)
-    # While the second checkpoint is being written: the kill tears it, or comes just after.
-    kill_when_there_is(output / "checkpoint-4", run, random.random() / 50)
+    kill_as_it_opens("checkpoint-4/trainer_state.json", run)  # its weights are written
+    assert last_whole_checkpoint(output) == output / "checkpoint-2"
     again = in_a_process(run)
     printed, _ = again.communicate(timeout=200)
     assert again.returncode == 0, printed
@@ -137,15 +131,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
 ) -> None:
     run = config(tmp_path / "run", backbone, reasoning_file)
     output = Path(run.output_dir)
-    kill_when_there_is(output / "checkpoint-2" / SEAL, run)
-    last = last_whole_checkpoint(output)  # the second, or a later one if the kill came late
-    assert last is not None
-    full = in_a_process(run, limit=2**20)
+    kill_as_it_opens("checkpoint-4/config.json", run)
+    full = in_a_process(  # no file may grow beyond 1 MiB: how a full disk looks to a process
+        run,
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))",
+    )
     printed, _ = full.communicate(timeout=200)
     assert full.returncode == 1
-    following = f"checkpoint-{int(last.name.split('-')[1]) + 2}"
-    assert f"{following} could not be written" in printed and "start the same" in printed
-    assert last_whole_checkpoint(output) == last
+    assert "checkpoint-4 could not be written" in printed and "start the same" in printed
+    assert last_whole_checkpoint(output) == output / "checkpoint-2"
     again = in_a_process(run)
     printed, _ = again.communicate(timeout=200)
     assert again.returncode == 0, printed
