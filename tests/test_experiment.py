@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from storm_vlm.data.schema import Row
 from storm_vlm.latent import answer_loss
 from storm_vlm.pipeline import StormPipeline
 from storm_vlm.rollout import rollout
+from storm_vlm.training.checkpoints import last_whole_checkpoint, seal
 from storm_vlm.training.config import load_config
 from storm_vlm.world.arms import ARMS
 from storm_vlm.world.backbone import deepen
@@ -116,3 +118,34 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert again == first
     assert (folder / "0-stage1" / "model.safetensors").stat().st_mtime_ns == stage1
     assert (folder / "1-stage2" / "model.safetensors").stat().st_mtime_ns != stage2
+
+
+def test_an_interrupted_stage_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storm_vlm.world.experiment.SAVE_STEPS", 1)
+    size = replace(TINY, steps=3)
+    data = build_data(tmp_path / "data", size)
+    uninterrupted = run_arm(tmp_path / "whole", data, "sft", 0, size)
+
+    def seal_and_stop(checkpoint: Path) -> None:
+        seal(checkpoint)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("storm_vlm.training.trainer.seal", seal_and_stop)
+        run_arm(tmp_path / "stopped", data, "sft", 0, size)
+    stage = tmp_path / "stopped" / "sft-0" / "0-sft"
+    assert last_whole_checkpoint(stage) == stage / "checkpoint-1"
+    saved = []
+    monkeypatch.setattr(
+        "storm_vlm.training.trainer.seal", lambda c: (saved.append(c.name), seal(c))
+    )
+    again = run_arm(tmp_path / "stopped", data, "sft", 0, size)
+    assert saved == ["checkpoint-2", "checkpoint-3"]
+    assert again["test"] == uninterrupted["test"]
+    weights = Path("sft-0", "0-sft", "model.safetensors")
+    assert (tmp_path / "stopped" / weights).read_bytes() == (
+        tmp_path / "whole" / weights
+    ).read_bytes()
+    assert not list(tmp_path.rglob("checkpoint-*"))

@@ -1,7 +1,7 @@
 """The micro experiment: every arm at equal data and equal optimizer steps, over several seeds.
 
-Each run leaves a `result.json`; a run that has one is not repeated, so the experiment can be interrupted and
-continued.
+Each run leaves a `result.json`; a run that has one is not repeated, and one that was interrupted goes on from its
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,6 +44,7 @@ CONTROLS: tuple[Control, ...] = ("text_only", "one_frame", "shuffled_frames")
 MICRO_CONFIGS = Path(__file__).parent / "configs"
 LONGEST_ANSWER = 128  # tokens; a chain of thought has about 90
 DEEP_LAYERS = 6
+SAVE_STEPS = 500  # a minute or two; of an interrupted run, no more is lost
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,15 @@ def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size
                 f"output_dir={output}",
                 f"training.max_steps={round(stage.share * size.steps)}",
                 f"training.seed={seed}",
+                "training.save_strategy=steps",
+                f"training.save_steps={SAVE_STEPS}",
+                "training.save_total_limit=1",
                 *stage.overrides,
             ]
             config = load_config(MICRO_CONFIGS / f"{stage.config}.yaml", settings)
             train(config, read_rows(rows)[: round(what.rows * size.train_rows)])
+        for finished in output.glob("checkpoint-*"):
+            shutil.rmtree(finished)
         checkpoint = output
     pipeline = StormPipeline.from_pretrained(str(checkpoint), device="cpu")
     pipeline.collator.videos.cache_bytes = 2**30
