@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from storm_vlm.cli import app
 from storm_vlm.construction.bench import _Trial, bare_rows, kill_trials, stub_config
@@ -186,8 +187,6 @@ def test_max_cost_stops_cleanly_and_more_money_goes_on(
     command += ["generator=keyframes"]  # 0.001 a call, 20 calls in all
 
     def storm(*more: str) -> Any:
-        from typer.testing import CliRunner
-
         return CliRunner().invoke(app, [*command, *more])
 
     first = storm("--max-cost", "0.0085")
@@ -243,6 +242,14 @@ def test_a_broken_video_is_a_reject(source: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", rows)
     summary = run(tmp_path / "rows.jsonl", tmp_path / "out", config())
     assert summary["rejected"]["video"] == 2 and summary["unfinished"] == 0
+
+
+def test_nothing_kept_is_no_success(source: Path, tmp_path: Path) -> None:
+    command = ["build", "--source", str(source), "--out", str(tmp_path), "generator=keyframes"]
+    strict = CliRunner().invoke(app, [*command, "filters.blank=2"])
+    assert strict.exit_code == 5 and "every row was rejected" in strict.output
+    assert len(lines(tmp_path / "rejects.jsonl")) == 10
+    assert CliRunner().invoke(app, command).exit_code == 0
 
 
 def test_results_belong_to_what_a_video_shows_not_to_its_name(

@@ -26,7 +26,7 @@ app = typer.Typer(
     "and run again; nothing is paid twice.",
 )
 console = Console()
-STOPPED = {"budget": 3, "unanswered": 4}  # exit codes
+STOPPED, ALL_REJECTED = {"budget": 3, "unanswered": 4}, 5  # exit codes
 
 Source = Annotated[Path, typer.Option(help="A JSONL file of rows.")]
 Out = Annotated[Path, typer.Option(help="Folder for rows.jsonl, rejects.jsonl, summary.json.")]
@@ -154,3 +154,6 @@ def _report(summary: dict[str, Any], out: Path) -> None:
         raise typer.Exit(STOPPED[why])
     if summary.get("unfinished"):
         console.print("unfinished rows are not in this store, as these settings would make them")
+    elif summary["rows"] and summary.get("kept") == 0:
+        console.print(f"every row was rejected: {out / 'rejects.jsonl'} says why", soft_wrap=True)
+        raise typer.Exit(ALL_REJECTED)
