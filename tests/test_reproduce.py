@@ -123,6 +123,7 @@ def test_sentences_are_said_of_what_there_is(name: str) -> None:
         other_seed = whole | {gone: [run(gone, 1, [True, False])]}
         _sentences(name, other_seed)
     assert "points" not in _sentences(name, {})
+    assert "one seed" in _sentences(name, whole) and "one seed" not in said(name, 1.0, 0.5)
 
 
 @pytest.fixture(scope="module")

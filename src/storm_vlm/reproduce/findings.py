@@ -122,7 +122,8 @@ def _controls(lines: Lines) -> list[str]:
     by_lead: dict[int, list[str]] = {1: [], 0: [], -1: []}
     for line in lines.values():
         if line["against"] is not None:
-            by_lead[_ahead(line)].append(line["name"])
+            alone = " (one seed)" if line["behind"]["seeds"] == 1 else ""
+            by_lead[_ahead(line)].append(line["name"] + alone)
     (reference,) = (line["name"] for line in lines.values() if line["against"] is None)
     verbs = {1: "is ahead of", 0: "is not shown to differ from", -1: "is behind"}
     parts = [f"{verbs[lead]} {', '.join(names)}" for lead, names in by_lead.items() if names]
