@@ -123,7 +123,7 @@ def _controls(lines: Lines) -> list[str]:
     for line in lines.values():
         if line["against"] is not None:
             alone = " (one seed)" if line["behind"]["seeds"] == 1 else ""
-            by_lead[_ahead(line)].append(line["name"] + alone)
+            by_lead[_ahead(line)].append(f"“{line['name']}”{alone}")
     (reference,) = (line["name"] for line in lines.values() if line["against"] is None)
     verbs = {1: "is ahead of", 0: "is not shown to differ from", -1: "is behind"}
     parts = [f"{verbs[lead]} {', '.join(names)}" for lead, names in by_lead.items() if names]
