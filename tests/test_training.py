@@ -1,13 +1,12 @@
 """Training: the losses are the paper's, what should move moves, and every shipped config runs."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from tiny import tiny_run
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -16,13 +15,12 @@ from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.decode import VideoError
 from storm_vlm.data.schema import Row, read_rows, write_rows
 from storm_vlm.data.video import Clip, read_frames, read_future, write_video
-from storm_vlm.latent import alignment_loss, pool_targets, whiten_targets
+from storm_vlm.latent import alignment_loss, pool_targets
 from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.pipeline import StormPipeline
 from storm_vlm.rollout import rollout
 from storm_vlm.tokens import add_latent_tokens, latent_tokens
 from storm_vlm.training.config import ConfigError, Method, TargetSource, TrainConfig, load_config
-from storm_vlm.training.distillation import Teacher, collate_with_teacher, teacher_collator
 from storm_vlm.training.lengths import LengthSampler, row_lengths
 from storm_vlm.training.targets import alignment_targets
 from storm_vlm.training.train import train, training_arguments
@@ -285,27 +283,6 @@ def test_what_should_move_moves(
         )
 
 
-def tiny_run(
-    folder: Path, backbone: str, rows: Path, method: Method, max_steps: int
-) -> TrainConfig:
-    return TrainConfig(
-        model=backbone,
-        data=str(rows),
-        output_dir=str(folder / "out"),
-        num_frames=6,
-        method=method,
-        training={
-            "max_steps": max_steps,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
-            "weight_decay": 0.01,
-            "logging_steps": 1,
-            "use_cpu": True,
-            "disable_tqdm": True,
-        },
-    )
-
-
 def test_a_run_whose_latents_get_no_gradient_stops_at_once(
     tmp_path, backbone, reasoning_file
 ) -> None:
@@ -469,69 +446,6 @@ def test_every_target_source_reads_what_it_says(model, processor, tmp_path) -> N
         targets("future", rows)
     with pytest.raises(ValueError, match="target_source none"):
         Method(target_source="none")
-
-
-def test_a_teacher_is_a_slow_average_that_reads_the_thought_video(
-    model, processor, reasoning_rows
-) -> None:
-    rows = reasoning_rows[:4]
-    model.model.visual.requires_grad_(False)
-    reader = teacher_collator(processor, 2 * K, 0)
-    method = Method(latent_budget=K, target_source="self_distilled", ema_decay=0.9)
-    teacher = Teacher(model, reader, rows, method)
-    batch = collate_with_teacher(StormCollator(processor, 6, K), reader, [(r, None) for r in rows])
-    before = teacher.targets(batch["teacher"])
-    assert before.shape == (4, K, model.config.text_config.hidden_size)
-    plain = Teacher(model, reader, rows, method.model_copy(update={"target_normalization": "none"}))
-    raw = plain.targets(batch["teacher"])
-    assert not torch.allclose(raw, before, atol=0.1)
-    torch.testing.assert_close(whiten_targets(raw, *teacher.whitening), before)
-    other = [
-        r.model_copy(update={"thought_video": rows[0].thought_video, "question": rows[0].question})
-        for r in rows
-    ]
-    swapped = collate_with_teacher(
-        StormCollator(processor, 6, K), reader, [(r, None) for r in other]
-    )
-    same = teacher.targets(swapped["teacher"])
-    assert torch.allclose(
-        same, same[:1].expand_as(same), atol=1e-4
-    )  # the clip is not what it reads
-    weight = model.model.language_model.layers[0].mlp.down_proj.weight
-    old = weight.detach().clone()
-    with torch.no_grad():
-        weight.add_(1.0)
-    assert torch.equal(teacher.targets(batch["teacher"]), before)  # it does not share what trains
-    teacher.follow(model)
-    own = teacher.model.model.language_model.layers[0].mlp.down_proj.weight
-    torch.testing.assert_close(own, old + 0.1)
-    assert not torch.allclose(teacher.targets(batch["teacher"]), before, atol=1e-3)
-    patches = "model.visual.patch_embed.proj.weight"
-    assert (
-        dict(teacher.model.named_parameters())[patches] is dict(model.named_parameters())[patches]
-    )
-
-
-def test_a_self_distilled_run_resumes_with_its_teacher(tmp_path, backbone, reasoning_file) -> None:
-    """Killed after step 2 of 3, which is what a lone checkpoint of step 2 looks like."""
-    method = Method(latent_budget=K, slot_input="scheduled", target_source="self_distilled")
-    method = method.model_copy(update={"ema_decay": 0.5})
-    whole = tiny_run(tmp_path / "whole", backbone, reasoning_file, method, max_steps=3)
-    whole.training.update(save_steps=1)
-    output = train(whole)
-    expected = (output / "model.safetensors").read_bytes()
-    before, after = (load_file(output / f"checkpoint-{n}" / "teacher.safetensors") for n in (2, 3))
-    for name, weight in StormForConditionalGeneration.from_pretrained(output).named_parameters():
-        if name in after:
-            torch.testing.assert_close(after[name], (before[name] + weight.detach()) / 2)
-    assert "model.language_model.norm.weight" in after
-    history = json.loads((output / "log_history.json").read_text())
-    assert sum("alignment_loss" in entry for entry in history) == 3
-    resumed = whole.model_copy(update={"output_dir": str(tmp_path / "resumed")})
-    shutil.copytree(
-        Path(whole.output_dir) / "checkpoint-2", Path(resumed.output_dir) / "checkpoint-2"
-    )
-    assert (train(resumed) / "model.safetensors").read_bytes() == expected
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])

@@ -1,4 +1,6 @@
-"""A processor with Qwen2.5-VL's special tokens and chat format, built in process in no time."""
+"""A processor with Qwen2.5-VL's special tokens and chat format, and a training run: both take no time."""
+
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -8,6 +10,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from storm_vlm.training.config import Method, TrainConfig
 from storm_vlm.world.backbone import CHAT_TEMPLATE, SPECIAL
 
 LATENT_TOKENS = ("<|latent_start|>", "<|latent_pad|>", "<|latent_end|>")
@@ -30,4 +33,25 @@ def tiny_processor(with_latent_tokens: bool = True) -> Qwen2_5_VLProcessor:
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False),
         chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny_run(
+    folder: Path, backbone: str, rows: Path, method: Method, max_steps: int
+) -> TrainConfig:
+    return TrainConfig(
+        model=backbone,
+        data=str(rows),
+        output_dir=str(folder / "out"),
+        num_frames=6,
+        method=method,
+        training={
+            "max_steps": max_steps,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "weight_decay": 0.01,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
     )

@@ -3,7 +3,8 @@
 The vision tower's tokens say what is to be seen; the decoder's states also say what it makes of that. The teacher
 reads a prompt with the thought video in place of the clip, and its last states over the video's tokens are
 pooled to K vectors. (A video comes before its question, which these states therefore cannot know.) As the model
-learns, so does its teacher, a little later.
+learns, so does its teacher, a little later; and with it moves what all its states have in common, which a whitening
+from the first day would take for their content. So they are whitened anew on the way.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from storm_vlm.rollout import read_prompt, unwrap
 from storm_vlm.training.config import Method
 
 FILE = "teacher.safetensors"
+WHITENING = ("whitening.mean", "whitening.matrix")  # their names in it
 WHITENED_ON = 512  # rows, the first ones
+WHITENED_EVERY = 100  # optimizer steps
 
 
 def collate_with_teacher(
@@ -68,20 +71,25 @@ class Teacher(TrainerCallback):
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         # In float32, or a bfloat16 average would never move.
         self.average = {n: p.float() for n, p in self.model.named_parameters() if n in trained}
-        with_thought = [row for row in rows if row.thought_video is not None][:WHITENED_ON]
-        if not with_thought:
+        self.collator = collator
+        self.sample = [_imagined(row) for row in rows if row.thought_video is not None][
+            :WHITENED_ON
+        ]
+        if not self.sample:
             raise ValueError("no row has a thought video, which target_source self_distilled needs")
-        seen = []
-        for first in range(0, len(with_thought), 8):
-            asked = [_imagined(row) for row in with_thought[first : first + 8]]
-            batch = collator.collate_prompts(asked, "off")
-            seen.append(self._pooled({n: t.to(model.device) for n, t in batch.items()}))
-        self.whitening = target_whitening(torch.cat(seen))
+        self._whiten()
 
     def targets(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, K, D) float32 for the prompts of `collate_with_teacher`."""
         raw = self._pooled(batch)
         return whiten_targets(raw, *self.whitening) if self.normalization == "whiten" else raw
+
+    def _whiten(self) -> None:
+        seen = []
+        for first in range(0, len(self.sample), 8):
+            batch = self.collator.collate_prompts(self.sample[first : first + 8], "off")
+            seen.append(self._pooled({n: t.to(self.model.device) for n, t in batch.items()}))
+        self.whitening = target_whitening(torch.cat(seen))
 
     @torch.no_grad()
     def _pooled(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -106,12 +114,18 @@ class Teacher(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.follow(kwargs["model"])
+        if self.normalization == "whiten" and state.global_step % WHITENED_EVERY == 0:
+            self._whiten()
 
     def save(self, folder: Path) -> None:
-        save_file({n: t.contiguous() for n, t in self.average.items()}, folder / FILE)
+        kept = self.average | dict(zip(WHITENING, self.whitening, strict=True))
+        save_file({n: t.contiguous() for n, t in kept.items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
+        kept = load_file(folder / FILE)
+        device = self.model.device
+        self.whitening = tuple(kept.pop(name).to(device) for name in WHITENING)
         own = dict(self.model.named_parameters())
-        for name, tensor in load_file(folder / FILE).items():
+        for name, tensor in kept.items():
             self.average[name].copy_(tensor)
             own[name].data.copy_(tensor)
