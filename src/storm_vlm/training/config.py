@@ -42,7 +42,11 @@ class Method(BaseModel):
         "another row's thought video (a control); or nowhere (pause slots).",
     )
     ema_decay: float = Field(
-        0.999, ge=0, le=1, description="Of the `self_distilled` teacher, per optimizer step."
+        0.9999,
+        ge=0,
+        le=1,
+        description="Of the `self_distilled` teacher, per optimizer step. With 0.999 the micro world's targets "
+        "change faster than they are learned.",
     )
     target_frames: int | None = Field(
         None,

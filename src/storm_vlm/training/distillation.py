@@ -123,8 +123,8 @@ class Teacher(TrainerCallback):
 
     def load(self, folder: Path) -> None:
         kept = load_file(folder / FILE)
-        device = self.model.device
-        self.whitening = tuple(kept.pop(name).to(device) for name in WHITENING)
+        mean, matrix = (kept.pop(name).to(self.model.device) for name in WHITENING)
+        self.whitening = mean, matrix
         own = dict(self.model.named_parameters())
         for name, tensor in kept.items():
             self.average[name].copy_(tensor)
