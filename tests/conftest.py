@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+from transformers import AutoProcessor
 
 from storm_vlm.data.schema import Row, read_rows
 from storm_vlm.world.build import build_world
@@ -26,3 +27,8 @@ def reasoning_rows(reasoning_file: Path) -> list[Row]:
 @pytest.fixture(scope="session")
 def backbone() -> str:
     return str(shipped("backbone"))
+
+
+@pytest.fixture(scope="module")
+def processor(backbone: str):
+    return AutoProcessor.from_pretrained(backbone)

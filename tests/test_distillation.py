@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_run
-from transformers import AutoProcessor
 
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.latent import whiten_targets
@@ -21,11 +20,6 @@ from storm_vlm.training.distillation import Teacher, collate_with_teacher, teach
 from storm_vlm.training.train import train
 
 K = 4
-
-
-@pytest.fixture(scope="module")
-def processor(backbone: str):
-    return AutoProcessor.from_pretrained(backbone)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_run
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoProcessor
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from storm_vlm.data.collator import StormCollator, VideoInputs
@@ -38,11 +38,6 @@ STAGES = {
     "rollout": Method(latent_budget=K, slot_input="rollout"),
     "stage2": Method(latent_budget=K, alignment_weight=0),
 }
-
-
-@pytest.fixture(scope="module")
-def processor(backbone: str):
-    return AutoProcessor.from_pretrained(backbone)
 
 
 @pytest.fixture
