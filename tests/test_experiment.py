@@ -108,14 +108,15 @@ def test_a_deeper_backbone_computes_the_same_and_all_of_it_learns(
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Stage I is done, Stage II is not: only Stage II is trained again."""
     data = build_data(tmp_path / "data", TINY)
-    first = run_arm(tmp_path, data, "full", 0, TINY)
+    first = run_arm(tmp_path, tmp_path, data, "full", 0, TINY)
     folder = tmp_path / "full-0"
     stage1 = (folder / "0-stage1" / "model.safetensors").stat().st_mtime_ns
-    (folder / "result.json").unlink()
+    (tmp_path / "full-0.json.gz").unlink()
     (folder / "1-stage2" / "versions.json").unlink()
     stage2 = (folder / "1-stage2" / "model.safetensors").stat().st_mtime_ns
-    again = run_arm(tmp_path, data, "full", 0, TINY)
-    assert again == first
+    again = run_arm(tmp_path, tmp_path, data, "full", 0, TINY)
+    assert first["seconds"] >= 0 and again.pop("seconds") is None
+    assert again == {name: value for name, value in first.items() if name != "seconds"}
     assert (folder / "0-stage1" / "model.safetensors").stat().st_mtime_ns == stage1
     assert (folder / "1-stage2" / "model.safetensors").stat().st_mtime_ns != stage2
 
@@ -126,7 +127,8 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint(
     monkeypatch.setattr("storm_vlm.world.experiment.SAVE_STEPS", 1)
     size = replace(TINY, steps=3)
     data = build_data(tmp_path / "data", size)
-    uninterrupted = run_arm(tmp_path / "whole", data, "sft", 0, size)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    uninterrupted = run_arm(whole, whole, data, "sft", 0, size)
 
     def seal_and_stop(checkpoint: Path) -> None:
         seal(checkpoint)
@@ -134,18 +136,16 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("storm_vlm.training.trainer.seal", seal_and_stop)
-        run_arm(tmp_path / "stopped", data, "sft", 0, size)
-    stage = tmp_path / "stopped" / "sft-0" / "0-sft"
+        run_arm(stopped, stopped, data, "sft", 0, size)
+    stage = stopped / "sft-0" / "0-sft"
     assert last_whole_checkpoint(stage) == stage / "checkpoint-1"
     saved = []
     monkeypatch.setattr(
         "storm_vlm.training.trainer.seal", lambda c: (saved.append(c.name), seal(c))
     )
-    again = run_arm(tmp_path / "stopped", data, "sft", 0, size)
+    again = run_arm(stopped, stopped, data, "sft", 0, size)
     assert saved == ["checkpoint-2", "checkpoint-3"]
     assert again["test"] == uninterrupted["test"]
     weights = Path("sft-0", "0-sft", "model.safetensors")
-    assert (tmp_path / "stopped" / weights).read_bytes() == (
-        tmp_path / "whole" / weights
-    ).read_bytes()
+    assert (stopped / weights).read_bytes() == (whole / weights).read_bytes()
     assert not list(tmp_path.rglob("checkpoint-*"))

@@ -40,6 +40,7 @@ def trainer_losses(stage: str, folder: Path, data: Path) -> list[float]:
         f"output_dir={folder / stage}",
         f"training.max_steps={STEPS}",
         "training.per_device_train_batch_size=4",
+        "muon=null",  # the flat loop has AdamW
         "training.learning_rate=1e-4",
         "training.warmup_steps=5",
         "training.logging_steps=1",

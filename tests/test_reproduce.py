@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def test_a_second_call_does_nothing_again(reproduced: tuple[Path, dict[str, Any]
     folder, found = reproduced
     patterns = (
         "model.safetensors",
-        "result.json",
+        "*.json.gz",
         "latency.json",
         "examples.json",
         "states.safetensors",
@@ -172,14 +173,29 @@ def test_a_second_call_does_nothing_again(reproduced: tuple[Path, dict[str, Any]
     assert again["tables"] == found["tables"] and again["reliance"] == found["reliance"]
 
 
+def test_outcomes_are_enough_to_go_on_with_on_another_machine(
+    reproduced: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Nothing is trained again where the outcomes lie, and tables and intervals are the same."""
+    folder, found = reproduced
+    shutil.copytree(folder / "docs", tmp_path / "docs")
+    shutil.copy(folder / "latency.json", tmp_path)
+    again = reproduce(tmp_path, tmp_path / "docs", TINY, ["stages"], jobs=1)
+    assert again["tables"] == found["tables"] and again["cost"] == found["cost"]
+    assert not list(tmp_path.glob("*-0"))
+    # Only the model that is looked into has to be there; without it, the shipped one is.
+    assert found["analysed"] == "STORM of seed 0" and again["analysed"] == "the shipped STORM"
+
+
 def test_a_table_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no comparison is called tables.*latent_sizes"):
         reproduce(tmp_path, tmp_path, TINY, ["tables"])
 
 
 def test_a_folder_holds_runs_of_one_plan_but_seeds_can_be_added(tmp_path: Path) -> None:
-    _belongs(tmp_path, TINY)
-    _belongs(tmp_path, replace(TINY, seeds=3))
+    outcomes = tmp_path / "results" / "runs"
+    _belongs(outcomes, TINY)
+    _belongs(outcomes, replace(TINY, seeds=3))
     longer = replace(TINY, size=replace(TINY.size, steps=70))
     with pytest.raises(ValueError, match=r"holds runs of other settings.*'steps': 7"):
         reproduce(tmp_path, tmp_path, longer, ["stages"])
@@ -187,7 +203,7 @@ def test_a_folder_holds_runs_of_one_plan_but_seeds_can_be_added(tmp_path: Path) 
 
 def test_the_verb_hands_its_options_on(tmp_path: Path) -> None:
     """A folder of another plan is refused before anything is done, and the refusal shows what was asked for."""
-    _belongs(tmp_path, TINY)
+    _belongs(tmp_path / "results" / "runs", TINY)
     for options, plan in (([], FULL), (["--fast"], FAST), (["--steps", "70"], FULL)):
         size = replace(plan.size, steps=70 if "--steps" in options else plan.size.steps)
         result = CliRunner().invoke(app, ["reproduce", str(tmp_path), *options])

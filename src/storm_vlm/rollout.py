@@ -102,7 +102,7 @@ def _one_pass(
     ids = batch["input_ids"]
     length = ids.shape[1]
     positions, mask = _positions(model, batch)
-    prompt, answer = embed(model, ids), embed(model, answer_ids(model, batch, budget))
+    prompt, answer = prompt_embeds(model, batch), embed(model, answer_ids(model, batch, budget))
     slots = prompt[:, :0] if slot_inputs is None else _checked(slot_inputs, prompt, budget)
     embeds = torch.cat([prompt, slots, answer], 1)
     added = embeds.shape[1] - length
@@ -165,7 +165,8 @@ def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
     recorder.layers[:] = recorded_layers
     with _on_every_layer(model.model, "_can_checkpoint_with_cache", True):
         hidden = model.model(
-            input_ids=ids,
+            input_ids=ids,  # as in `_one_pass`
+            inputs_embeds=prompt_embeds(model, batch),
             position_ids=positions,
             attention_mask=mask,
             past_key_values=recorder,
@@ -258,6 +259,24 @@ def _checked(slot_inputs: Tensor, like: Tensor, budget: int) -> Tensor:
     if tuple(slot_inputs.shape) != expected:
         raise ValueError(f"slot_inputs must be {expected}, got {tuple(slot_inputs.shape)}")
     return slot_inputs.to(like)
+
+
+def prompt_embeds(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """(B, T, D) embeddings of the prompts, with `video_features` (N, D) in their places if the batch has them.
+
+    They are what the vision tower made of all clips in row order, computed beforehand; else the model asks its tower.
+
+    Raises:
+        ValueError: their number is not that of the prompts' video tokens.
+    """
+    ids, features = batch["input_ids"], batch.get("video_features")
+    embeds = embed(model, ids)
+    if features is None:
+        return embeds
+    of_video = ids == model.config.video_token_id
+    if int(of_video.sum()) != len(features):
+        raise ValueError(f"{len(features)} video_features for {int(of_video.sum())} video tokens")
+    return embeds.masked_scatter(of_video.unsqueeze(-1), features.to(embeds))
 
 
 def embed(model: Any, ids: Tensor) -> Tensor:

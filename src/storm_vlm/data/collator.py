@@ -55,7 +55,7 @@ class VideoInputs:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        inputs = self.process(self.read(path, self.num_frames, start, end))
+        inputs = self.load(path, start, end)
         size = _num_bytes(inputs)
         if size <= self.cache_bytes:
             self._kept[key] = inputs
@@ -63,6 +63,10 @@ class VideoInputs:
             while self._kept_bytes > self.cache_bytes:
                 self._kept_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
         return inputs
+
+    def load(self, path: str, start: float | None, end: float | None) -> dict[str, Tensor]:
+        """What :meth:`get` keeps."""
+        return self.process(self.read(path, self.num_frames, start, end))
 
     def process(self, clip: Clip) -> dict[str, Tensor]:
         """pixel_values_videos (patches, values), video_grid_thw (1, 3), second_per_grid_ts (1,)."""

@@ -1,12 +1,12 @@
 """`storm reproduce`: train what is compared, measure, probe, and write it down.
 
-Every run leaves a `result.json`, and every other part a file of its own; what is there is not done again.
+Every run leaves its outcomes, and every other part a file of its own; what is there is not done again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from storm_vlm.data.files import write_json, write_text
 from storm_vlm.evaluation.latency import Lengths, bench_latency
 from storm_vlm.reproduce.findings import findings
 from storm_vlm.reproduce.page import markdown, write_page
-from storm_vlm.reproduce.tables import Result, table
+from storm_vlm.reproduce.tables import table
 from storm_vlm.versions import commit, versions
 from storm_vlm.world.arms import ARMS, COMPARISONS
 from storm_vlm.world.build import build_world
 from storm_vlm.world.checkpoints import shipped
-from storm_vlm.world.experiment import Size, build_data, run_arms, summarize
+from storm_vlm.world.experiment import Result, Size, build_data, read_results, run_arms, summarize
 
 # Figures for the record that README's tables are made from.
 RECORDS = {
@@ -62,22 +62,24 @@ def reproduce(
 ) -> dict[str, Any]:
     """The comparisons `chosen` (all of them by default), then latency, analysis, tables and page.
 
-    Data, checkpoints, outcomes and the page go into `folder`, which a second call goes on with; into `out` go
-    `results.md` and, in `results/`, the figures for the record. Tables also show what earlier calls have trained.
+    Data, checkpoints and the page go into `folder`, which a second call goes on with; into `out` go `results.md`
+    and, in `results/`, the figures for the record and every run's outcomes (`runs/`). A run that has outcomes is
+    not done again, whatever machine it ran on, and tables show all there are.
 
     Raises:
-        ValueError: no comparison has such a name, or the folder holds runs of other settings.
+        ValueError: no comparison has such a name, or `out` holds runs of other settings.
     """
     if unknown := set(chosen) - set(COMPARISONS):
         raise ValueError(
             f"no comparison is called {', '.join(sorted(unknown))}: choose from {', '.join(COMPARISONS)}"
         )
-    _belongs(folder, plan)
+    outcomes = out / "results" / "runs"
+    _belongs(outcomes, plan)
     wanted = dict.fromkeys(a for name in chosen or COMPARISONS for a in COMPARISONS[name].arms)
     trained = [arm for arm in wanted if ARMS[arm].trained]
-    run_arms(folder, trained, range(plan.seeds), plan.size, jobs)
-    run_arms(folder, ["base"], [0], plan.size, 1)
-    results = _results(folder)
+    run_arms(folder, outcomes, trained, range(plan.seeds), plan.size, jobs)
+    run_arms(folder, outcomes, ["base"], [0], plan.size, 1)
+    results = read_results(outcomes)
     data = build_data(folder / "data", plan.size)
     latency = _latency(folder / "latency.json", plan.rounds)
     analysis = _analysis(folder, data["test"], plan)
@@ -89,6 +91,7 @@ def reproduce(
         "steps": plan.size.steps,
         "train_rows": plan.size.train_rows,
         "n_test": plan.size.test_rows,
+        "cost": _cost(results),
         "tables": {name: table(of, results) for name, of in COMPARISONS.items()},
         "latency": latency,
         "analysed": {"full-0": "STORM of seed 0", "shipped": "the shipped STORM"}[analysis.name],
@@ -108,25 +111,23 @@ def reproduce(
     return found
 
 
-def _belongs(folder: Path, plan: Plan) -> None:
+def _belongs(outcomes: Path, plan: Plan) -> None:
     """Runs of different settings do not go together: a folder is one plan's; only seeds may be added."""
-    file = folder / "plan.json"
+    file = outcomes / "plan.json"
     wanted = {key: value for key, value in asdict(plan).items() if key != "seeds"}
     if not file.exists():
         write_json(file, wanted)
     elif (known := json.loads(file.read_text())) != wanted:
         raise ValueError(
-            f"{folder} holds runs of other settings ({known}), not of {plan}: choose another folder"
+            f"{outcomes} holds runs of other settings ({known}), not of {plan}: choose another folder"
         )
 
 
-def _results(folder: Path) -> dict[str, list[Result]]:
-    """All runs that the folder holds, by arm, in the order of their seeds."""
-    found: dict[str, list[Result]] = {}
-    for file in folder.glob("*/result.json"):
-        run = json.loads(file.read_text())
-        found.setdefault(run["arm"], []).append(run)
-    return {arm: sorted(runs, key=lambda run: run["seed"]) for arm, runs in found.items()}
+def _cost(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
+    """What the runs took that were done in one go, of all that there are: one thread each."""
+    runs = [run for of in results.values() for run in of if ARMS[run["arm"]].trained]
+    timed = [run["seconds"] for run in runs if run["seconds"] is not None]
+    return {"runs": len(runs), "timed": len(timed), "core_hours": sum(timed) / 3600}
 
 
 def _latency(file: Path, rounds: int) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def _latency(file: Path, rounds: int) -> dict[str, Any]:
 
 def _analysis(folder: Path, test: Path, plan: Plan) -> Path:
     """Folder of what `storm analyze` finds of the STORM of seed 0, or of the shipped one if there is none."""
-    trained = (folder / "full-0" / "result.json").exists()
+    trained = (folder / "full-0" / "1-stage2" / "versions.json").exists()
     checkpoint = folder / "full-0" / "1-stage2" if trained else shipped("storm")
     out = folder / "analysis" / ("full-0" if trained else "shipped")
     if not (out / "report.html").exists():  # the last file that an analysis writes

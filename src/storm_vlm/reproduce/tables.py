@@ -10,9 +10,7 @@ import numpy as np
 from storm_vlm.analysis.reliance import KINDS
 from storm_vlm.evaluation.statistics import mean_over_seeds, paired_difference
 from storm_vlm.world.arms import ARMS, Comparison
-from storm_vlm.world.experiment import hits
-
-Result = dict[str, Any]
+from storm_vlm.world.experiment import Result, hits
 
 
 def table(comparison: Comparison, results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:

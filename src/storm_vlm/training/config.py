@@ -123,8 +123,26 @@ class TrainConfig(BaseModel):
         None,
         description="Folder of the alignment targets; default: beside `data`, in `<data>.targets`.",
     )
+    vision_cache: str | None = Field(
+        None,
+        description="Folder for what the frozen vision tower makes of each clip: computed once, then read by every "
+        "epoch and run in place of the videos. Takes N x D numbers a clip (at 7B 7 KiB a token).",
+    )
+    muon: dict[str, Any] | None = Field(
+        None,
+        description="Fields of timm's Muon, which then moves the decoder's matrices, and AdamW all else (with "
+        "`training.learning_rate`). None: `training.optim` moves all.",
+    )
     method: Method = Field(default_factory=lambda: Method.model_validate({}))
     training: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _only_a_frozen_tower_can_be_kept(self) -> TrainConfig:
+        if self.vision_cache is not None and not self.freeze_vision:
+            raise ValueError(
+                "a tower that trains makes ever other features: leave out vision_cache"
+            )
+        return self
 
     @model_validator(mode="after")
     def _quantized_models_need_adapters(self) -> TrainConfig:

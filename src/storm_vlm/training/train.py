@@ -27,6 +27,7 @@ from storm_vlm.training.distillation import Teacher, collate_with_teacher, teach
 from storm_vlm.training.lengths import row_lengths
 from storm_vlm.training.samples import SampleAnswers
 from storm_vlm.training.targets import alignment_targets
+from storm_vlm.training.tower import KeptVideos
 from storm_vlm.training.trainer import LossBar, RowDataset, StormTrainer, collate_items
 from storm_vlm.versions import versions
 
@@ -90,9 +91,20 @@ def build_trainer(
     """
     method = config.method
     targets, distilled = None, method.needs_targets and method.target_source == "self_distilled"
+    cache_bytes = int(config.video_cache_gb * 2**30)
+    collator = StormCollator(processor, config.num_frames, method.latent_budget, cache_bytes)
+    tower, home = model.model.visual, model.device
+    tower.to(arguments.device)  # the rest waits until the trainer knows how to place it
+    if config.vision_cache is not None:
+        collator.videos = KeptVideos(
+            model,
+            processor,
+            [*rows, *validation],
+            config.num_frames,
+            cache_bytes,
+            Path(config.vision_cache),
+        )
     if method.needs_targets and not distilled:
-        tower, home = model.model.visual, model.device
-        tower.to(arguments.device)  # the rest waits until the trainer knows how to place it
         targets = alignment_targets(
             model,
             processor,
@@ -103,11 +115,9 @@ def build_trainer(
             Path(config.target_cache or Path(config.data).with_suffix(".targets")),
             num_frames=method.num_target_frames,
         )
-        tower.to(home)
+    tower.to(home)
     if config.lora is not None:
         model = add_adapters(model, config.lora)
-    cache_bytes = int(config.video_cache_gb * 2**30)
-    collator = StormCollator(processor, config.num_frames, method.latent_budget, cache_bytes)
     reader = (
         teacher_collator(processor, method.num_target_frames, cache_bytes) if distilled else None
     )
@@ -120,6 +130,7 @@ def build_trainer(
         if reader is None
         else functools.partial(collate_with_teacher, collator, reader),
         method=method,
+        muon=config.muon,
     )
     if reader is not None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:

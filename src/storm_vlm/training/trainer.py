@@ -30,9 +30,10 @@ from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.rollout import RolloutOutput, head, rollout, unwrap
 from storm_vlm.tokens import latent_tokens
 from storm_vlm.training.checkpoints import seal
-from storm_vlm.training.config import Method
+from storm_vlm.training.config import ConfigError, Method
 from storm_vlm.training.distillation import Teacher
 from storm_vlm.training.lengths import LengthSampler
+from storm_vlm.training.optimizer import muon_and_adamw
 
 Item = tuple[Row, Tensor | None]
 
@@ -67,9 +68,13 @@ class StormTrainer(Trainer):
     batch: every term is a sum over this process's share, divided by the count over all of them.
     """
 
-    def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, method: Method, muon: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.method = method
+        self.method, self.muon = method, muon
+        if muon is not None and self.is_deepspeed_enabled:
+            raise ConfigError("muon needs whole matrices, DeepSpeed keeps flat pieces: use DDP")
         self.teacher: Teacher | None = None
         self.lengths: list[int] = []  # of the training rows, for `group_by_length`
         self.samples: Callable[[Any, int], dict[str, float]] | None = None  # asked at evaluations
@@ -90,6 +95,13 @@ class StormTrainer(Trainer):
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthSampler(self.lengths, rows, seed, lambda: int((self.state.epoch or 0) + 1e-6))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.muon is not None and self.optimizer is None:
+            self.optimizer = muon_and_adamw(
+                self.model if model is None else model, self.args, self.muon
+            )
+        return super().create_optimizer(*([] if model is None else [model]))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
         """In their order; stock `group_by_length` would look for token ids in the rows."""

@@ -1,11 +1,12 @@
 """The micro experiment: every arm at equal data and equal optimizer steps, over several seeds.
 
-Each run leaves a `result.json`; a run that has one is not repeated, and one that was interrupted goes on from its
-last checkpoint.
+Each run leaves its outcomes, question by question, in a file of their own; a run that has one is not repeated, here
+or on another machine, and one that was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from storm_vlm.analysis.reliance import KINDS, tamper
-from storm_vlm.data.files import write_json
+from storm_vlm.data.files import in_one_step
 from storm_vlm.data.schema import Row, read_rows, write_rows
 from storm_vlm.evaluation.controls import Control
 from storm_vlm.evaluation.exam import evaluate
@@ -57,21 +58,32 @@ class Size:
     steps: int = 3000
 
 
-def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size) -> dict[str, Any]:
-    """Train and evaluate one arm with one seed; returns (and keeps) its outcomes."""
-    result_file = folder / f"{arm}-{seed}" / "result.json"
+Result = dict[str, Any]
+
+
+def run_arm(
+    folder: Path, outcomes: Path, data: dict[str, Path], arm: str, seed: int, size: Size
+) -> Result:
+    """Train (in `folder`) and evaluate one arm with one seed; returns its outcomes, and keeps them in `outcomes`.
+
+    `seconds` is what it took on one thread, None where an earlier call had begun it.
+    """
+    result_file = outcomes / f"{arm}-{seed}.json.gz"
     if result_file.exists():
-        return json.loads(result_file.read_text())
+        return _read_result(result_file)
+    began, here = time.perf_counter(), folder / f"{arm}-{seed}"
+    begun = here.exists()
     what = ARMS[arm]
     checkpoint = data["deep"] if what.start == "deep" else shipped(what.start)
     for number, stage in enumerate(what.stages):
-        output = result_file.parent / f"{number}-{stage.config}"
+        output = here / f"{number}-{stage.config}"
         if not (output / "versions.json").exists():  # the last file that training writes
             rows = data[stage.data]
             settings = [
                 f"model={checkpoint}",
                 f"data={rows}",
                 f"target_cache={rows.with_suffix('.targets')}",
+                f"vision_cache={rows.with_name('features')}",
                 f"output_dir={output}",
                 f"training.max_steps={round(stage.share * size.steps)}",
                 f"training.seed={seed}",
@@ -88,7 +100,7 @@ def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size
     pipeline = StormPipeline.from_pretrained(str(checkpoint), device="cpu")
     pipeline.collator.videos.cache_bytes = 2**30
     reasoner = Latent(pipeline, max_new_tokens=LONGEST_ANSWER)
-    result: dict[str, Any] = {"arm": arm, "seed": seed, "checkpoint": str(checkpoint)}
+    result: Result = {"arm": arm, "seed": seed, "checkpoint": str(checkpoint)}
     result["commit"] = commit()
     for split in ("test", "ood"):
         rows = read_rows(data[split])
@@ -101,8 +113,23 @@ def run_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size
         for control in CONTROLS:
             records = evaluate(reasoner, rows, reasoner.frames, 100, control)
             result[control] = [record.correct for record in records]
-    write_json(result_file, result)
+    result["seconds"] = None if begun else round(time.perf_counter() - began)
+    with in_one_step(result_file) as unfinished:
+        unfinished.write_bytes(gzip.compress(json.dumps(result).encode(), mtime=0))
     return result
+
+
+def read_results(outcomes: Path) -> dict[str, list[Result]]:
+    """All runs that the folder holds outcomes of, by arm, in the order of their seeds."""
+    found: dict[str, list[Result]] = {}
+    for file in outcomes.glob("*.json.gz"):
+        run = _read_result(file)
+        found.setdefault(run["arm"], []).append(run)
+    return {arm: sorted(runs, key=lambda run: run["seed"]) for arm, runs in found.items()}
+
+
+def _read_result(file: Path) -> Result:
+    return json.loads(gzip.decompress(file.read_bytes()))
 
 
 def _outcome(record: Record) -> dict[str, Any]:
@@ -161,11 +188,16 @@ def _leave_with_parent(parent: int) -> None:
 
 
 def run_arms(
-    folder: Path, arms: Sequence[str], seeds: Sequence[int], size: Size, jobs: int
-) -> list[dict[str, Any]]:
+    folder: Path,
+    outcomes: Path,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    size: Size,
+    jobs: int,
+) -> list[Result]:
     """All arms and seeds: one after the other on all cores, or `jobs` at a time on one core each."""
     data = build_data(folder / "data", size, arms)
-    work = [(folder, data, arm, seed, size) for arm in arms for seed in seeds]
+    work = [(folder, outcomes, data, arm, seed, size) for arm in arms for seed in seeds]
     if jobs == 1:
         return [run_arm(*job) for job in work]
     # Workers read it when they import tqdm: bars of several runs would write over each other.

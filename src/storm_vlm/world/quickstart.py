@@ -21,7 +21,7 @@ def quickstart(folder: Path, console: Console, size: Size = SIZE) -> None:
     """Run it; what an earlier call finished in the same folder is not done again."""
     began = time.perf_counter()
     console.print(f"Micro world in [bold]{folder}[/bold]; interrupt and call again as you like.")
-    results = run_arms(folder, ARMS, [0], size, jobs=1)
+    results = run_arms(folder, folder / "outcomes", ARMS, [0], size, jobs=1)
     data = build_data(folder / "data", size)
     summary = summarize(results, data, "storm quickstart")
     summary["seconds"] = round(time.perf_counter() - began, 1)

@@ -1,0 +1,53 @@
+"""Muon for the decoder's matrices and AdamW for all else, in one optimizer (timm's)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from storm_vlm.training.config import ConfigError
+
+NOT_MATRICES = ("embed_tokens", "lm_head")  # tables of vectors, each of which moves by itself
+
+
+def muon_and_adamw(
+    model: Any, arguments: TrainingArguments, settings: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Muon with `settings`; a matrix's step is scaled to be as long as AdamW's, so that `lr` means the same to both.
+
+    What `settings` leave out is what `arguments` say of AdamW.
+
+    Raises:
+        ConfigError: timm's Muon does not know a setting.
+    """
+    from timm.optim.muon import Muon  # a second that others need not wait
+
+    matrices, tables, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif parameter.ndim > 2 or any(table in name for table in NOT_MATRICES):
+            tables.append(parameter)
+        else:
+            matrices.append(parameter)
+    by_adamw = {"lr": arguments.learning_rate, "use_fallback": True}
+    groups = [
+        {"params": matrices},
+        {"params": tables, **by_adamw},
+        {"params": vectors, **by_adamw, "weight_decay": 0.0},
+    ]
+    defaults = {
+        "lr": arguments.learning_rate,
+        "weight_decay": arguments.weight_decay,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "nesterov": True,
+    }
+    try:
+        return Muon([group for group in groups if group["params"]], **{**defaults, **settings})
+    except TypeError as error:
+        raise ConfigError(f"muon: {error}") from error

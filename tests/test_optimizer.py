@@ -1,0 +1,63 @@
+"""Muon for matrices, AdamW for the rest: who moves what, and that all of it moves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_run
+
+from storm_vlm.data.schema import read_rows
+from storm_vlm.modeling import StormForConditionalGeneration
+from storm_vlm.training.config import ConfigError, Method, TrainConfig
+from storm_vlm.training.optimizer import muon_and_adamw
+from storm_vlm.training.train import build_trainer, load_model, training_arguments
+
+MUON = {"algo": "adamuon", "lr": 2e-3}
+
+
+def config(folder: Path, backbone: str, rows: Path, muon: dict) -> TrainConfig:
+    method = Method(latent_budget=3, slot_input="scheduled")
+    return tiny_run(folder, backbone, rows, method, 3).model_copy(update={"muon": muon})
+
+
+def test_each_parameter_has_its_rule_and_moves(
+    tmp_path: Path, backbone: str, reasoning_file: Path
+) -> None:
+    run = config(tmp_path, backbone, reasoning_file, MUON)
+    model, processor = load_model(run)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows = read_rows(reasoning_file)
+    trainer = build_trainer(run, training_arguments(run), model, processor, rows, [])
+    trainer.train()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p.detach(), before[n])}
+    assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
+    state = trainer.optimizer.optimizer.state  # inside Accelerate's
+    by_muon = {n for n, p in model.named_parameters() if p in state and state[p]["use_muon"]}
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert by_muon == {n for n in moved if n.endswith(tuple(f"{p}.weight" for p in projections))}
+    assert {n for n in moved - by_muon if "norm" in n} and any(
+        "embed" in n for n in moved - by_muon
+    )
+    decays = {group["weight_decay"] for group in trainer.optimizer.param_groups}
+    assert decays == {0.0, 0.01}
+    rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
+    assert rates == [2e-3, 1e-3, 1e-3]  # Muon's own, AdamW's
+    assert all(
+        group["lr"] < rate
+        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True)
+    )
+
+
+def test_what_is_not_set_is_what_the_arguments_say(backbone: str) -> None:
+    model = StormForConditionalGeneration.from_pretrained(backbone)
+    run = TrainConfig(
+        model="",
+        data="",
+        output_dir="unused",
+        training={"learning_rate": 5e-4, "adam_beta2": 0.95, "use_cpu": True},
+    )
+    optimizer = muon_and_adamw(model, training_arguments(run), {})
+    assert {group["lr"] for group in optimizer.param_groups} == {5e-4}
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    with pytest.raises(ConfigError, match=r"muon: .*speed"):
+        muon_and_adamw(model, training_arguments(run), {"speed": 1})

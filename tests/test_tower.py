@@ -1,0 +1,151 @@
+"""What the frozen tower makes of clips, kept on disk: the same losses and gradients, and nothing computed twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_run
+
+from storm_vlm.data.collator import StormCollator, VideoInputs
+from storm_vlm.data.decode import VideoError
+from storm_vlm.data.schema import Row
+from storm_vlm.modeling import StormForConditionalGeneration
+from storm_vlm.rollout import rollout
+from storm_vlm.tokens import add_latent_tokens
+from storm_vlm.training.config import Method, TrainConfig
+from storm_vlm.training.tower import Excerpt, KeptVideos, Store, made
+from storm_vlm.training.train import train
+
+K = 3
+
+
+@pytest.fixture
+def model(backbone: str, processor):
+    model = StormForConditionalGeneration.from_pretrained(backbone)
+    add_latent_tokens(model, processor, K)
+    model.model.visual.requires_grad_(False)
+    return model.train()
+
+
+@pytest.fixture
+def kept(model, processor, reasoning_rows: list[Row], tmp_path: Path) -> KeptVideos:
+    return KeptVideos(model, processor, reasoning_rows[:3], 6, 0, tmp_path / "features")
+
+
+@pytest.mark.parametrize("slots", [0, K])
+@pytest.mark.parametrize("fed", ["states", "targets"])
+def test_features_in_place_of_pixels_change_neither_answers_nor_gradients(
+    model, processor, kept, reasoning_rows, slots: int, fed: str
+) -> None:
+    """Rows of different lengths, so that prompts are padded."""
+    collator = StormCollator(processor, 6, slots)
+    slot_inputs = torch.randn(3, K, 128) if slots and fed == "targets" else None
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        output = rollout(model, collator(reasoning_rows[:3]), slots, slot_inputs)
+        output.logits.square().mean().backward()
+        return output.logits, [p.grad for p in model.parameters() if p.grad is not None]
+
+    (logits, gradients) = run()
+    collator.videos = kept
+    batch = collator(reasoning_rows[:3])
+    assert "pixel_values_videos" not in batch and batch["video_features"].shape[1] == 128
+    assert not bool(batch["attention_mask"].all())
+    model.model.visual.forward = None  # nobody asks the tower
+    (again, regained) = run()
+    torch.testing.assert_close(again, logits)
+    assert len(regained) == len(gradients) > 30
+    for one, other in zip(regained, gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_batch_without_all_its_features_is_refused(
+    model, processor, kept, reasoning_rows
+) -> None:
+    collator = StormCollator(processor, 6, K)
+    collator.videos = kept
+    batch = collator(reasoning_rows[:2])
+    batch["video_features"] = batch["video_features"][1:]
+    with pytest.raises(ValueError, match=r"\d+ video_features for \d+ video tokens"):
+        rollout(model, batch, K)
+
+
+def test_a_second_run_asks_the_tower_for_new_clips_only(
+    model, processor, reasoning_rows, tmp_path
+) -> None:
+    asked: list[int] = []
+    model.model.visual.register_forward_hook(lambda *_: asked.append(1))
+    folder = tmp_path / "features"
+
+    def run(rows: list[Row], num_frames: int = 6) -> KeptVideos:
+        asked.clear()
+        return KeptVideos(model, processor, rows, num_frames, 0, folder)
+
+    rows = reasoning_rows[:3]
+    assert run([*rows, rows[0]]) and len(asked) == 3  # a clip that two rows ask about, once
+    again = run(rows)
+    assert not asked
+    run(reasoning_rows[:4])
+    assert len(asked) == 1
+    run([rows[0].model_copy(update={"end": 0.5})])  # another window is another excerpt
+    assert len(asked) == 1
+    run(rows, num_frames=4)
+    assert len(asked) == 3
+    file = again.store.file(Excerpt(rows[0].video))
+    file.write_bytes(file.read_bytes()[:-40])  # damaged: made again
+    run(rows)
+    assert len(asked) == 1
+    file.unlink()
+    with pytest.raises(VideoError, match=r"no longer in .*start again"):
+        again.get(rows[0].video)
+
+
+def test_processes_that_share_a_folder_share_the_work(
+    model, processor, reasoning_rows, tmp_path
+) -> None:
+    """What another process has made meanwhile is read, not made again."""
+    excerpts = [Excerpt(row.video) for row in reasoning_rows[:3]]
+    ours, theirs = (Store(tmp_path, model, processor, 6) for _ in range(2))
+    computed = []
+
+    def compute(excerpt: Excerpt) -> dict[str, torch.Tensor]:
+        for other in excerpts:
+            theirs.write(other, {"it": torch.ones(1)})
+        computed.append(excerpt)
+        return {"it": torch.ones(1)}
+
+    found = dict(made(excerpts, compute, ours, "tensors"))
+    assert len(computed) == 1 and set(found) == set(excerpts)
+    assert all(torch.equal(tensors["it"], torch.ones(1)) for tensors in found.values())
+
+
+def losses(folder: Path, backbone: str, rows: Path, **settings: object) -> list[float]:
+    method = Method(latent_budget=K, slot_input="scheduled")
+    run = tiny_run(folder, backbone, rows, method, 4).model_copy(update=settings)
+    history = json.loads((train(run) / "log_history.json").read_text())
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_a_run_with_kept_features_has_the_losses_of_one_without(
+    tmp_path: Path, backbone: str, reasoning_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = losses(tmp_path / "plain", backbone, reasoning_file)
+    folder = tmp_path / "features"
+    kept = losses(tmp_path / "kept", backbone, reasoning_file, vision_cache=str(folder))
+    assert len(kept) == 4 and kept == pytest.approx(plain, rel=1e-4)
+    first = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+    def never(*_: object) -> None:
+        raise AssertionError("a video was read again")
+
+    monkeypatch.setattr(VideoInputs, "process", never)
+    again = losses(tmp_path / "again", backbone, reasoning_file, vision_cache=str(folder))
+    assert again == kept and len(first) >= 12
+    assert first == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def test_a_tower_that_trains_cannot_be_kept() -> None:
+    with pytest.raises(ValueError, match="a tower that trains"):
+        TrainConfig(model="", data="", output_dir="", vision_cache="here", freeze_vision=False)
