@@ -48,6 +48,7 @@ def reproduce(
     command = "storm reproduce" + (" --fast" if fast else "")
     command += f" --seeds {plan.seeds} --steps {size.steps} --train-rows {size.train_rows}"
     command += "".join(f" --table {name}" for name in table or ())
+    command += f" --out {out}" if out else ""
     found = run(folder, out or folder, plan, table or (), jobs, command)
     for sentences in found["findings"].values():
         for sentence in sentences:

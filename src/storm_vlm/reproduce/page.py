@@ -36,6 +36,7 @@ READING = (
     "the answer then becomes that clip's, and what is left without slots. Harder split: two balls, five to seven "
     "mirrors, six or seven hidden steps."
 )
+SPENT = " {timed} of the {runs} runs were done in one go; together these took {core_hours:.1f} hours of a core."
 ANALYSED = "One model, {analysed}; intervals over videos."
 REHEARSAL = "A rehearsal: far too few steps to learn anything, so these figures mean nothing."
 CAPTIONS = {"rows": "Accuracy by the number of training rows, at equal optimizer steps."}
@@ -52,7 +53,7 @@ def markdown(found: dict[str, Any]) -> str:
         + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
         + "); figures: [reproduce.json](results/reproduce.json). The command also writes a page with every picture.",
         *([REHEARSAL] if found["rehearsal"] else []),
-        READING.format(**found),
+        _reading(found),
     ]
     for name, table in found["tables"].items():
         parts.append(f"## {table['title']} ({table['paper']})")
@@ -72,6 +73,10 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _reading(found: dict[str, Any]) -> str:
+    return READING.format(**found) + SPENT.format(**found["cost"])
+
+
 def write_page(path: Path, found: dict[str, Any], cards: Sequence[Card]) -> None:
     """The page: tables, charts, and all that `storm analyze` shows."""
     analysis = {name: found[name] for name in PARTS}
@@ -83,7 +88,7 @@ def write_page(path: Path, found: dict[str, Any], cards: Sequence[Card]) -> None
         "reproduce.html",
         **{name: found[name] for name in ("command", "commit", "versions", "tables", "analysed")},
         **shown(analysis, cards),
-        reading=READING.format(**found),
+        reading=_reading(found),
         rehearsal=REHEARSAL if found["rehearsal"] else "",
         about_analysis=ANALYSED.format(**found),
         about_reliance=RELIANCE,

@@ -41,7 +41,7 @@ class Plan:
     rounds: int = 9  #: of the latency measurement
 
 
-FULL = Plan(Size(train_rows=6000, test_rows=400, ood_rows=200, steps=3000), seeds=3)
+FULL = Plan(Size(train_rows=6000, test_rows=400, ood_rows=200, steps=1200), seeds=3)
 # Everything once, and far too short to learn anything: a rehearsal.
 FAST = Plan(
     Size(train_rows=320, test_rows=60, ood_rows=20, steps=30),

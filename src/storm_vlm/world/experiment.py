@@ -197,7 +197,7 @@ def run_arms(
 ) -> list[Result]:
     """All arms and seeds: one after the other on all cores, or `jobs` at a time on one core each."""
     data = build_data(folder / "data", size, arms)
-    work = [(folder, outcomes, data, arm, seed, size) for arm in arms for seed in seeds]
+    work = [(folder, outcomes, data, arm, seed, size) for seed in seeds for arm in arms]
     if jobs == 1:
         return [run_arm(*job) for job in work]
     # Workers read it when they import tqdm: bars of several runs would write over each other.
