@@ -29,7 +29,7 @@ def reproduce(
     ] = None,
     fast: Annotated[bool, typer.Option(help="A rehearsal: all of it, too short to learn.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="Default: 3.")] = None,
-    steps: Annotated[int | None, typer.Option(min=5, help="Of every run; default: 3000.")] = None,
+    steps: Annotated[int | None, typer.Option(min=5, help="Of every run; default: 1200.")] = None,
     train_rows: Annotated[int | None, typer.Option(min=16, help="Default: 6000.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
 ) -> None:

@@ -52,10 +52,10 @@ SAVE_STEPS = 500  # a minute or two; of an interrupted run, no more is lost
 class Size:
     """How much data and how many optimizer steps (in all, whatever the arm)."""
 
-    train_rows: int = 4000
-    test_rows: int = 400
-    ood_rows: int = 200
-    steps: int = 3000
+    train_rows: int
+    test_rows: int
+    ood_rows: int
+    steps: int
 
 
 Result = dict[str, Any]
