@@ -193,7 +193,7 @@ def test_a_table_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_holds_runs_of_one_plan_but_seeds_can_be_added(tmp_path: Path) -> None:
-    outcomes = tmp_path / "results" / "runs"
+    outcomes = tmp_path / "results" / "outcomes"
     _belongs(outcomes, TINY)
     _belongs(outcomes, replace(TINY, seeds=3))
     longer = replace(TINY, size=replace(TINY.size, steps=70))
@@ -203,7 +203,7 @@ def test_a_folder_holds_runs_of_one_plan_but_seeds_can_be_added(tmp_path: Path) 
 
 def test_the_verb_hands_its_options_on(tmp_path: Path) -> None:
     """A folder of another plan is refused before anything is done, and the refusal shows what was asked for."""
-    _belongs(tmp_path / "results" / "runs", TINY)
+    _belongs(tmp_path / "results" / "outcomes", TINY)
     for options, plan in (([], FULL), (["--fast"], FAST), (["--steps", "70"], FULL)):
         size = replace(plan.size, steps=70 if "--steps" in options else plan.size.steps)
         result = CliRunner().invoke(app, ["reproduce", str(tmp_path), *options])

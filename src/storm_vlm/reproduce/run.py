@@ -63,7 +63,7 @@ def reproduce(
     """The comparisons `chosen` (all of them by default), then latency, analysis, tables and page.
 
     Data, checkpoints and the page go into `folder`, which a second call goes on with; into `out` go `results.md`
-    and, in `results/`, the figures for the record and every run's outcomes (`runs/`). A run that has outcomes is
+    and, in `results/`, the figures for the record and every run's outcomes (`outcomes/`). A run that has outcomes is
     not done again, whatever machine it ran on, and tables show all there are.
 
     Raises:
@@ -73,7 +73,7 @@ def reproduce(
         raise ValueError(
             f"no comparison is called {', '.join(sorted(unknown))}: choose from {', '.join(COMPARISONS)}"
         )
-    outcomes = out / "results" / "runs"
+    outcomes = out / "results" / "outcomes"
     _belongs(outcomes, plan)
     wanted = dict.fromkeys(a for name in chosen or COMPARISONS for a in COMPARISONS[name].arms)
     trained = [arm for arm in wanted if ARMS[arm].trained]

@@ -75,13 +75,10 @@ class Store:
             "frames": num_frames,
             **rule,
         }
-        self._files: dict[Excerpt, Path] = {}
+        self._recipes: dict[Excerpt, str] = {}  # clips are hashed once, and taken not to change
 
     def file(self, excerpt: Excerpt) -> Path:
-        if excerpt not in self._files:
-            name = _digest([json.dumps(self._recipe(excerpt), sort_keys=True).encode()])
-            self._files[excerpt] = self.folder / f"{name}.safetensors"
-        return self._files[excerpt]
+        return self.folder / f"{_digest([self._recipe(excerpt).encode()])}.safetensors"
 
     def read(self, excerpt: Excerpt) -> Tensors | None:
         """None for a file that is not there, or damaged."""
@@ -95,18 +92,19 @@ class Store:
         file = self.file(excerpt)
         try:
             with in_one_step(file) as unfinished:
-                save_file(
-                    tensors, unfinished, metadata={"recipe": json.dumps(self._recipe(excerpt))}
-                )
+                save_file(tensors, unfinished, metadata={"recipe": self._recipe(excerpt)})
         except SafetensorError as error:
             raise OSError(
                 f"{file} could not be written ({error}): make room, or name a folder that has it "
                 "(target_cache, vision_cache)"
             ) from error
 
-    def _recipe(self, excerpt: Excerpt) -> dict[str, Any]:
-        part = asdict(excerpt)
-        return {"clip": _digest(_chunks(part.pop("path"))), "part": part, **self.recipe}
+    def _recipe(self, excerpt: Excerpt) -> str:
+        if excerpt not in self._recipes:
+            part = asdict(excerpt)
+            whole = {"clip": _digest(_chunks(part.pop("path"))), "part": part, **self.recipe}
+            self._recipes[excerpt] = json.dumps(whole, sort_keys=True)
+        return self._recipes[excerpt]
 
 
 def made(

@@ -73,8 +73,8 @@ class StormTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.method, self.muon = method, muon
-        if muon is not None and self.is_deepspeed_enabled:
-            raise ConfigError("muon needs whole matrices, DeepSpeed keeps flat pieces: use DDP")
+        if muon is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ConfigError("muon needs whole matrices, and shards are all there is: use DDP")
         self.teacher: Teacher | None = None
         self.lengths: list[int] = []  # of the training rows, for `group_by_length`
         self.samples: Callable[[Any, int], dict[str, float]] | None = None  # asked at evaluations
