@@ -93,9 +93,9 @@ def build_trainer(
     targets, distilled = None, method.needs_targets and method.target_source == "self_distilled"
     cache_bytes = int(config.video_cache_gb * 2**30)
     collator = StormCollator(processor, config.num_frames, method.latent_budget, cache_bytes)
-    tower, home = model.model.visual, model.device
-    tower.to(arguments.device)  # the rest waits until the trainer knows how to place it
+    tower, home = model.model.visual, model.device  # the rest waits until the trainer places it
     if config.vision_cache is not None:
+        tower.to(arguments.device)
         collator.videos = KeptVideos(
             model,
             processor,
@@ -105,6 +105,7 @@ def build_trainer(
             Path(config.vision_cache),
         )
     if method.needs_targets and not distilled:
+        tower.to(arguments.device)
         targets = alignment_targets(
             model,
             processor,
