@@ -10,7 +10,7 @@ from storm_vlm.data.schema import read_rows
 from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.training.config import ConfigError, Method, TrainConfig
 from storm_vlm.training.optimizer import muon_and_adamw
-from storm_vlm.training.train import build_trainer, load_model, training_arguments
+from storm_vlm.training.train import add_adapters, build_trainer, load_model, training_arguments
 
 MUON = {"algo": "adamuon", "lr": 2e-3}
 
@@ -61,3 +61,17 @@ def test_what_is_not_set_is_what_the_arguments_say(backbone: str) -> None:
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
     with pytest.raises(ConfigError, match=r"muon: .*speed"):
         muon_and_adamw(model, training_arguments(run), {"speed": 1})
+    with pytest.raises(ConfigError, match=r"muon: .*adamoun"):
+        muon_and_adamw(model, training_arguments(run), {"algo": "adamoun"})
+
+
+def test_thin_matrices_such_as_adapters_are_muon_s_too(backbone: str) -> None:
+    model = StormForConditionalGeneration.from_pretrained(backbone)
+    run = TrainConfig(model="", data="", output_dir="unused", training={"use_cpu": True})
+    adapted = add_adapters(model, {"r": 2})
+    optimizer = muon_and_adamw(adapted, training_arguments(run), MUON)
+    thin = [p for n, p in adapted.named_parameters() if "lora_" in n and p.requires_grad]
+    for parameter in thin:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert thin and all(optimizer.state[parameter]["use_muon"] for parameter in thin)

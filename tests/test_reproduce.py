@@ -198,7 +198,11 @@ def test_a_folder_holds_runs_of_one_plan_but_seeds_can_be_added(tmp_path: Path) 
     _belongs(outcomes, replace(TINY, seeds=3))
     longer = replace(TINY, size=replace(TINY.size, steps=70))
     with pytest.raises(ValueError, match=r"holds runs of other settings.*'steps': 7"):
-        reproduce(tmp_path, tmp_path, longer, ["stages"])
+        reproduce(tmp_path / "new", tmp_path, longer, ["stages"])
+    with pytest.raises(ValueError, match=r"holds runs of other settings.*'steps': 7"):
+        reproduce(
+            outcomes, tmp_path / "new", longer, ["stages"]
+        )  # its checkpoints are another plan's
 
 
 def test_the_verb_hands_its_options_on(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from storm_vlm.data.schema import Row
 from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.rollout import rollout
 from storm_vlm.tokens import add_latent_tokens
-from storm_vlm.training.config import Method, TrainConfig
+from storm_vlm.training.config import ConfigError, Method, TrainConfig
 from storm_vlm.training.tower import Excerpt, KeptVideos, Store, made
 from storm_vlm.training.train import train
 
@@ -33,14 +33,13 @@ def kept(model, processor, reasoning_rows: list[Row], tmp_path: Path) -> KeptVid
     return KeptVideos(model, processor, reasoning_rows[:3], 6, 0, tmp_path / "features")
 
 
-@pytest.mark.parametrize("slots", [0, K])
-@pytest.mark.parametrize("fed", ["states", "targets"])
+@pytest.mark.parametrize(("slots", "fed"), [(0, ""), (K, "states"), (K, "targets")])
 def test_features_in_place_of_pixels_change_neither_answers_nor_gradients(
     model, processor, kept, reasoning_rows, slots: int, fed: str
 ) -> None:
     """Rows of different lengths, so that prompts are padded."""
     collator = StormCollator(processor, 6, slots)
-    slot_inputs = torch.randn(3, K, 128) if slots and fed == "targets" else None
+    slot_inputs = torch.randn(3, K, 128) if fed == "targets" else None
 
     def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
         model.zero_grad()
@@ -102,10 +101,9 @@ def test_a_second_run_asks_the_tower_for_new_clips_only(
         again.get(rows[0].video)
 
 
-def test_processes_that_share_a_folder_share_the_work(
+def test_what_another_process_has_made_meanwhile_is_not_made_again(
     model, processor, reasoning_rows, tmp_path
 ) -> None:
-    """What another process has made meanwhile is read, not made again."""
     excerpts = [Excerpt(row.video) for row in reasoning_rows[:3]]
     ours, theirs = (Store(tmp_path, model, processor, 6) for _ in range(2))
     computed = []
@@ -149,3 +147,14 @@ def test_a_run_with_kept_features_has_the_losses_of_one_without(
 def test_a_tower_that_trains_cannot_be_kept() -> None:
     with pytest.raises(ValueError, match="a tower that trains"):
         TrainConfig(model="", data="", output_dir="", vision_cache="here", freeze_vision=False)
+
+
+def test_nor_one_with_adapters(tmp_path: Path, backbone: str, reasoning_file: Path) -> None:
+    with pytest.raises(ConfigError, match="lora trains the vision tower"):
+        losses(
+            tmp_path,
+            backbone,
+            reasoning_file,
+            vision_cache=str(tmp_path / "features"),
+            lora={"r": 2, "target_modules": ["gate_proj"]},
+        )

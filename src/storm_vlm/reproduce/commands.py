@@ -19,7 +19,10 @@ def reproduce(
         typer.Argument(help="For data, checkpoints and page; runs/reproduce, or -fast."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="For results.md and results/*.json; default: FOLDER.")
+        Path | None,
+        typer.Option(
+            help="For results.md, results/*.json and outcomes, which it goes on with; default: FOLDER."
+        ),
     ] = None,
     table: Annotated[
         list[str] | None,

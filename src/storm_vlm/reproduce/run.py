@@ -67,14 +67,15 @@ def reproduce(
     not done again, whatever machine it ran on, and tables show all there are.
 
     Raises:
-        ValueError: no comparison has such a name, or `out` holds runs of other settings.
+        ValueError: no comparison has such a name, or a folder holds runs of other settings.
     """
     if unknown := set(chosen) - set(COMPARISONS):
         raise ValueError(
             f"no comparison is called {', '.join(sorted(unknown))}: choose from {', '.join(COMPARISONS)}"
         )
     outcomes = out / "results" / "outcomes"
-    _belongs(outcomes, plan)
+    for place in (folder, outcomes):
+        _belongs(place, plan)
     wanted = dict.fromkeys(a for name in chosen or COMPARISONS for a in COMPARISONS[name].arms)
     trained = [arm for arm in wanted if ARMS[arm].trained]
     run_arms(folder, outcomes, trained, range(plan.seeds), plan.size, jobs)
@@ -111,20 +112,20 @@ def reproduce(
     return found
 
 
-def _belongs(outcomes: Path, plan: Plan) -> None:
+def _belongs(folder: Path, plan: Plan) -> None:
     """Runs of different settings do not go together: a folder is one plan's; only seeds may be added."""
-    file = outcomes / "plan.json"
+    file = folder / "plan.json"
     wanted = {key: value for key, value in asdict(plan).items() if key != "seeds"}
     if not file.exists():
         write_json(file, wanted)
     elif (known := json.loads(file.read_text())) != wanted:
         raise ValueError(
-            f"{outcomes} holds runs of other settings ({known}), not of {plan}: choose another folder"
+            f"{folder} holds runs of other settings ({known}), not of {plan}: choose another folder"
         )
 
 
 def _cost(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
-    """What the runs took that were done in one go, of all that there are: one thread each."""
+    """What the runs took that were done in one go, of all that there are."""
     runs = [run for of in results.values() for run in of if ARMS[run["arm"]].trained]
     timed = [run["seconds"] for run in runs if run["seconds"] is not None]
     return {"runs": len(runs), "timed": len(timed), "core_hours": sum(timed) / 3600}

@@ -130,8 +130,8 @@ class TrainConfig(BaseModel):
     )
     muon: dict[str, Any] | None = Field(
         None,
-        description="Fields of timm's Muon, which then moves the decoder's matrices, and AdamW all else (with "
-        "`training.learning_rate`). None: `training.optim` moves all.",
+        description="Fields of timm's Muon, which then moves the decoder's matrices, and NAdamW all else (with "
+        "`training.learning_rate`). On the micro world it needs half of AdamW's steps. None: `training.optim`.",
     )
     method: Method = Field(default_factory=lambda: Method.model_validate({}))
     training: dict[str, Any] = {}

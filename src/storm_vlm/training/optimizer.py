@@ -1,4 +1,4 @@
-"""Muon for the decoder's matrices and AdamW for all else, in one optimizer (timm's)."""
+"""Muon for the decoder's matrices and NAdamW for all else, in one optimizer (timm's)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 
 from storm_vlm.training.config import ConfigError
 
-NOT_MATRICES = ("embed_tokens", "lm_head")  # tables of vectors, each of which moves by itself
+# Tables of vectors, each of which moves by itself; and the vision tower, should it train.
+NOT_MATRICES = ("embed_tokens", "lm_head", "visual.")
 
 
 def muon_and_adamw(
@@ -18,10 +19,10 @@ def muon_and_adamw(
 ) -> torch.optim.Optimizer:
     """Muon with `settings`; a matrix's step is scaled to be as long as AdamW's, so that `lr` means the same to both.
 
-    What `settings` leave out is what `arguments` say of AdamW.
+    Learning rate, weight decay and betas are what `arguments` say, where `settings` do not.
 
     Raises:
-        ConfigError: timm's Muon does not know a setting.
+        ConfigError: timm's Muon does not know a setting, or refuses it.
     """
     from timm.optim.muon import Muon  # a second that others need not wait
 
@@ -35,11 +36,12 @@ def muon_and_adamw(
             tables.append(parameter)
         else:
             matrices.append(parameter)
-    by_adamw = {"lr": arguments.learning_rate, "use_fallback": True}
+    by_nadamw = {"lr": arguments.learning_rate, "use_fallback": True}
     groups = [
-        {"params": matrices},
-        {"params": tables, **by_adamw},
-        {"params": vectors, **by_adamw, "weight_decay": 0.0},
+        # Whatever their shape: timm would leave thin ones, such as adapters, to NAdamW.
+        {"params": matrices, "use_muon": True},
+        {"params": tables, **by_nadamw},
+        {"params": vectors, **by_nadamw, "weight_decay": 0.0},
     ]
     defaults = {
         "lr": arguments.learning_rate,
@@ -49,5 +51,5 @@ def muon_and_adamw(
     }
     try:
         return Muon([group for group in groups if group["params"]], **{**defaults, **settings})
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"muon: {error}") from error

@@ -66,27 +66,34 @@ class Store:
             tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
             for _, tensor in sorted(tower.state_dict().items())
         )
-        sizes = processor.video_processor.to_dict()
         self.folder = folder
         self.recipe = {
             "tower": _digest(weights),
             "dtype": str(tower.dtype),
-            "pixels": {name: sizes.get(name) for name in ("size", "patch_size", "merge_size")},
+            "pixels": processor.video_processor.to_dict(),
             "frames": num_frames,
             **rule,
         }
-        self._recipes: dict[Excerpt, str] = {}  # clips are hashed once, and taken not to change
+        self._recipes: dict[Excerpt, str] = {}  # a clip is taken not to change
 
     def file(self, excerpt: Excerpt) -> Path:
         return self.folder / f"{_digest([self._recipe(excerpt).encode()])}.safetensors"
 
+    def has(self, excerpt: Excerpt) -> bool:
+        """Whether its file is there and whole."""
+        try:
+            with safe_open(self.file(excerpt), "pt"):
+                return True
+        except (FileNotFoundError, SafetensorError):
+            return False
+
     def read(self, excerpt: Excerpt) -> Tensors | None:
         """None for a file that is not there, or damaged."""
-        try:
-            with safe_open(self.file(excerpt), "pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError):
+        if not self.has(excerpt):
             return None
+        with safe_open(self.file(excerpt), "pt") as opened:
+            # Copies: a process may have some 65,000 files mapped, and data sets have more clips.
+            return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
 
     def write(self, excerpt: Excerpt, tensors: Tensors) -> None:
         file = self.file(excerpt)
@@ -103,7 +110,7 @@ class Store:
         if excerpt not in self._recipes:
             part = asdict(excerpt)
             whole = {"clip": _digest(_chunks(part.pop("path"))), "part": part, **self.recipe}
-            self._recipes[excerpt] = json.dumps(whole, sort_keys=True)
+            self._recipes[excerpt] = json.dumps(whole, sort_keys=True, default=str)
         return self._recipes[excerpt]
 
 
@@ -168,7 +175,8 @@ class KeptVideos(VideoInputs):
         super().__init__(processor, num_frames, cache_bytes)
         self.store = Store(folder, model, processor, num_frames)
         wanted = dict.fromkeys(Excerpt(row.video, row.start, row.end) for row in rows)
-        for _ in made(list(wanted), lambda e: self._see(model, e), self.store, "visual features"):
+        missing = [excerpt for excerpt in wanted if not self.store.has(excerpt)]
+        for _ in made(missing, lambda e: self._see(model, e), self.store, "visual features"):
             pass  # only to have them on disk
 
     def _see(self, model: Any, excerpt: Excerpt) -> Tensors:

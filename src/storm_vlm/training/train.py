@@ -86,7 +86,7 @@ def build_trainer(
     """A trainer with its adapters, targets (or their teacher) and lengths, as the config says.
 
     Raises:
-        ConfigError: adapters that PEFT refuses, or a teacher for a sharded model.
+        ConfigError: adapters that PEFT refuses, or a teacher or Muon for a sharded model.
         ValueError: no row has what targets are made from.
     """
     method = config.method
@@ -119,6 +119,11 @@ def build_trainer(
     tower.to(home)
     if config.lora is not None:
         model = add_adapters(model, config.lora)
+        if config.vision_cache is not None and any(p.requires_grad for p in tower.parameters()):
+            raise ConfigError(
+                "vision_cache: lora trains the vision tower, too, which would never be asked: leave out one of them, "
+                "or lora.target_modules (by default, the decoder's)"
+            )
     reader = (
         teacher_collator(processor, method.num_target_frames, cache_bytes) if distilled else None
     )

@@ -66,34 +66,33 @@ def run_arm(
 ) -> Result:
     """Train (in `folder`) and evaluate one arm with one seed; returns its outcomes, and keeps them in `outcomes`.
 
-    `seconds` is what it took on one thread, None where an earlier call had begun it.
+    `seconds` of a core is what it took, None where an earlier call had begun it.
     """
     result_file = outcomes / f"{arm}-{seed}.json.gz"
     if result_file.exists():
         return _read_result(result_file)
-    began, here = time.perf_counter(), folder / f"{arm}-{seed}"
+    began, here = time.process_time(), folder / f"{arm}-{seed}"
     begun = here.exists()
     what = ARMS[arm]
     checkpoint = data["deep"] if what.start == "deep" else shipped(what.start)
     for number, stage in enumerate(what.stages):
         output = here / f"{number}-{stage.config}"
-        if not (output / "versions.json").exists():  # the last file that training writes
-            rows = data[stage.data]
-            settings = [
-                f"model={checkpoint}",
-                f"data={rows}",
-                f"target_cache={rows.with_suffix('.targets')}",
-                f"vision_cache={rows.with_name('features')}",
-                f"output_dir={output}",
-                f"training.max_steps={round(stage.share * size.steps)}",
-                f"training.seed={seed}",
-                "training.save_strategy=steps",
-                f"training.save_steps={SAVE_STEPS}",
-                "training.save_total_limit=1",
-                *stage.overrides,
-            ]
-            config = load_config(MICRO_CONFIGS / f"{stage.config}.yaml", settings)
-            train(config, read_rows(rows)[: round(what.rows * size.train_rows)])
+        rows = data[stage.data]
+        settings = [
+            f"model={checkpoint}",
+            f"data={rows}",
+            f"target_cache={rows.with_suffix('.targets')}",
+            f"vision_cache={rows.with_name('features')}",
+            f"output_dir={output}",
+            f"training.max_steps={round(stage.share * size.steps)}",
+            f"training.seed={seed}",
+            "training.save_strategy=steps",
+            f"training.save_steps={SAVE_STEPS}",
+            "training.save_total_limit=1",
+            *stage.overrides,
+        ]
+        config = load_config(MICRO_CONFIGS / f"{stage.config}.yaml", settings)
+        train(config, read_rows(rows)[: round(what.rows * size.train_rows)])
         for finished in output.glob("checkpoint-*"):
             shutil.rmtree(finished)
         checkpoint = output
@@ -113,7 +112,7 @@ def run_arm(
         for control in CONTROLS:
             records = evaluate(reasoner, rows, reasoner.frames, 100, control)
             result[control] = [record.correct for record in records]
-    result["seconds"] = None if begun else round(time.perf_counter() - began)
+    result["seconds"] = None if begun else round(time.process_time() - began)
     with in_one_step(result_file) as unfinished:
         unfinished.write_bytes(gzip.compress(json.dumps(result).encode(), mtime=0))
     return result
