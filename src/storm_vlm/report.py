@@ -46,7 +46,7 @@ def write_report(
         interventions=INTERVENTIONS,
         names=ARM_NAMES,
         bars=svg(accuracy_bars(summary)),
-        curves=svg(loss_curves(results)),
+        curves=svg(loss_curves(folder, results)),
         examples=_examples(folder, results, read_rows(data["test"])),
     )
     path = folder / "report.html"
@@ -74,12 +74,12 @@ def accuracy_bars(summary: dict[str, Any]) -> Figure:
     return figure
 
 
-def loss_curves(results: Sequence[dict[str, Any]]) -> Figure:
-    """Answer and alignment loss of each stage of each arm."""
+def loss_curves(runs: Path, results: Sequence[dict[str, Any]]) -> Figure:
+    """Answer and alignment loss of each stage of each arm, whose checkpoints lie in `runs`."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     for result in results:
         offset, points, aligned = 0, [], []
-        folder = Path(result["checkpoint"]).parent
+        folder = runs / f"{result['arm']}-{result['seed']}"
         for history_file in sorted(folder.glob("*/log_history.json")):
             history = json.loads(history_file.read_text())
             steps = [entry for entry in history if "answer_loss" in entry]

@@ -99,7 +99,9 @@ def run_arm(
     pipeline = StormPipeline.from_pretrained(str(checkpoint), device="cpu")
     pipeline.collator.videos.cache_bytes = 2**30
     reasoner = Latent(pipeline, max_new_tokens=LONGEST_ANSWER)
-    result: Result = {"arm": arm, "seed": seed, "checkpoint": str(checkpoint)}
+    # Outcomes are for other machines, too: no path of this one.
+    named = str(checkpoint.relative_to(folder)) if what.trained else checkpoint.name
+    result: Result = {"arm": arm, "seed": seed, "checkpoint": named}
     result["commit"] = commit()
     for split in ("test", "ood"):
         rows = read_rows(data[split])

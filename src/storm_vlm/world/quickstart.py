@@ -27,7 +27,7 @@ def quickstart(folder: Path, console: Console, size: Size = SIZE) -> None:
     summary["seconds"] = round(time.perf_counter() - began, 1)
     write_json(folder / "results.json", summary)
     report = write_report(folder, summary, results, data)
-    checkpoint = next(result["checkpoint"] for result in results if result["arm"] == "full")
+    checkpoint = folder / next(r["checkpoint"] for r in results if r["arm"] == "full")
     clip = next((folder / "data" / "clips").glob("reasoning-test-*.mp4"))
     console.print(
         f"STORM {summary['full']:.1%}, SFT {summary['sft']:.1%}, best shortcut {summary['shortcut_best']:.1%} "
