@@ -1,4 +1,4 @@
-"""Muon for matrices, AdamW for the rest: who moves what, and that all of it moves."""
+"""Muon for matrices, NAdamW for the rest: who moves what, and that all of it moves."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tiny import tiny_run
 from storm_vlm.data.schema import read_rows
 from storm_vlm.modeling import StormForConditionalGeneration
 from storm_vlm.training.config import ConfigError, Method, TrainConfig
-from storm_vlm.training.optimizer import muon_and_adamw
+from storm_vlm.training.optimizer import muon_and_nadamw
 from storm_vlm.training.train import add_adapters, build_trainer, load_model, training_arguments
 
 MUON = {"algo": "adamuon", "lr": 2e-3}
@@ -41,7 +41,7 @@ def test_each_parameter_has_its_rule_and_moves(
     decays = {group["weight_decay"] for group in trainer.optimizer.param_groups}
     assert decays == {0.0, 0.01}
     rates = [group["initial_lr"] for group in trainer.optimizer.param_groups]
-    assert rates == [2e-3, 1e-3, 1e-3]  # Muon's own, AdamW's
+    assert rates == [2e-3, 1e-3, 1e-3]  # Muon's own, NAdamW's
     assert all(
         group["lr"] < rate
         for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True)
@@ -56,20 +56,20 @@ def test_what_is_not_set_is_what_the_arguments_say(backbone: str) -> None:
         output_dir="unused",
         training={"learning_rate": 5e-4, "adam_beta2": 0.95, "use_cpu": True},
     )
-    optimizer = muon_and_adamw(model, training_arguments(run), {})
+    optimizer = muon_and_nadamw(model, training_arguments(run), {})
     assert {group["lr"] for group in optimizer.param_groups} == {5e-4}
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
     with pytest.raises(ConfigError, match=r"muon: .*speed"):
-        muon_and_adamw(model, training_arguments(run), {"speed": 1})
+        muon_and_nadamw(model, training_arguments(run), {"speed": 1})
     with pytest.raises(ConfigError, match=r"muon: .*adamoun"):
-        muon_and_adamw(model, training_arguments(run), {"algo": "adamoun"})
+        muon_and_nadamw(model, training_arguments(run), {"algo": "adamoun"})
 
 
 def test_thin_matrices_such_as_adapters_are_muon_s_too(backbone: str) -> None:
     model = StormForConditionalGeneration.from_pretrained(backbone)
     run = TrainConfig(model="", data="", output_dir="unused", training={"use_cpu": True})
     adapted = add_adapters(model, {"r": 2})
-    optimizer = muon_and_adamw(adapted, training_arguments(run), MUON)
+    optimizer = muon_and_nadamw(adapted, training_arguments(run), MUON)
     thin = [p for n, p in adapted.named_parameters() if "lora_" in n and p.requires_grad]
     for parameter in thin:
         parameter.grad = torch.ones_like(parameter)

@@ -200,9 +200,7 @@ def test_a_folder_holds_runs_of_one_plan_but_seeds_can_be_added(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"holds runs of other settings.*'steps': 7"):
         reproduce(tmp_path / "new", tmp_path, longer, ["stages"])
     with pytest.raises(ValueError, match=r"holds runs of other settings.*'steps': 7"):
-        reproduce(
-            outcomes, tmp_path / "new", longer, ["stages"]
-        )  # its checkpoints are another plan's
+        reproduce(outcomes, tmp_path / "new", longer, ["stages"])  # in place of checkpoints
 
 
 def test_the_verb_hands_its_options_on(tmp_path: Path) -> None:

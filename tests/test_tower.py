@@ -47,13 +47,13 @@ def test_features_in_place_of_pixels_change_neither_answers_nor_gradients(
         output.logits.square().mean().backward()
         return output.logits, [p.grad for p in model.parameters() if p.grad is not None]
 
-    (logits, gradients) = run()
+    logits, gradients = run()
     collator.videos = kept
     batch = collator(reasoning_rows[:3])
     assert "pixel_values_videos" not in batch and batch["video_features"].shape[1] == 128
     assert not bool(batch["attention_mask"].all())
     model.model.visual.forward = None  # nobody asks the tower
-    (again, regained) = run()
+    again, regained = run()
     torch.testing.assert_close(again, logits)
     assert len(regained) == len(gradients) > 30
     for one, other in zip(regained, gradients, strict=True):

@@ -14,7 +14,7 @@ from storm_vlm.training.config import ConfigError
 NOT_MATRICES = ("embed_tokens", "lm_head", "visual.")
 
 
-def muon_and_adamw(
+def muon_and_nadamw(
     model: Any, arguments: TrainingArguments, settings: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
     """Muon with `settings`; a matrix's step is scaled to be as long as AdamW's, so that `lr` means the same to both.

@@ -89,11 +89,12 @@ class Store:
 
     def read(self, excerpt: Excerpt) -> Tensors | None:
         """None for a file that is not there, or damaged."""
-        if not self.has(excerpt):
+        try:
+            with safe_open(self.file(excerpt), "pt") as opened:
+                # Copies: a process may have some 65,000 files mapped, and data sets have more clips.
+                return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError):
             return None
-        with safe_open(self.file(excerpt), "pt") as opened:
-            # Copies: a process may have some 65,000 files mapped, and data sets have more clips.
-            return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
 
     def write(self, excerpt: Excerpt, tensors: Tensors) -> None:
         file = self.file(excerpt)

@@ -33,7 +33,7 @@ from storm_vlm.training.checkpoints import seal
 from storm_vlm.training.config import ConfigError, Method
 from storm_vlm.training.distillation import Teacher
 from storm_vlm.training.lengths import LengthSampler
-from storm_vlm.training.optimizer import muon_and_adamw
+from storm_vlm.training.optimizer import muon_and_nadamw
 
 Item = tuple[Row, Tensor | None]
 
@@ -74,7 +74,7 @@ class StormTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.method, self.muon = method, muon
         if muon is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ConfigError("muon needs whole matrices, and shards are all there is: use DDP")
+            raise ConfigError("muon needs whole matrices, not shards: use DDP, or leave it out")
         self.teacher: Teacher | None = None
         self.lengths: list[int] = []  # of the training rows, for `group_by_length`
         self.samples: Callable[[Any, int], dict[str, float]] | None = None  # asked at evaluations
@@ -98,10 +98,9 @@ class StormTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.muon is not None and self.optimizer is None:
-            self.optimizer = muon_and_adamw(
-                self.model if model is None else model, self.args, self.muon
-            )
-        return super().create_optimizer(*([] if model is None else [model]))
+            trained = self.model if model is None else model
+            self.optimizer = muon_and_nadamw(trained, self.args, self.muon)
+        return super().create_optimizer(model)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
         """In their order; stock `group_by_length` would look for token ids in the rows."""

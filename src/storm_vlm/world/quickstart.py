@@ -13,7 +13,7 @@ from storm_vlm.world.experiment import Size, build_data, run_arms, summarize
 
 ARMS = ("base", "sft", "full", "shipped")
 # A quarter of an hour is less than a step of the chain needs to be learned well; so the shipped model,
-# trained by the same recipe for longer, answers the same questions.
+# trained for longer, answers the same questions.
 SIZE = Size(train_rows=2000, test_rows=400, ood_rows=200, steps=1000)
 
 
