@@ -25,6 +25,7 @@ from storm_vlm.world.experiment import (
     Size,
     _chain,
     build_data,
+    read_results,
     run_arm,
 )
 from storm_vlm.world.quickstart import quickstart
@@ -119,6 +120,21 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert again == {name: value for name, value in first.items() if name != "seconds"}
     assert (folder / "0-stage1" / "model.safetensors").stat().st_mtime_ns == stage1
     assert (folder / "1-stage2" / "model.safetensors").stat().st_mtime_ns != stage2
+
+
+def test_outcomes_of_other_settings_are_refused(tmp_path: Path) -> None:
+    data = build_data(tmp_path / "data", TINY)
+    made = run_arm(tmp_path, tmp_path, data, "sft", 0, TINY)
+    assert made["recipe"]["stages"][0]["training"]["max_steps"] == 2
+    assert not re.search(r'"(/|runs)', json.dumps(made))  # nothing of this machine
+    assert read_results(tmp_path, TINY) == {"sft": [made]}
+    longer = replace(TINY, steps=3)
+    for again in (
+        lambda: run_arm(tmp_path, tmp_path, data, "sft", 0, longer),
+        lambda: read_results(tmp_path, longer),
+    ):
+        with pytest.raises(ValueError, match=r"sft-0.json.gz was made with .*delete it"):
+            again()
 
 
 def test_an_interrupted_stage_goes_on_from_its_checkpoint(

@@ -80,7 +80,7 @@ def reproduce(
     trained = [arm for arm in wanted if ARMS[arm].trained]
     run_arms(folder, outcomes, trained, range(plan.seeds), plan.size, jobs)
     run_arms(folder, outcomes, ["base"], [0], plan.size, 1)
-    results = read_results(outcomes)
+    results = read_results(outcomes, plan.size)
     data = build_data(folder / "data", plan.size)
     latency = _latency(folder / "latency.json", plan.rounds)
     analysis = _analysis(folder, data["test"], plan)

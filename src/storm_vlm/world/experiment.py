@@ -61,16 +61,32 @@ class Size:
 Result = dict[str, Any]
 
 
+def recipe(arm: str, size: Size) -> dict[str, Any]:
+    """What decides a run's outcomes beside seed, rows and code: where it starts, and every stage's settings."""
+    what = ARMS[arm]
+    stages = []
+    for stage in what.stages:
+        settings = [f"training.max_steps={round(stage.share * size.steps)}", *stage.overrides]
+        config = load_config(MICRO_CONFIGS / f"{stage.config}.yaml", settings)
+        of_this_machine = {"model", "data", "output_dir"}
+        said = config.model_dump(exclude=of_this_machine, exclude_defaults=True)
+        stages.append({**said, "rows": stage.data})
+    return {"start": what.start, "share_of_rows": what.rows, "stages": stages}
+
+
 def run_arm(
     folder: Path, outcomes: Path, data: dict[str, Path], arm: str, seed: int, size: Size
 ) -> Result:
     """Train (in `folder`) and evaluate one arm with one seed; returns its outcomes, and keeps them in `outcomes`.
 
     `seconds` of a core is what it took, None where an earlier call had begun it.
+
+    Raises:
+        ValueError: there are outcomes, but of other settings.
     """
-    result_file = outcomes / f"{arm}-{seed}.json.gz"
+    result_file = _result_file(outcomes, arm, seed)
     if result_file.exists():
-        return _read_result(result_file)
+        return _read_result(result_file, size)
     began, here = time.process_time(), folder / f"{arm}-{seed}"
     begun = here.exists()
     what = ARMS[arm]
@@ -102,7 +118,7 @@ def run_arm(
     # Outcomes are for other machines, too: no path of this one.
     named = str(checkpoint.relative_to(folder)) if what.trained else checkpoint.name
     result: Result = {"arm": arm, "seed": seed, "checkpoint": named}
-    result["commit"] = commit()
+    result |= {"commit": commit(), "recipe": recipe(arm, size)}
     for split in ("test", "ood"):
         rows = read_rows(data[split])
         result[split] = [_outcome(r) for r in evaluate(reasoner, rows, reasoner.frames, 100)]
@@ -120,17 +136,31 @@ def run_arm(
     return result
 
 
-def read_results(outcomes: Path) -> dict[str, list[Result]]:
-    """All runs that the folder holds outcomes of, by arm, in the order of their seeds."""
+def read_results(outcomes: Path, size: Size) -> dict[str, list[Result]]:
+    """All runs that the folder holds outcomes of, by arm, in the order of their seeds.
+
+    Raises:
+        ValueError: a run was made with other settings than it would be made with now.
+    """
     found: dict[str, list[Result]] = {}
     for file in outcomes.glob("*.json.gz"):
-        run = _read_result(file)
+        run = _read_result(file, size)
         found.setdefault(run["arm"], []).append(run)
     return {arm: sorted(runs, key=lambda run: run["seed"]) for arm, runs in found.items()}
 
 
-def _read_result(file: Path) -> Result:
-    return json.loads(gzip.decompress(file.read_bytes()))
+def _result_file(outcomes: Path, arm: str, seed: int) -> Path:
+    return outcomes / f"{arm}-{seed}.json.gz"
+
+
+def _read_result(file: Path, size: Size) -> Result:
+    run = json.loads(gzip.decompress(file.read_bytes()))
+    if run["recipe"] != (now := recipe(run["arm"], size)):
+        raise ValueError(
+            f"{file} was made with {run['recipe']}, but the settings are now {now}: "
+            "delete it to have the run done again, in an empty folder"
+        )
+    return run
 
 
 def _outcome(record: Record) -> dict[str, Any]:
@@ -197,7 +227,8 @@ def run_arms(
     jobs: int,
 ) -> list[Result]:
     """All arms and seeds: one after the other on all cores, or `jobs` at a time on one core each."""
-    data = build_data(folder / "data", size, arms)
+    missing = {a for a in arms for s in seeds if not _result_file(outcomes, a, s).exists()}
+    data = build_data(folder / "data", size, missing)
     work = [(folder, outcomes, data, arm, seed, size) for seed in seeds for arm in arms]
     if jobs == 1:
         return [run_arm(*job) for job in work]
