@@ -32,7 +32,7 @@ def quickstart(folder: Path, console: Console, size: Size = SIZE) -> None:
     console.print(
         f"STORM {summary['full']:.1%}, SFT {summary['sft']:.1%}, best shortcut {summary['shortcut_best']:.1%} "
         f"({summary['n_test']} questions, one seed)\n"
-        f"The shipped STORM, trained for 3,000 steps: {summary['shipped']:.1%}; with another clip's latents "
+        f"The shipped STORM, seed 0 of storm reproduce: {summary['shipped']:.1%}; with another clip's latents "
         f"{summary['shipped_swap_other_answer']:.1%}\n"
         f"Report: [bold]{report}[/bold]\nAsk it yourself:\n"
         f'  storm answer {clip} "Where will the ball be after 5 more steps?" --checkpoint {checkpoint} --json',
