@@ -14,10 +14,10 @@ from storm_vlm.analysis.reliance import KINDS
 from storm_vlm.cli import app
 from storm_vlm.reproduce.findings import sentences
 from storm_vlm.reproduce.page import markdown, table_rows
-from storm_vlm.reproduce.run import FAST, FULL, Plan, _belongs, reproduce
+from storm_vlm.reproduce.run import FAST, FULL, Plan, _belongs, _cost, reproduce
 from storm_vlm.reproduce.tables import table
 from storm_vlm.world.arms import ARMS, COMPARISONS
-from storm_vlm.world.experiment import Size
+from storm_vlm.world.experiment import Size, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Plan(Size(train_rows=16, test_rows=8, ood_rows=2, steps=7), 1, probed=3, drawn=6, rounds=1)
@@ -185,6 +185,16 @@ def test_outcomes_are_enough_to_go_on_with_on_another_machine(
     assert not list(tmp_path.glob("*-0"))
     # Only the model that is looked into has to be there; without it, the shipped one is.
     assert found["analysed"] == "STORM of seed 0" and again["analysed"] == "the shipped STORM"
+
+
+def test_the_shipped_tables_are_made_of_the_shipped_outcomes() -> None:
+    """Which the shipped configs gave: after a change of one, the runs that it concerns are to be done again."""
+    docs = ROOT / "docs" / "results"
+    record = json.loads((docs / "reproduce.json").read_text())
+    results = read_results(docs / "outcomes", FULL.size)
+    assert record["cost"] == _cost(results)
+    for name, comparison in COMPARISONS.items():
+        assert record["tables"][name] == json.loads(json.dumps(table(comparison, results)))
 
 
 def test_a_table_that_does_not_exist_is_named(tmp_path: Path) -> None:
