@@ -60,7 +60,8 @@ def test_quickstart_writes_a_report_and_resumes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arm", [arm for arm, what in ARMS.items() if what.trained])
 def test_every_arm_takes_the_same_number_of_steps_and_its_configs_are_valid(arm: str) -> None:
     stages = ARMS[arm].stages
-    assert sum(stage.share for stage in stages) == 1
+    # But for STORM's own Stage I, with nothing after it.
+    assert sum(stage.share for stage in stages) == (0.8 if arm == "stage1_first" else 1)
     for stage in stages:
         config = load_config(MICRO_CONFIGS / f"{stage.config}.yaml", list(stage.overrides))
         assert config.training["per_device_train_batch_size"] == 16

@@ -92,9 +92,13 @@ def _main(lines: Lines) -> list[str]:
 
 
 def _stages(lines: Lines) -> list[str]:
-    names = {"stage1_only": "Stage I alone", "stage2_only": "Stage II alone"}
+    names = {
+        "stage1_only": "Stage I alone, for as many steps",
+        "stage1_first": "STORM before its Stage II",
+        "stage2_only": "Stage II alone",
+    }
     said = [
-        f"{name} {_percent(lines[arm])}, both stages {_percent(lines['full'])}: {_gap(lines[arm])}, "
+        f"{name}, {_percent(lines[arm])}; both stages {_percent(lines['full'])}: {_gap(lines[arm])}, "
         f"{_verdict(lines[arm], 'Table 6')}."
         for arm, name in names.items()
         if arm in lines and "full" in lines

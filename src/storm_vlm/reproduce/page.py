@@ -28,7 +28,7 @@ COLUMNS = (
 NOT_MEASURED = "not measured"
 READING = (
     "Clips of the micro world stop early, and every question is about what comes after. All arms take {steps} "
-    "optimizer steps of 16 rows, of {train_rows} but where a name says otherwise, and answer the same {n_test} "
+    "optimizer steps of 16 rows, of {train_rows}, but where a name says otherwise, and answer the same {n_test} "
     "test questions. Brackets: 95% intervals, over seeds and questions; with three seeds they reach hardly beyond "
     "the worst and the best of them, with one they are over questions alone. Behind: how far this line is behind "
     "the bold one (SFT behind STORM of the same size or rows), in points, seed by seed. Beside each accuracy "

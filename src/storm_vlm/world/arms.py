@@ -1,7 +1,8 @@
 """What is compared on the micro world: arms, and the paper's tables that are made of them.
 
 An arm is a list of stages, and a stage is a shipped YAML file with what is different in this arm. All arms take the
-same number of optimizer steps with batches of the same size, whatever else they do.
+same number of optimizer steps with batches of the same size, whatever else they do; but for `stage1_first`, which is
+there to show what STORM's Stage II adds.
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ ARMS: dict[str, Arm] = {
     ),
     # Table 6
     "stage1_only": _stage1("Stage I only"),
+    "stage1_first": Arm(
+        "STORM before its Stage II (80% of the steps)", (STORM.stages[0],), latent=True
+    ),
     "stage2_only": Arm("Stage II only", (Stage("stage2_only"),), latent=True),
     # What slots are aligned to
     "keyframes": _stage1("the keyframes alone", "method.target_source=keyframes"),
@@ -124,7 +128,9 @@ COMPARISONS: dict[str, Comparison] = {
         ("base", "cot", "sft", "pause", "full"),
         "full",
     ),
-    "stages": Comparison("Stages", "Table 6", ("stage1_only", "stage2_only", "full"), "full"),
+    "stages": Comparison(
+        "Stages", "Table 6", ("stage1_only", "stage1_first", "stage2_only", "full"), "full"
+    ),
     "targets": Comparison(
         "What slots are aligned to (Stage I alone)",
         "the paper's future work",
