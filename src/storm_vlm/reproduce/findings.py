@@ -58,6 +58,11 @@ def _main(lines: Lines) -> list[str]:
             f"STORM {_percent(lines['full'])}, SFT on the same rows and steps {_percent(lines['sft'])}: "
             f"{_gap(lines['sft'])}, {_verdict(lines['sft'], 'Tables 1 and 2')}."
         )
+    if "full" in lines and "sft_slower" in lines:
+        said.append(
+            f"SFT with a learning rate that suits it better, {_percent(lines['sft_slower'])}: "
+            f"{_gap(lines['sft_slower'])}."
+        )
     if "full" in lines and "pause" in lines:
         means = {
             1: "the slots' number does not explain it",
