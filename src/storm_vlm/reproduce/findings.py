@@ -60,7 +60,7 @@ def _main(lines: Lines) -> list[str]:
         )
     if "full" in lines and "sft_slower" in lines:
         said.append(
-            f"SFT with a learning rate that suits it better, {_percent(lines['sft_slower'])}: "
+            f"SFT with a lower learning rate, {_percent(lines['sft_slower'])}: "
             f"{_gap(lines['sft_slower'])}."
         )
     if "full" in lines and "pause" in lines:

@@ -58,7 +58,7 @@ ARMS: dict[str, Arm] = {
     "shipped": Arm("STORM as shipped", start="storm", latent=True),
     "cot": Arm("Chain of thought, SFT on the oracle's plans", (Stage("sft", data="train_plans"),)),
     "sft": SFT,
-    # Of STORM's Stage I 8e-3 is the best rate; SFT is given it, too, and one that suits it better.
+    # 8e-3 is the best rate found for STORM; SFT is given it, too, and one of its own (`dev/LOG.md`).
     "sft_slower": Arm(
         "SFT, learning rate 3e-3 instead of 8e-3",
         (Stage("sft", overrides=("training.learning_rate=3e-3",)),),
