@@ -12,12 +12,12 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from storm_vlm.report import accuracy_bars
-from storm_vlm.reproduce.page import grid_of
-from storm_vlm.world.build import HORIZON
-from storm_vlm.world.questions import sample_reasoning
-from storm_vlm.world.render import clip_frames, thought_frames
-from storm_vlm.world.simulator import REASONING
+from storm_vlm.lab.report import accuracy_bars
+from storm_vlm.lab.reproduce.page import grid_of
+from storm_vlm.lab.world.clips import HORIZON
+from storm_vlm.lab.world.questions import sample_reasoning
+from storm_vlm.lab.world.render import clip_frames, thought_frames
+from storm_vlm.lab.world.simulator import REASONING
 
 ROOT = Path(__file__).resolve().parent.parent
 

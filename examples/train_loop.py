@@ -21,10 +21,10 @@ from transformers import AutoProcessor, get_cosine_schedule_with_warmup
 
 from storm_vlm import StormForConditionalGeneration, add_latent_tokens
 from storm_vlm.data.collator import StormCollator
-from storm_vlm.data.schema import Row, read_rows
-from storm_vlm.latent import IGNORE_INDEX
-from storm_vlm.rollout import RolloutOutput, rollout
-from storm_vlm.tokens import latent_tokens
+from storm_vlm.data.row import Row, read_rows
+from storm_vlm.model.latent import IGNORE_INDEX
+from storm_vlm.model.rollout import RolloutOutput, rollout
+from storm_vlm.model.tokens import latent_tokens
 from storm_vlm.training.targets import alignment_targets
 
 

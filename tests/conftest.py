@@ -9,9 +9,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 from transformers import AutoProcessor
 
-from storm_vlm.data.schema import Row, read_rows
-from storm_vlm.world.build import build_world
-from storm_vlm.world.checkpoints import shipped
+from storm_vlm.data.row import Row, read_rows
+from storm_vlm.lab.checkpoints import shipped
+from storm_vlm.lab.world.clips import build_world
 
 
 @pytest.fixture(scope="session")

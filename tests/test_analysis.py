@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from storm_vlm import StormPipeline
+from storm_vlm.analysis.analyze import _decoder, analyze
 from storm_vlm.analysis.embeddings import nearness
 from storm_vlm.analysis.extract import States, extract
 from storm_vlm.analysis.reliance import (
@@ -25,7 +26,6 @@ from storm_vlm.analysis.reliance import (
     slot_variants,
 )
 from storm_vlm.analysis.retrieval import first_ranks, retrieval, slot_ranks
-from storm_vlm.analysis.run import _decoder, analyze
 from storm_vlm.analysis.watch import (
     SIDE,
     decoding_quality,
@@ -35,14 +35,14 @@ from storm_vlm.analysis.watch import (
     thought_frames,
     train_decoder,
 )
-from storm_vlm.cli import app
-from storm_vlm.data.schema import Row, read_rows, write_rows
-from storm_vlm.interventions import answers_when_fed, noised, reordered
-from storm_vlm.rollout import rollout
+from storm_vlm.cli.main import app
+from storm_vlm.data.row import Row, read_rows, write_rows
+from storm_vlm.lab.checkpoints import shipped
+from storm_vlm.lab.world.clips import build_world, sample_several
+from storm_vlm.lab.world.simulator import REASONING
+from storm_vlm.model.interventions import answers_when_fed, noised, reordered
+from storm_vlm.model.rollout import rollout
 from storm_vlm.training.targets import alignment_targets
-from storm_vlm.world.build import build_world, sample_several
-from storm_vlm.world.checkpoints import shipped
-from storm_vlm.world.simulator import REASONING
 
 K = 8
 

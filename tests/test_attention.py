@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from storm_vlm.attention import SDPA_IN_PARTS, PartsLayer, sdpa_in_parts
-from storm_vlm.latent import answer_loss
-from storm_vlm.rollout import rollout
+from storm_vlm.model.attention import SDPA_IN_PARTS, PartsLayer, sdpa_in_parts
+from storm_vlm.model.latent import answer_loss
+from storm_vlm.model.rollout import rollout
 
 
 def with_attention(name: str, dtype: torch.dtype = torch.float64):

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from tiny_model import BUDGET, labels_for, left_pad, prompts, tiny_model
 
-from storm_vlm.rollout import rollout
-from storm_vlm.training.bench import bench_train, naive_rollout, random_batch, shape_config
+from storm_vlm.lab.bench.training import bench_train, naive_rollout, random_batch, shape_config
+from storm_vlm.model.rollout import rollout
 
 
 def test_the_naive_rollout_is_the_same_function() -> None:

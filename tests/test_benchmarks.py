@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from storm_vlm.data.prompt import answer_text, build_messages, is_correct
-from storm_vlm.data.schema import RowError
+from storm_vlm.data.row import RowError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS
 from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare
 

@@ -9,7 +9,7 @@ from tiny import tiny_processor
 
 from storm_vlm.data.collator import Question, StormCollator, VideoInputs
 from storm_vlm.data.prompt import build_messages, render_prompt
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 from storm_vlm.data.video import VideoError, read_video, video_metadata, write_video
 
 NUM_FRAMES, BUDGET, HIDDEN = 6, 4, 8

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from storm_vlm.cli import app
-from storm_vlm.construction.bench import _Trial, bare_rows, kill_trials, stub_config
+from storm_vlm.cli.main import app
 from storm_vlm.construction.build import Builder, Shard, collect, run
 from storm_vlm.construction.config import STEPS, BuildConfig
 from storm_vlm.construction.store import Store
-from storm_vlm.construction.stub import Call, StubTeacher, completion, send
-from storm_vlm.data.schema import Row, read_rows, write_rows
+from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.data.video import read_video
-from storm_vlm.world.build import build_world
+from storm_vlm.lab.bench.construction import _Trial, bare_rows, kill_trials, stub_config
+from storm_vlm.lab.bench.stub import Call, StubTeacher, completion, send
+from storm_vlm.lab.world.clips import build_world
 
 
 @pytest.fixture(scope="module")
@@ -356,5 +356,5 @@ def test_the_trial_notices_what_is_done_twice(tmp_path: Path) -> None:
 
 
 def test_building_needs_no_torch() -> None:
-    code = "import sys, storm_vlm.construction.build, storm_vlm.world.build; print('torch' in sys.modules)"
+    code = "import sys, storm_vlm.construction.build, storm_vlm.lab.world.clips; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -9,7 +9,7 @@ from storm_vlm.construction import filters
 from storm_vlm.construction.build import apply_filters
 from storm_vlm.construction.config import BuildConfig, FilterConfig
 from storm_vlm.construction.steps import Draft
-from storm_vlm.data.schema import Row, ThoughtVideo
+from storm_vlm.data.row import Row, ThoughtVideo
 from storm_vlm.data.video import read_video
 
 DEFAULT = FilterConfig.model_validate({})

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import psutil
 
-from storm_vlm.construction.bench import bare_rows, stub_config
 from storm_vlm.construction.build import run
 from storm_vlm.construction.ray_build import on_ray
 from storm_vlm.construction.store import Store
-from storm_vlm.construction.stub import StubTeacher
+from storm_vlm.lab.bench.construction import bare_rows, stub_config
+from storm_vlm.lab.bench.stub import StubTeacher
 
 
 def kill_workers(store: Path, killed: list[str]) -> None:

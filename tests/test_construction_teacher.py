@@ -16,8 +16,8 @@ import pytest
 from storm_vlm.construction.config import TeacherConfig
 from storm_vlm.construction.prompts import Keyframes, Plan, VideoPrompt
 from storm_vlm.construction.store import Store
-from storm_vlm.construction.stub import StubTeacher, completion, send
 from storm_vlm.construction.teacher import BudgetReached, Teacher, Unanswered
+from storm_vlm.lab.bench.stub import StubTeacher, completion, send
 
 MESSAGES = [{"role": "user", "content": "which frames?"}]
 GOOD = '{"selected": [3, 1]}'

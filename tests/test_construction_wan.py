@@ -11,14 +11,14 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from tiny_wan import save_tiny_wan
 
-from storm_vlm.construction.bench import bare_rows
 from storm_vlm.construction.build import run
 from storm_vlm.construction.config import BuildConfig
 from storm_vlm.construction.generators import Rejected, Request
-from storm_vlm.construction.stub import StubTeacher
 from storm_vlm.construction.wan import Wan, fit, load
-from storm_vlm.data.schema import Row, read_rows
+from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import read_video
+from storm_vlm.lab.bench.construction import bare_rows
+from storm_vlm.lab.bench.stub import StubTeacher
 
 PROMPT = "a ball rolls over the board"
 SMALL = {"device": "cpu", "dtype": "float32", "area": 48 * 48, "num_frames": 9, "steps": 2}

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tiny import tiny_run
 
 from storm_vlm.data.collator import StormCollator
-from storm_vlm.latent import whiten_targets
-from storm_vlm.modeling import StormForConditionalGeneration
-from storm_vlm.tokens import add_latent_tokens
+from storm_vlm.model.latent import whiten_targets
+from storm_vlm.model.modeling import StormForConditionalGeneration
+from storm_vlm.model.tokens import add_latent_tokens
 from storm_vlm.training import distillation
 from storm_vlm.training.config import Method
 from storm_vlm.training.distillation import Teacher, collate_with_teacher, teacher_collator

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoProcessor
 
 from storm_vlm.data.collator import StormCollator
-from storm_vlm.data.schema import read_rows, write_rows
-from storm_vlm.modeling import StormForConditionalGeneration
-from storm_vlm.tokens import add_latent_tokens
+from storm_vlm.data.row import read_rows, write_rows
+from storm_vlm.model.modeling import StormForConditionalGeneration
+from storm_vlm.model.tokens import add_latent_tokens
 from storm_vlm.training.config import Method, TrainConfig
 from storm_vlm.training.targets import alignment_targets
 from storm_vlm.training.train import train, training_arguments

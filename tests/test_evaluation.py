@@ -12,19 +12,19 @@ from typer.testing import CliRunner
 
 from storm_vlm import StormPipeline
 from storm_vlm.analysis.reliance import latent_reliance, rolled_out
-from storm_vlm.cli import app
+from storm_vlm.analysis.sampled_reliance import sampled_reliance
+from storm_vlm.cli.main import app
 from storm_vlm.data.prompt import option_letter
-from storm_vlm.data.schema import read_rows, write_rows
+from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.data.video import VideoError
 from storm_vlm.evaluation.controls import CONTROLS, without_evidence
 from storm_vlm.evaluation.exam import Exam, evaluate
-from storm_vlm.evaluation.frames import Frames
-from storm_vlm.evaluation.reasoners import Latent
 from storm_vlm.evaluation.records import Record, Reply
-from storm_vlm.evaluation.reliance import sampled_reliance
-from storm_vlm.evaluation.runs import Run
+from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import accuracy
-from storm_vlm.world.checkpoints import shipped
+from storm_vlm.inference.frames import Frames
+from storm_vlm.inference.reasoners import Latent
+from storm_vlm.lab.checkpoints import shipped
 
 
 @pytest.fixture(scope="module")

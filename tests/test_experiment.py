@@ -10,16 +10,11 @@ import torch
 from rich.console import Console
 
 from storm_vlm.data.prompt import is_correct
-from storm_vlm.data.schema import Row
-from storm_vlm.latent import answer_loss
-from storm_vlm.pipeline import StormPipeline
-from storm_vlm.rollout import rollout
-from storm_vlm.training.checkpoints import last_whole_checkpoint, seal
-from storm_vlm.training.config import load_config
-from storm_vlm.world.arms import ARMS
-from storm_vlm.world.backbone import deepen
-from storm_vlm.world.checkpoints import shipped
-from storm_vlm.world.experiment import (
+from storm_vlm.data.row import Row
+from storm_vlm.inference.pipeline import StormPipeline
+from storm_vlm.lab.arms import ARMS
+from storm_vlm.lab.checkpoints import shipped
+from storm_vlm.lab.experiment import (
     LONGEST_ANSWER,
     MICRO_CONFIGS,
     Size,
@@ -28,7 +23,12 @@ from storm_vlm.world.experiment import (
     read_results,
     run_arm,
 )
-from storm_vlm.world.quickstart import quickstart
+from storm_vlm.lab.quickstart import quickstart
+from storm_vlm.lab.world.backbone import deepen
+from storm_vlm.model.latent import answer_loss
+from storm_vlm.model.rollout import rollout
+from storm_vlm.training.checkpoints import last_whole_checkpoint, seal
+from storm_vlm.training.config import load_config
 
 TINY = Size(train_rows=8, test_rows=6, ood_rows=4, steps=2)
 
@@ -141,7 +141,7 @@ def test_outcomes_of_other_settings_are_refused(tmp_path: Path) -> None:
 def test_an_interrupted_stage_goes_on_from_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storm_vlm.world.experiment.SAVE_STEPS", 1)
+    monkeypatch.setattr("storm_vlm.lab.experiment.SAVE_STEPS", 1)
     size = replace(TINY, steps=3)
     data = build_data(tmp_path / "data", size)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -8,12 +8,12 @@ import pytest
 from tiny import tiny_processor
 from typer.testing import CliRunner
 
-from storm_vlm.cli import app
+from storm_vlm.cli import datasets as commands
+from storm_vlm.cli.main import app
 from storm_vlm.data.prompt import answer_text, build_messages, render_prompt
-from storm_vlm.data.schema import Row, read_rows, write_rows
-from storm_vlm.formats import commands
-from storm_vlm.formats.parse import bare_options, gold_option, said_choice
-from storm_vlm.formats.run import EXPORTERS, IMPORTERS, export_rows, import_rows, rejects_file
+from storm_vlm.data.row import Row, read_rows, write_rows
+from storm_vlm.datasets.convert import EXPORTERS, IMPORTERS, export_rows, import_rows, rejects_file
+from storm_vlm.datasets.parse import bare_options, gold_option, said_choice
 
 R1: dict[str, Any] = {
     "problem_id": 2,

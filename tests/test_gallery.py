@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from storm_vlm.cli import app
-from storm_vlm.data.schema import Row, ThoughtVideo, write_rows
+from storm_vlm.cli.main import app
+from storm_vlm.data.row import Row, ThoughtVideo, write_rows
 from storm_vlm.data.video import read_video
-from storm_vlm.gallery import write_gallery
+from storm_vlm.datasets.gallery import write_gallery
 
 
 class Page(HTMLParser):

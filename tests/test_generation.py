@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from storm_vlm.rollout import rollout
+from storm_vlm.model.rollout import rollout
 
 NEW = 10  # tokens
 
@@ -319,7 +319,7 @@ def test_sampled_sequences_equal_their_replay() -> None:
 
 
 def test_sampling_keeps_the_probability_of_ending() -> None:
-    from storm_vlm.segment import LatentBudgetProcessor
+    from storm_vlm.model.segment import LatentBudgetProcessor
 
     scores = torch.randn(1, 300)
     processor = LatentBudgetProcessor(TOKENS, BUDGET, sampling=True, prompt_length=2)

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoProcessor
 
-from storm_vlm.data.schema import read_rows
-from storm_vlm.modeling import StormForConditionalGeneration
-from storm_vlm.tokens import add_latent_tokens
+from storm_vlm.data.row import read_rows
+from storm_vlm.lab.checkpoints import shipped
+from storm_vlm.lab.experiment import MICRO_CONFIGS
+from storm_vlm.model.modeling import StormForConditionalGeneration
+from storm_vlm.model.tokens import add_latent_tokens
 from storm_vlm.training.config import load_config
 from storm_vlm.training.train import train
-from storm_vlm.world.checkpoints import shipped
-from storm_vlm.world.experiment import MICRO_CONFIGS
 
 ROOT = Path(__file__).parent
 GOLDEN = ROOT / "golden" / "losses.json"

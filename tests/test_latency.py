@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from storm_vlm.evaluation.latency import (
+from storm_vlm.evaluation.records import Reply
+from storm_vlm.lab.bench.latency import (
     Lengths,
     bench_latency,
     fixed_reasoners,
@@ -14,8 +15,7 @@ from storm_vlm.evaluation.latency import (
     measure,
     random_pipeline,
 )
-from storm_vlm.evaluation.records import Reply
-from storm_vlm.training.bench import shape_config
+from storm_vlm.lab.bench.training import shape_config
 
 LENGTHS = Lengths(answer=2, cot=6, grounded_cot=8, tool_rounds=1, tool_tokens=90)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from storm_vlm.latent import (
+from storm_vlm.model.latent import (
     alignment_loss,
     answer_loss,
     pool_targets,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from storm_vlm.cli import app
+from storm_vlm.cli.main import app
 from storm_vlm.data.frame_hash import distances, frame_hashes
-from storm_vlm.data.schema import Row, read_rows, write_rows
+from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.data.video import read_video, write_video
-from storm_vlm.leaks import ALIKE, find_leaks, names, without_leaks
+from storm_vlm.datasets.leaks import ALIKE, find_leaks, names, without_leaks
 
 
 def row(video: Path | str, **changes: object) -> Row:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from storm_vlm import StormPipeline
-from storm_vlm.data.schema import Row, write_rows
-from storm_vlm.evaluation.build import build_reasoner
+from storm_vlm.data.row import Row, write_rows
 from storm_vlm.evaluation.exam import Exam, evaluate
-from storm_vlm.evaluation.frames import Frames
-from storm_vlm.evaluation.lmms_tasks import write_task
-from storm_vlm.world.checkpoints import shipped
+from storm_vlm.evaluation.lmms import write_task
+from storm_vlm.inference.factory import build_reasoner
+from storm_vlm.inference.frames import Frames
+from storm_vlm.lab.checkpoints import shipped
 
 PYTHON = os.environ.get("STORM_LMMS_PYTHON", "")
 needs_lmms = pytest.mark.skipif(

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny_model import left_pad, prompts, tiny_model, tiny_stock_model
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
-from storm_vlm.generation import LatentRolloutMixin
-from storm_vlm.modeling import StormForConditionalGeneration, enable_latents
+from storm_vlm.model.generation import LatentRolloutMixin
+from storm_vlm.model.modeling import StormForConditionalGeneration, enable_latents
 
 
 def same_tensors(a, b) -> bool:

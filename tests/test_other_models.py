@@ -14,11 +14,11 @@ from transformers import (
 )
 
 from storm_vlm import StormPipeline
-from storm_vlm.evaluation.build import build_reasoner, default_reasoner, load_pipeline
-from storm_vlm.evaluation.frames import Frames
-from storm_vlm.evaluation.runs import RunError
-from storm_vlm.world.backbone import CHAT_TEMPLATE
-from storm_vlm.world.checkpoints import shipped
+from storm_vlm.evaluation.run_folder import RunError
+from storm_vlm.inference.factory import build_reasoner, default_reasoner, load_pipeline
+from storm_vlm.inference.frames import Frames
+from storm_vlm.lab.checkpoints import shipped
+from storm_vlm.lab.world.backbone import CHAT_TEMPLATE
 
 SIDE, PATCH = 28, 14
 

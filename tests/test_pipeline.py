@@ -12,8 +12,8 @@ import pytest
 from storm_vlm import StormPipeline
 from storm_vlm.data.collator import Question
 from storm_vlm.data.video import read_video, write_video
-from storm_vlm.world.build import NUM_FRAMES
-from storm_vlm.world.checkpoints import shipped
+from storm_vlm.lab.checkpoints import shipped
+from storm_vlm.lab.world.clips import NUM_FRAMES
 
 QUESTION = "Where will the ball be after 5 more steps?"
 

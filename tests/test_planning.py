@@ -18,15 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLVideoProcessor
 from typer.testing import CliRunner
 
-from storm_vlm.attention import SDPA_IN_PARTS
-from storm_vlm.cli import app
+from storm_vlm.cli.main import app
 from storm_vlm.data.collator import Question, StormCollator
 from storm_vlm.data.video import Clip
-from storm_vlm.latent import alignment_loss, answer_loss, storm_loss
-from storm_vlm.modeling import enable_latents
-from storm_vlm.planning import PlanRequest, Step, plan, plan_config, video_grid
-from storm_vlm.rollout import rollout, unwrap
-from storm_vlm.world.checkpoints import shipped
+from storm_vlm.lab.checkpoints import shipped
+from storm_vlm.model.attention import SDPA_IN_PARTS
+from storm_vlm.model.latent import alignment_loss, answer_loss, storm_loss
+from storm_vlm.model.modeling import enable_latents
+from storm_vlm.model.rollout import rollout, unwrap
+from storm_vlm.training.planning import PlanRequest, Step, plan, plan_config, video_grid
 
 GRID, BUDGET, TEXT, HIDDEN = (8, 8, 12), 4, 100, 128
 # 16 frames of that grid, and the prompt of tiny_model.prompt: three tokens, two around the video, TEXT

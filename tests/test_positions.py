@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_model import VIDEO, left_pad, prompt, prompts, tiny_model, tiny_stock_model
 
-from storm_vlm.positions import rope_index
+from storm_vlm.model.positions import rope_index
 
 MERGE, TOKENS_PER_SECOND = 2, 2
 

@@ -10,7 +10,7 @@ from storm_vlm.data.prompt import (
     parse_answer,
     render_prompt,
 )
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 
 COLOURS = ("red", "green", "blue", "black")
 

@@ -15,14 +15,14 @@ from scripted_endpoint import serving
 from storm_vlm import StormPipeline
 from storm_vlm.data.collator import Question
 from storm_vlm.data.video import read_video
-from storm_vlm.evaluation.build import load_pipeline
-from storm_vlm.evaluation.chat import LocalChat, RefusedError, Turn
-from storm_vlm.evaluation.endpoint import EndpointChat
-from storm_vlm.evaluation.frames import Frames
-from storm_vlm.evaluation.latency import Lengths, fixed_reasoners
-from storm_vlm.evaluation.reasoners import Latent, OneTurn
-from storm_vlm.evaluation.tools import ToolError, Tools, crop_window
-from storm_vlm.world.checkpoints import shipped
+from storm_vlm.inference.factory import load_pipeline
+from storm_vlm.inference.frames import Frames
+from storm_vlm.inference.local_chat import LocalChat, RefusedError, Turn
+from storm_vlm.inference.reasoners import Latent, OneTurn
+from storm_vlm.inference.remote_chat import EndpointChat
+from storm_vlm.inference.tools import ToolError, Tools, crop_window
+from storm_vlm.lab.bench.latency import Lengths, fixed_reasoners
+from storm_vlm.lab.checkpoints import shipped
 
 K, FRAMES = 8, Frames(6)
 ANSWER = "<think>It rolls on.</think> <answer>B</answer>"

@@ -11,10 +11,10 @@ import yaml
 from runs_on_disk import chance, make_records, write_reliance, write_run
 from typer.testing import CliRunner
 
-from storm_vlm.cli import app
+from storm_vlm.cli.main import app
 from storm_vlm.evaluation.compare import compare, differences, overall, survives_shuffling
 from storm_vlm.evaluation.report import write_report
-from storm_vlm.evaluation.runs import RunError, find_runs, read_run, summarize
+from storm_vlm.evaluation.run_folder import RunError, find_runs, read_run, summarize
 from storm_vlm.evaluation.tables import PAPER_FILE, build_tables, measure
 
 

@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from storm_vlm.analysis.reliance import KINDS
-from storm_vlm.cli import app
-from storm_vlm.reproduce.findings import sentences
-from storm_vlm.reproduce.page import markdown, table_rows
-from storm_vlm.reproduce.run import FAST, FULL, Plan, _belongs, _cost, reproduce
-from storm_vlm.reproduce.tables import table
-from storm_vlm.world.arms import ARMS, COMPARISONS
-from storm_vlm.world.experiment import Size, read_results
+from storm_vlm.cli.main import app
+from storm_vlm.lab.arms import ARMS, COMPARISONS
+from storm_vlm.lab.experiment import Size, read_results
+from storm_vlm.lab.reproduce.findings import sentences
+from storm_vlm.lab.reproduce.page import markdown, table_rows
+from storm_vlm.lab.reproduce.run import FAST, FULL, Plan, _belongs, _cost, reproduce
+from storm_vlm.lab.reproduce.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Plan(Size(train_rows=16, test_rows=8, ood_rows=2, steps=7), 1, probed=3, drawn=6, rounds=1)

@@ -45,7 +45,7 @@ def in_a_process(run: TrainConfig, before: str = "") -> subprocess.Popen[str]:
     """`storm train`, after the lines of Python that `before` holds."""
     file = Path(run.output_dir).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(run.model_dump(mode="json")))
-    code = "import sys; from storm_vlm.cli import main; sys.argv = sys.argv[1:]; main()"
+    code = "import sys; from storm_vlm.cli.main import main; sys.argv = sys.argv[1:]; main()"
     return subprocess.Popen(
         [sys.executable, "-c", f"{before}\n{code}", "storm", "train", str(file)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"},

@@ -14,8 +14,8 @@ from tiny_model import (
 )
 from torch import Tensor
 
-from storm_vlm.latent import alignment_loss, answer_loss
-from storm_vlm.rollout import RolloutOutput, rollout
+from storm_vlm.model.latent import alignment_loss, answer_loss
+from storm_vlm.model.rollout import RolloutOutput, rollout
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 0}
 

@@ -11,14 +11,14 @@ import pytest
 from scripted_endpoint import serving
 
 from storm_vlm import StormPipeline
-from storm_vlm.data.schema import read_rows, write_rows
+from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.evaluation.benchmarks import find_benchmark
 from storm_vlm.evaluation.exam import Exam
-from storm_vlm.evaluation.frames import Frames
-from storm_vlm.evaluation.reasoners import Latent
-from storm_vlm.evaluation.run import run
-from storm_vlm.evaluation.runs import RunError, read_records, read_run, summarize
-from storm_vlm.world.checkpoints import shipped
+from storm_vlm.evaluation.run_folder import RunError, read_records, read_run, summarize
+from storm_vlm.evaluation.runner import run
+from storm_vlm.inference.frames import Frames
+from storm_vlm.inference.reasoners import Latent
+from storm_vlm.lab.checkpoints import shipped
 
 FRAMES = Frames(6)
 

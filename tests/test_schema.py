@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from storm_vlm.data.schema import Row, RowError, ThoughtVideo, read_rows, write_rows
+from storm_vlm.data.row import Row, RowError, ThoughtVideo, read_rows, write_rows
 
 FULL: dict[str, Any] = {
     "version": 1,

@@ -3,7 +3,7 @@
 import pytest
 
 from storm_vlm.data.prompt import is_correct
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 from storm_vlm.evaluation.scoring import RULES
 
 LETTERS = "ABCDEF"

@@ -3,7 +3,7 @@ import torch
 from tiny import tiny_processor
 from tiny_model import tiny_model, tiny_stock_model
 
-from storm_vlm.tokens import LATENT_TOKENS, add_latent_tokens, latent_tokens
+from storm_vlm.model.tokens import LATENT_TOKENS, add_latent_tokens, latent_tokens
 
 
 def fresh_model(**changes):

@@ -9,12 +9,12 @@ from tiny import tiny_run
 
 from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.decode import VideoError
-from storm_vlm.data.schema import Row
-from storm_vlm.modeling import StormForConditionalGeneration
-from storm_vlm.rollout import rollout
-from storm_vlm.tokens import add_latent_tokens
+from storm_vlm.data.row import Row
+from storm_vlm.model.modeling import StormForConditionalGeneration
+from storm_vlm.model.rollout import rollout
+from storm_vlm.model.tokens import add_latent_tokens
 from storm_vlm.training.config import ConfigError, Method, TrainConfig
-from storm_vlm.training.tower import Excerpt, KeptVideos, Store, made
+from storm_vlm.training.feature_cache import Excerpt, KeptVideos, Store, made
 from storm_vlm.training.train import train
 
 K = 3

@@ -13,21 +13,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.decode import VideoError
-from storm_vlm.data.schema import Row, read_rows, write_rows
+from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.data.video import Clip, read_frames, read_future, write_video
-from storm_vlm.latent import alignment_loss, pool_targets
-from storm_vlm.modeling import StormForConditionalGeneration
-from storm_vlm.pipeline import StormPipeline
-from storm_vlm.rollout import rollout
-from storm_vlm.tokens import add_latent_tokens, latent_tokens
+from storm_vlm.inference.pipeline import StormPipeline
+from storm_vlm.lab.checkpoints import shipped
+from storm_vlm.lab.experiment import MICRO_CONFIGS
+from storm_vlm.lab.world.clips import build_world
+from storm_vlm.model.latent import alignment_loss, pool_targets
+from storm_vlm.model.modeling import StormForConditionalGeneration
+from storm_vlm.model.rollout import rollout
+from storm_vlm.model.tokens import add_latent_tokens, latent_tokens
 from storm_vlm.training.config import ConfigError, Method, TargetSource, TrainConfig, load_config
-from storm_vlm.training.lengths import LengthSampler, row_lengths
+from storm_vlm.training.row_lengths import LengthSampler, row_lengths
 from storm_vlm.training.targets import alignment_targets
 from storm_vlm.training.train import train, training_arguments
 from storm_vlm.training.trainer import RowDataset, StormTrainer, boundary_loss, storm_rollout
-from storm_vlm.world.build import build_world
-from storm_vlm.world.checkpoints import shipped
-from storm_vlm.world.experiment import MICRO_CONFIGS
 
 K = 4
 STAGES = {

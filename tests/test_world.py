@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storm_vlm.data.schema import read_rows
+from storm_vlm.data.row import read_rows
 from storm_vlm.data.video import read_video
-from storm_vlm.world.build import FAR_HORIZON, HORIZON, NUM_FRAMES, build_world, shortcuts
-from storm_vlm.world.questions import (
+from storm_vlm.lab.world.clips import FAR_HORIZON, HORIZON, NUM_FRAMES, build_world, shortcuts
+from storm_vlm.lab.world.questions import (
     PERCEPTION_FAMILIES,
     REASONING_FAMILIES,
     answers,
@@ -18,8 +18,8 @@ from storm_vlm.world.questions import (
     plan,
     sample_reasoning,
 )
-from storm_vlm.world.render import CELL, DARK, PAINT, clip_frames, thought_frames
-from storm_vlm.world.simulator import (
+from storm_vlm.lab.world.render import CELL, DARK, PAINT, clip_frames, thought_frames
+from storm_vlm.lab.world.simulator import (
     OUT_OF_DISTRIBUTION,
     PERCEPTION,
     REASONING,

@@ -10,8 +10,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from storm_vlm.lab.world.backbone import CHAT_TEMPLATE, SPECIAL
 from storm_vlm.training.config import Method, TrainConfig
-from storm_vlm.world.backbone import CHAT_TEMPLATE, SPECIAL
 
 LATENT_TOKENS = ("<|latent_start|>", "<|latent_pad|>", "<|latent_end|>")
 

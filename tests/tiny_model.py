@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from storm_vlm.modeling import enable_latents
-from storm_vlm.tokens import LatentTokens
+from storm_vlm.model.modeling import enable_latents
+from storm_vlm.model.tokens import LatentTokens
 
 # the ids of tests/tiny.py's tokenizer
 IMAGE, VIDEO, VISION_START, VISION_END = 262, 263, 259, 260

@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from storm_vlm.modeling import StormForConditionalGeneration, enable_latents
-    from storm_vlm.pipeline import Answer, StormPipeline
-    from storm_vlm.tokens import add_latent_tokens
+    from storm_vlm.inference.pipeline import Answer, StormPipeline
+    from storm_vlm.model.modeling import StormForConditionalGeneration, enable_latents
+    from storm_vlm.model.tokens import add_latent_tokens
 
 __all__ = [
     "Answer",
@@ -16,11 +16,11 @@ __all__ = [
     "enable_latents",
 ]
 _HOMES = {
-    "Answer": "pipeline",
-    "StormForConditionalGeneration": "modeling",
-    "StormPipeline": "pipeline",
-    "add_latent_tokens": "tokens",
-    "enable_latents": "modeling",
+    "Answer": "inference.pipeline",
+    "StormForConditionalGeneration": "model.modeling",
+    "StormPipeline": "inference.pipeline",
+    "add_latent_tokens": "model.tokens",
+    "enable_latents": "model.modeling",
 }
 
 

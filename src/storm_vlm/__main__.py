@@ -1,5 +1,5 @@
 """`python -m storm_vlm` is `storm`."""
 
-from storm_vlm.cli import main
+from storm_vlm.cli.main import main
 
 main()

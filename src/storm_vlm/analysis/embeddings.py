@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from storm_vlm.analysis.estimate import estimate
 from storm_vlm.analysis.extract import States
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 
 try:
     from sklearn.decomposition import PCA

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from storm_vlm.data.files import in_one_step, write_json
-from storm_vlm.data.schema import Row
-from storm_vlm.interventions import latent_states
-from storm_vlm.latent import pool_targets, target_whitening, whiten_targets
-from storm_vlm.pipeline import StormPipeline
+from storm_vlm.data.atomic_write import in_one_step, write_json
+from storm_vlm.data.row import Row
+from storm_vlm.inference.pipeline import StormPipeline
+from storm_vlm.model.interventions import latent_states
+from storm_vlm.model.latent import pool_targets, target_whitening, whiten_targets
 from storm_vlm.training.targets import FRAMES_PER_SLOT, excerpts
 from storm_vlm.versions import commit, versions
 

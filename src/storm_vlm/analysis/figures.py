@@ -1,4 +1,4 @@
-"""The analysis figures (paper, Figures 5 to 8): SVG, as in `storm_vlm.report`."""
+"""The analysis figures (paper, Figures 5 to 8): SVG, as in `storm_vlm.lab.report`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from storm_vlm.report import plt, svg
+from storm_vlm.lab.report import plt, svg
 
 BLUE, GREY, ORANGE = "#2f6fdf", "#8a93a3", "#c2410c"
 KIND_COLOURS = {"frame": GREY, "keyframe": ORANGE, "latent": BLUE}

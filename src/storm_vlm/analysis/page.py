@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from storm_vlm.analysis import figures
 from storm_vlm.analysis.findings import findings
-from storm_vlm.data.files import write_text
-from storm_vlm.data.schema import Row
+from storm_vlm.data.atomic_write import write_text
+from storm_vlm.data.row import Row
 from storm_vlm.data.video import read_video
 from storm_vlm.pages import render
 

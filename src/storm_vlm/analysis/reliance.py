@@ -18,16 +18,16 @@ from tqdm.auto import tqdm
 from storm_vlm.analysis.estimate import estimate
 from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import answer_text, is_correct, parse_answer
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 from storm_vlm.evaluation.statistics import paired_difference
-from storm_vlm.interventions import (
+from storm_vlm.inference.pipeline import StormPipeline
+from storm_vlm.model.interventions import (
     answers_when_fed,
     end_tokens,
     latent_states,
     noised,
     reordered,
 )
-from storm_vlm.pipeline import StormPipeline
 
 KINDS = {
     "own": "its own latents",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from storm_vlm.analysis.estimate import estimate
 from storm_vlm.analysis.extract import States
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 
 
 def retrieval(states: States, rows: Sequence[Row], seed: int = 0) -> dict[str, Any] | None:

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from storm_vlm.analysis.estimate import estimate
 from storm_vlm.analysis.extract import States, visual_tokens
 from storm_vlm.data.prompt import answer_text
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 from storm_vlm.data.video import read_video
-from storm_vlm.pipeline import StormPipeline
-from storm_vlm.rollout import head, unwrap
+from storm_vlm.inference.pipeline import StormPipeline
+from storm_vlm.model.rollout import head, unwrap
 from storm_vlm.training.targets import FRAMES_PER_SLOT
 
 SIDE = 32  # pixels of an imagined frame

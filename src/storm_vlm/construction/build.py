@@ -26,8 +26,8 @@ from storm_vlm.construction.generators import Rejected
 from storm_vlm.construction.steps import STEP_FUNCTIONS, Draft, Tools
 from storm_vlm.construction.store import Store, file_hash, key_of
 from storm_vlm.construction.teacher import BudgetReached, Unanswered
-from storm_vlm.data.files import write_json, write_text
-from storm_vlm.data.schema import Row, portable, read_rows, write_rows
+from storm_vlm.data.atomic_write import write_json, write_text
+from storm_vlm.data.row import Row, portable, read_rows, write_rows
 from storm_vlm.data.video import VideoError
 from storm_vlm.versions import commit, versions
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 
 from storm_vlm.construction.config import BuildConfig
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 from storm_vlm.data.video import VideoError, read_future
 
 Source = Literal["oracle", "generated", "future", "keyframes"]
@@ -129,7 +129,7 @@ class World:
 
     source: ClassVar[Source] = "oracle"
     needs_prompt: ClassVar[bool] = False
-    name = "storm_vlm.world"
+    name = "storm_vlm.lab.world"
 
     def __init__(self, config: BuildConfig) -> None:
         pass
@@ -141,8 +141,8 @@ class World:
         return {"id": request.row.id, "scenes": request.row.meta.get("scenes")}
 
     def imagine(self, request: Request) -> Imagined:
-        from storm_vlm.world.build import THOUGHT_STEPS
-        from storm_vlm.world.render import FPS, thought_frames
+        from storm_vlm.lab.world.clips import THOUGHT_STEPS
+        from storm_vlm.lab.world.render import FPS, thought_frames
 
         row = request.row
         try:
@@ -159,7 +159,7 @@ class World:
 
 @cache
 def _scenes(kind: Any, split: Any, count: int, seed: int) -> list[Any]:
-    from storm_vlm.world.build import draw_scenes
+    from storm_vlm.lab.world.clips import draw_scenes
 
     return list(draw_scenes(kind, split, count, seed))
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
 
 from storm_vlm.data.jpeg import jpeg_uri
 from storm_vlm.data.prompt import option_letter
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 
 Messages = list[dict[str, Any]]
 WORDS = (50, 140)  # accepted of a video prompt; 80 to 100 are asked for

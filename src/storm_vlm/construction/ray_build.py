@@ -15,7 +15,7 @@ from storm_vlm.construction.build import Builder
 from storm_vlm.construction.config import BuildConfig
 from storm_vlm.construction.steps import Draft
 from storm_vlm.construction.teacher import BudgetReached, Unanswered
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 
 PREPARING = ("keyframes", "plans", "prompts")
 Item = dict[

@@ -28,7 +28,7 @@ from storm_vlm.construction.prompts import (
 )
 from storm_vlm.construction.store import Store, key_of
 from storm_vlm.construction.teacher import Asked, Teacher
-from storm_vlm.data.schema import Row, ThoughtVideo
+from storm_vlm.data.row import Row, ThoughtVideo
 from storm_vlm.data.video import read_frames, read_video, write_video
 
 CRF = 12  # near-lossless: the codec should not decide what is learned

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from storm_vlm.construction.config import TeacherConfig
 from storm_vlm.construction.prompts import Messages, repair_message
 from storm_vlm.construction.store import Store, key_of
-from storm_vlm.endpoint import connect
+from storm_vlm.inference.client import connect
 
 if TYPE_CHECKING:
     from openai import OpenAI

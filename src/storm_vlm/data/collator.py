@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from storm_vlm.data.prompt import LatentMode, answer_text, build_messages, render_prompt
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip, read_video, video_metadata
 
 IGNORED_LABEL = -100

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any, Literal
 
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 
 LatentMode = Literal["force", "auto", "off"]
 LATENT_MODES: tuple[LatentMode, ...] = ("force", "auto", "off")

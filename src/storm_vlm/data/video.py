@@ -20,8 +20,8 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.stream import VideoStream
 
+from storm_vlm.data.atomic_write import in_one_step
 from storm_vlm.data.decode import EPSILON, VideoError, VideoSource
-from storm_vlm.data.files import in_one_step
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata

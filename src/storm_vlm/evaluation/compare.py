@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from storm_vlm.evaluation.runs import Run
+from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import only_right, paired_difference
 
 SHUFFLED = "shuffled_frames"

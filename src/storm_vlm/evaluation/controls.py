@@ -8,9 +8,9 @@ from typing import Literal, get_args
 import numpy as np
 
 from storm_vlm.data.collator import Question
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip
-from storm_vlm.evaluation.frames import Asked, Frames
+from storm_vlm.inference.frames import Asked, Frames
 
 Control = Literal[
     "text_only", "one_frame", "shuffled_frames", "reversed_frames", "permuted_options"

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from storm_vlm.data.files import write_text
+from storm_vlm.data.atomic_write import write_text
 from storm_vlm.evaluation.cells import Cell, Table
-from storm_vlm.evaluation.runs import Run
+from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.tables import Measured, build_tables, measure
 from storm_vlm.pages import render
 

@@ -11,7 +11,7 @@ import yaml
 
 from storm_vlm.evaluation.cells import Cell, Line, Table, estimated, percent, signed, span
 from storm_vlm.evaluation.compare import SHUFFLED, overall, survives_shuffling
-from storm_vlm.evaluation.runs import Run, summarize
+from storm_vlm.evaluation.run_folder import Run, summarize
 
 TITLES = {
     "videomme": "VideoMME",

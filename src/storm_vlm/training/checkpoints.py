@@ -13,7 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
-from storm_vlm.data.files import write_json
+from storm_vlm.data.atomic_write import write_json
 
 SEAL = "complete.json"
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from storm_vlm.configs import ConfigError, parse_config
-from storm_vlm.latent import AlignmentReduction, TargetNormalization
+from storm_vlm.model.latent import AlignmentReduction, TargetNormalization
 
 __all__ = ["ConfigError", "Method", "TrainConfig", "load_config"]
 

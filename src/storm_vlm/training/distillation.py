@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from storm_vlm.data.collator import Question, StormCollator
-from storm_vlm.data.schema import Row
-from storm_vlm.latent import pool_targets, target_whitening, whiten_targets
-from storm_vlm.rollout import read_prompt, unwrap
+from storm_vlm.data.row import Row
+from storm_vlm.model.latent import pool_targets, target_whitening, whiten_targets
+from storm_vlm.model.rollout import read_prompt, unwrap
 from storm_vlm.training.config import Method
 
 FILE = "teacher.safetensors"

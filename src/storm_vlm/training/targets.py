@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 
 from storm_vlm.data.collator import VideoInputs
-from storm_vlm.data.schema import Row
-from storm_vlm.latent import TargetNormalization, pool_targets, target_whitening, whiten_targets
+from storm_vlm.data.row import Row
+from storm_vlm.model.latent import (
+    TargetNormalization,
+    pool_targets,
+    target_whitening,
+    whiten_targets,
+)
 from storm_vlm.training.config import FRAMES_PER_SLOT, TargetSource
-from storm_vlm.training.tower import Excerpt, Store, Tensors, made, visual_tokens
+from storm_vlm.training.feature_cache import Excerpt, Store, Tensors, made, visual_tokens
 
 
 def excerpts(rows: Sequence[Row], source: TargetSource) -> list[Excerpt | None]:

@@ -14,20 +14,20 @@ from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments, s
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from storm_vlm.attention import SDPA_IN_PARTS
+from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.data.collator import StormCollator
-from storm_vlm.data.files import write_json, write_text
-from storm_vlm.data.schema import Row, read_rows
-from storm_vlm.modeling import StormForConditionalGeneration
-from storm_vlm.rollout import unwrap
-from storm_vlm.tokens import add_latent_tokens, latent_tokens
+from storm_vlm.data.row import Row, read_rows
+from storm_vlm.model.attention import SDPA_IN_PARTS
+from storm_vlm.model.modeling import StormForConditionalGeneration
+from storm_vlm.model.rollout import unwrap
+from storm_vlm.model.tokens import add_latent_tokens, latent_tokens
 from storm_vlm.training.checkpoints import last_whole_checkpoint, set_torn_aside
 from storm_vlm.training.config import ConfigError, TrainConfig
 from storm_vlm.training.distillation import Teacher, collate_with_teacher, teacher_collator
-from storm_vlm.training.lengths import row_lengths
-from storm_vlm.training.samples import SampleAnswers
+from storm_vlm.training.feature_cache import KeptVideos
+from storm_vlm.training.row_lengths import row_lengths
+from storm_vlm.training.sample_answers import SampleAnswers
 from storm_vlm.training.targets import alignment_targets
-from storm_vlm.training.tower import KeptVideos
 from storm_vlm.training.trainer import LossBar, RowDataset, StormTrainer, collate_items
 from storm_vlm.versions import versions
 

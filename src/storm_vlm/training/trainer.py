@@ -18,22 +18,22 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from storm_vlm.data.collator import StormCollator
-from storm_vlm.data.schema import Row
-from storm_vlm.latent import (
+from storm_vlm.data.row import Row
+from storm_vlm.model.latent import (
     IGNORE_INDEX,
     alignment_loss,
     answer_loss,
     slot_cosine,
     storm_loss,
 )
-from storm_vlm.modeling import StormForConditionalGeneration
-from storm_vlm.rollout import RolloutOutput, head, rollout, unwrap
-from storm_vlm.tokens import latent_tokens
+from storm_vlm.model.modeling import StormForConditionalGeneration
+from storm_vlm.model.rollout import RolloutOutput, head, rollout, unwrap
+from storm_vlm.model.tokens import latent_tokens
 from storm_vlm.training.checkpoints import seal
 from storm_vlm.training.config import ConfigError, Method
 from storm_vlm.training.distillation import Teacher
-from storm_vlm.training.lengths import LengthSampler
 from storm_vlm.training.optimizer import muon_and_nadamw
+from storm_vlm.training.row_lengths import LengthSampler
 
 Item = tuple[Row, Tensor | None]
 

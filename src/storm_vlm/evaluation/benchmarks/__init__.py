@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks.mmvu import MMVU
 from storm_vlm.evaluation.benchmarks.mvbench import MVBench, TVBench
 from storm_vlm.evaluation.benchmarks.published import Hub
@@ -15,7 +15,7 @@ from storm_vlm.evaluation.benchmarks.video_holmes import VideoHolmes
 from storm_vlm.evaluation.benchmarks.videoespresso import VideoEspresso
 from storm_vlm.evaluation.benchmarks.videomme import VideoMME
 from storm_vlm.evaluation.benchmarks.vsibench import VSIBench
-from storm_vlm.evaluation.runs import RunError
+from storm_vlm.evaluation.run_folder import RunError
 
 
 class Benchmark(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from storm_vlm.data.schema import Row
+from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, lettered, read_published
 from storm_vlm.evaluation.scoring import mvbench_original, tvbench_lmms_eval
 

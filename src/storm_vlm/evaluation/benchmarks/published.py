@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from storm_vlm.data.files import in_one_step
-from storm_vlm.data.schema import Row, RowError
-from storm_vlm.formats.parse import bare_options
+from storm_vlm.data.atomic_write import in_one_step
+from storm_vlm.data.row import Row, RowError
+from storm_vlm.datasets.parse import bare_options
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".m4v")
 FETCHED = "questions-*.jsonl"  # what `Hub.download` writes

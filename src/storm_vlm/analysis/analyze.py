@@ -1,0 +1,158 @@
+"""All of an analysis: states once, then each part into a small file of its own, then the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from storm_vlm.analysis.embeddings import nearness, project
+from storm_vlm.analysis.extract import States, extract
+from storm_vlm.analysis.page import Example, card, write_page
+from storm_vlm.analysis.reliance import fed_answers, latent_reliance, rolled_out, slot_accuracy
+from storm_vlm.analysis.retrieval import retrieval
+from storm_vlm.analysis.watch import (
+    Decoder,
+    decoding_quality,
+    last_frames,
+    lens_says_answer,
+    logit_lens,
+    similarity_maps,
+    thought_frames,
+    train_decoder,
+)
+from storm_vlm.data.atomic_write import write_json
+from storm_vlm.data.prompt import is_correct
+from storm_vlm.data.row import Row, read_rows
+from storm_vlm.inference.pipeline import StormPipeline
+from storm_vlm.versions import commit, versions
+
+PARTS = ("reliance", "slots", "retrieval", "embeddings", "watch")
+EXAMPLES = 3  # right ones, and as many wrong ones
+
+
+def analyze(
+    checkpoint: str,
+    rows_file: Path,
+    out: Path,
+    limit: int | None = None,
+    retrieval_file: Path | None = None,
+    decoder_file: Path | None = None,
+    batch_size: int = 32,
+    results: Path | None = None,
+) -> dict[str, Any]:
+    """Write the page and the files that it is made of into `out`; returns what they say, by part.
+
+    `reliance.json`, `slots.json`, `embeddings.json`, `retrieval.json`, `watch.json`, `examples.json`; a part that
+    these rows do not allow is null. Raises what `extract` and `latent_reliance` raise, and RowError.
+    """
+    pipeline = StormPipeline.from_pretrained(checkpoint)
+    rows = read_rows(rows_file)[:limit]
+    states = extract(pipeline, rows, out, checkpoint, batch_size)
+    about = {
+        "checkpoint": Path(checkpoint).name if Path(checkpoint).is_absolute() else checkpoint,
+        "rows": rows_file.name,
+        "n": len(rows),
+        "commit": commit(),
+        "versions": versions(),
+    }
+    probed, probed_states = rows, states
+    if retrieval_file is not None:
+        probed = read_rows(retrieval_file)
+        probed_states = extract(pipeline, probed, out / "retrieval", checkpoint, batch_size)
+    decoder, held_out = _decoder(pipeline, rows, states, decoder_file, batch_size)
+    found = {
+        "reliance": latent_reliance(pipeline, rows, states.latents, batch_size),
+        "slots": slot_accuracy(pipeline, rows, states.latents, states.further, batch_size),
+        "embeddings": {"projection": project(states, rows), "nearness": nearness(states, rows)},
+        "retrieval": retrieval(probed_states, probed),
+        "watch": {
+            "decoding": _quality(pipeline, rows, states, decoder, held_out),
+            "lens": lens_says_answer(pipeline, rows, states.latents),
+        },
+    }
+    for name, part in found.items():
+        write_json(out / f"{name}.json", {**about, name: part})
+    if results is not None:
+        reliance = {**about, **found["reliance"]}
+        command = f"storm analyze {about['checkpoint']} {rows_file.name}"
+        write_json(results, {"command": command, **reliance})
+    answers = fed_answers(pipeline, rows, {"own": states.latents}, batch_size)["own"]
+    chosen = _chosen(rows, answers, held_out)
+    cards = [card(_example(pipeline, rows[i], answers[i], states, i, decoder)) for i in chosen]
+    write_json(out / "examples.json", cards)
+    write_page(out / "report.html", about, found, cards)
+    return found
+
+
+def _decoder(
+    pipeline: StormPipeline,
+    rows: Sequence[Row],
+    states: States,
+    file: Path | None,
+    batch_size: int,
+) -> tuple[Decoder | None, list[int]]:
+    """A decoder, and the rows that it was not trained on and that have a thought video."""
+    drawable = [i for i, row in enumerate(rows) if row.thought_video is not None]
+    if file is not None:
+        training = [row for row in read_rows(file) if row.thought_video is not None]
+        latents = rolled_out(pipeline, training, batch_size) if training else states.latents[:0]
+        shared = {row.video for row in training}
+        held_out = [i for i in drawable if rows[i].video not in shared]
+    else:
+        videos = list(dict.fromkeys(rows[i].video for i in drawable))
+        seen = set(videos[1::2])
+        used = [i for i in drawable if rows[i].video in seen]
+        held_out = [i for i in drawable if rows[i].video not in seen]
+        training, latents = [rows[i] for i in used], states.latents[used]
+    if not training or not held_out:
+        return None, []
+    return train_decoder(latents, thought_frames(training, latents.shape[1])), held_out
+
+
+def _quality(
+    pipeline: StormPipeline,
+    rows: Sequence[Row],
+    states: States,
+    decoder: Decoder | None,
+    held_out: list[int],
+) -> dict[str, Any] | None:
+    if decoder is None:
+        return None
+    drawn = [rows[i] for i in held_out]
+    frames = thought_frames(drawn, states.latents.shape[1])
+    last = last_frames(drawn, pipeline.collator.videos.num_frames)
+    return decoding_quality(decoder, states.latents[held_out], frames, last, drawn)
+
+
+def _chosen(rows: Sequence[Row], answers: Sequence[str], held_out: Sequence[int]) -> list[int]:
+    """The first right and the first wrong rows, of those that the decoder was not trained on."""
+    places = held_out or range(len(rows))
+    right = [bool(is_correct(answers[i], rows[i])) for i in places]
+    kinds = [
+        [i for i, hit in zip(places, right, strict=True) if hit == kind] for kind in (True, False)
+    ]
+    return kinds[0][:EXAMPLES] + kinds[1][:EXAMPLES]
+
+
+def _example(
+    pipeline: StormPipeline,
+    row: Row,
+    answer: str,
+    states: States,
+    place: int,
+    decoder: Decoder | None,
+) -> Example:
+    latents: Tensor = states.latents[place]
+    return Example(
+        row=row,
+        answer=answer,
+        correct=bool(is_correct(answer, row)),
+        num_frames=pipeline.collator.videos.num_frames,
+        true=thought_frames([row], len(latents))[0] if row.thought_video else None,
+        imagined=decoder(latents) if decoder else None,
+        maps=similarity_maps(pipeline, row, latents, states),
+        lens=logit_lens(pipeline, latents),
+    )

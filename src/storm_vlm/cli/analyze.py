@@ -1,0 +1,82 @@
+"""The verb that shows what the latents hold, and whether they matter: analyze."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+app = typer.Typer()
+console = Console()
+
+
+@app.command()
+def analyze(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub name of a STORM checkpoint.")],
+    rows: Annotated[Path, typer.Argument(help="A JSONL file of rows that it was not trained on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the page, its figures and the states.")],
+    limit: Annotated[int | None, typer.Option(min=2, help="Only the first rows.")] = None,
+    retrieval_rows: Annotated[
+        Path | None, typer.Option(help="Rows with several questions a video; default: ROWS.")
+    ] = None,
+    decoder_rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="Training rows with thought videos; default: half of the videos of ROWS."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    results: Annotated[
+        Path | None, typer.Option(help="JSON file for the reliance table, for the record.")
+    ] = None,
+) -> None:
+    """Do the latents hold the clip, and does the answer depend on them? Probes, interventions, pictures, a page."""
+    from storm_vlm.analysis.analyze import analyze as run
+
+    found = run(checkpoint, rows, out, limit, retrieval_rows, decoder_rows, batch_size, results)
+    print_reliance(console, found["reliance"])
+    console.print(f"wrote {out / 'report.html'}")
+
+
+def print_reliance(to: Console, reliance: Mapping[str, Any], drawn_from: int | None = None) -> None:
+    """The table of latent reliance and what it comes to, for people; `drawn_from`: rows that there were."""
+    n, moved = reliance["n"], reliance["sensitivity"]
+    swap = reliance["interventions"]["swap_other_answer"]
+    drawn = f" drawn from {drawn_from}" if drawn_from and drawn_from > n else ""
+    to.print(_reliance_table(reliance, f"Latent reliance, {n} rows{drawn}"))
+    cost, low, high = (100 * reliance["reliance"][name] for name in ("mean", "low", "high"))
+    to.print(
+        f"latents of another answer cost {cost:.1f} points ({low:.1f} to {high:.1f}); "
+        f"{swap['follows']['mean']:.1%} of answers become that clip's "
+        f"({swap['follows_own']['mean']:.1%} with their own latents)"
+    )
+    to.print(
+        f"latents move {moved['clip']['mean']:.2f} of their spread when the clip changes, "
+        f"{moved['question']['mean']:.2f} when the question does"
+    )
+
+
+def _reliance_table(reliance: Mapping[str, Any], title: str) -> Table:
+    first = Column("what is fed into the slots", overflow="fold")
+    heads = ("accuracy", "95% interval", "difference", "n")
+    table = Table(first, *heads, title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for line in reliance["interventions"].values():
+        share = line["accuracy"]
+        if not share["n"]:
+            table.add_row(line["what"], "-", "", "", "0")
+            continue
+        table.add_row(
+            line["what"],
+            f"{share['mean']:.1%}",
+            f"{share['low']:.1%} - {share['high']:.1%}",
+            f"{100 * line['difference']['mean']:+.1f}",
+            str(share["n"]),
+        )
+    return table

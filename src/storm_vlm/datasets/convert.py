@@ -1,0 +1,169 @@
+"""Import a data set into rows and export rows for other trainers; nothing is dropped without a count and a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from pydantic import ValidationError
+from tqdm.auto import tqdm
+
+from storm_vlm.data.atomic_write import in_one_step
+from storm_vlm.data.prompt import answer_text, question_text
+from storm_vlm.data.row import Row, Split, read_rows, write_rows
+from storm_vlm.datasets import llama_factory, llava, openai, swift, video_r1, videoespresso
+from storm_vlm.datasets.parse import Fields, Skipped, read_objects
+
+IMPORTERS: dict[str, Callable[[Fields], list[Fields]]] = {
+    "video-r1": video_r1.convert,
+    "videoespresso": videoespresso.convert,
+    "llava-video": llava.convert,
+    "llama-factory": llama_factory.convert,
+    "ms-swift": swift.convert,
+    "openai": openai.convert,
+}
+EXPORTERS: dict[str, Callable[[Row], Fields]] = {
+    "llama-factory": llama_factory.export,
+    "ms-swift": llama_factory.export,  # the same layout
+}
+
+
+@dataclass
+class Counts:
+    """What became of the objects of a source, by reason."""
+
+    written: int = 0  # rows
+    renamed: int = 0  # of those: another row had the id
+    skipped: Counter[str] = field(default_factory=Counter)  # not for us
+    rejected: Counter[str] = field(default_factory=Counter)  # wrong; in the file of rejects
+
+
+def rejects_file(out: Path) -> Path:
+    """OUT.jsonl -> OUT.rejects.jsonl."""
+    return out.with_suffix(".rejects.jsonl")
+
+
+def import_rows(
+    name: str,
+    source: Path,
+    out: Path,
+    videos: Path,
+    split: Split = "train",
+    check_videos: bool = False,
+    core_frames: Path | None = None,
+) -> Counts:
+    """Write the rows of a data set to ``out``, and what is wrong beside it, with the reason.
+
+    Args:
+        name: a key of `IMPORTERS`.
+        videos: the folder that the source's video names are relative to.
+        split: of every row, unless an object brings its own (as our exports do).
+        check_videos: reject a row whose file is not there.
+        core_frames: the folder of VideoEspresso's core frames, to find them in the videos as keyframes; slow.
+
+    An id that is taken becomes "id#2" …; a row that is there already, word for word, is skipped. Raises
+    ``ValueError`` if the source is not JSON, and ``OSError``; then nothing is written.
+    """
+    counts = Counts()
+
+    def finish(fields: Fields, number: int, index: int) -> Row:
+        own = f"{name}-{number}" + (f"/{index}" if index else "")
+        fields = {"split": split, "id": own} | fields
+        fields["video"] = os.path.normpath(videos.absolute() / fields["video"])
+        if check_videos and not os.path.isfile(fields["video"]):
+            raise ValueError(f"video file missing: {fields['video']}")
+        if core_frames and (images := fields["meta"].get("core_frames")):
+            files = [core_frames / image for image in images]
+            fields["keyframes"] = videoespresso.find_core_frames(fields["video"], files)
+        row = Row.model_validate(fields)
+        question_text(row.question, row.options)  # raises for what no prompt could say
+        answer_text(row)
+        return row
+
+    def rows(rejects: TextIO) -> Iterator[Row]:
+        for number, item in enumerate(tqdm(read_objects(source), source.name, leave=False)):
+            try:
+                yield from [finish(f, number, i) for i, f in enumerate(IMPORTERS[name](item))]
+            except Skipped as skipped:
+                counts.skipped[str(skipped)] += 1
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                _reject(rejects, counts, error, item)
+
+    with ExitStack() as stack:
+        rejects = _open_rejects(stack, out)
+        write_rows(out, _unique(rows(rejects), counts))
+    return counts
+
+
+def export_rows(name: str, source: Path, out: Path) -> Counts:
+    """Write rows as JSONL for another trainer's SFT, and those that its layout cannot say beside it.
+
+    The question is posed and the answer written as our own prompt does it, so a baseline trained there reads the same
+    text. Videos are absolute paths. Raises ``RowError`` and ``OSError``.
+    """
+    counts = Counts()
+
+    def lines(rejects: TextIO) -> Iterable[str]:
+        for row in read_rows(source):
+            try:
+                yield json.dumps(EXPORTERS[name](row), ensure_ascii=False) + "\n"
+                counts.written += 1
+            except ValueError as error:
+                _reject(rejects, counts, error, row.model_dump())
+
+    with ExitStack() as stack:
+        rejects = _open_rejects(stack, out)
+        file = stack.enter_context(
+            stack.enter_context(in_one_step(out)).open("w", encoding="utf-8")
+        )
+        file.writelines(lines(rejects))
+    return counts
+
+
+def _unique(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
+    seen: dict[str, list[int]] = {}
+    for row in rows:
+        content = hash((row.video, row.question, row.options, row.answer))
+        others = seen.setdefault(row.id, [])
+        if content in others:
+            counts.skipped["the same row again"] += 1
+            continue
+        others.append(content)
+        number = len(others)
+        while number > 1 and f"{row.id}#{number}" in seen:
+            number += 1
+        if number > 1:
+            row = row.model_copy(update={"id": f"{row.id}#{number}"})
+            seen[row.id] = [content]
+            counts.renamed += 1
+        counts.written += 1
+        yield row
+
+
+def _open_rejects(stack: ExitStack, out: Path) -> TextIO:
+    if out.suffix != ".jsonl":
+        raise ValueError(
+            f"{out}: rows are written as JSON lines; name it {out.with_suffix('.jsonl')}"
+        )
+    unfinished = stack.enter_context(in_one_step(rejects_file(out)))
+    return stack.enter_context(unfinished.open("w", encoding="utf-8"))
+
+
+def _reject(rejects: TextIO, counts: Counts, error: Exception, item: Any) -> None:
+    if isinstance(error, ValidationError):
+        fault = error.errors()[0]
+        text = f"{'.'.join(map(str, fault['loc'])) or 'row'} is wrong: {fault['msg']}"
+    elif isinstance(error, ValueError):
+        text = str(error)
+    else:
+        text = f"not as the format says: {type(error).__name__}: {error}"
+    reason, _, detail = text.partition(":")
+    counts.rejected[reason] += 1
+    line = {"reason": reason, "detail": detail.strip(), "row": item}
+    rejects.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,0 +1,120 @@
+"""A run folder: every row asked and kept, by one process or several, and gone on with after a kill.
+
+It holds `run.json` (what was asked, of what, how; at last the summary) and, for each process, `answers-<rank>.jsonl`,
+one `Record` a line, written batch by batch. Rows that could not be asked are asked again by the next call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from storm_vlm.data.atomic_write import write_json, write_text
+from storm_vlm.evaluation.exam import Exam, answer_rows
+from storm_vlm.evaluation.run_folder import Run, RunError, read_records, summarize
+from storm_vlm.inference.reasoners import Reasoner
+from storm_vlm.versions import commit, versions
+
+PATIENCE = timedelta(days=7)  # of a process that is done, for those that are not
+
+
+def run(
+    folder: Path, reasoner: Reasoner, exam: Exam, settings: dict[str, Any], batch_size: int
+) -> Run:
+    """All rows, shared between the processes that Accelerate started; the records are in the rows' order.
+
+    `settings`: all else that decides the answers. Raises RunError if the folder holds a run with other settings.
+    """
+    state, began = distributed(), time.perf_counter()
+    description = _begin(folder, reasoner, exam, settings, batch_size, state)
+    state.wait_for_everyone()  # the folder is in order
+    done = {record.id for record in read_records(folder)}
+    state.wait_for_everyone()  # all know what is left
+    left = [row for row in exam.rows if row.id not in done][
+        state.process_index :: state.num_processes
+    ]
+    with (folder / f"answers-{state.process_index}.jsonl").open("a", encoding="utf-8") as file:
+        bar = tqdm(total=len(left), desc="rows", disable=not state.is_main_process)
+        for records in answer_rows(reasoner, exam, left, batch_size):
+            file.writelines(json.dumps(asdict(r)) + "\n" for r in records)
+            file.flush()
+            bar.update(len(records))
+    state.wait_for_everyone()
+    place = {row.id: number for number, row in enumerate(exam.rows)}
+    records = sorted(read_records(folder), key=lambda record: place[record.id])
+    finished = Run(folder, description, tuple(records))
+    if state.is_main_process:
+        description |= {"seconds": time.perf_counter() - began, "summary": summarize(finished)}
+        write_json(folder / "run.json", description)
+    return finished
+
+
+def distributed() -> PartialState:
+    """This process among those that `accelerate launch` or `torchrun` started; the only one otherwise."""
+    cpu = not torch.cuda.is_available()  # else Accelerate takes each process for the only one
+    return PartialState(cpu, **({"timeout": PATIENCE} if "RANK" in os.environ else {}))
+
+
+def _begin(
+    folder: Path,
+    reasoner: Reasoner,
+    exam: Exam,
+    settings: dict[str, Any],
+    batch_size: int,
+    state: PartialState,
+) -> dict[str, Any]:
+    """Check that the folder is this run's, and put it in order; returns what `run.json` says."""
+    settings = {
+        "benchmark": exam.benchmark.name if exam.benchmark else "rows",
+        **settings,
+        "rows": exam.fingerprint(),
+        "control": exam.control,
+        "prompt": exam.prompt,
+        "num_frames": exam.frames.num_frames,
+        **reasoner.settings,
+    }
+    settings = json.loads(json.dumps(settings))  # as it will be read again
+    known = folder / "run.json"
+    if known.exists():
+        theirs = json.loads(known.read_text())
+        if changed := sorted(key for key in settings if settings[key] != theirs.get(key)):
+            raise RunError(
+                f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --out, or remove "
+                "that one"
+            )
+    description = {
+        **settings,
+        "first_prompt": reasoner.prompt(exam.question(exam.shown(exam.rows[0]))),
+        "decoding": "greedy; controls are drawn by each row's id",
+        "n_expected": len(exam.rows),
+        "batch_size": batch_size,
+        "processes": state.num_processes,
+        "device": str(state.device),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob("answers-*.jsonl"):
+            _mend(file)
+        write_json(known, description)
+    return description
+
+
+def _mend(file: Path) -> None:
+    """Cut off a line that a kill left half written, and rows that could not be asked: they are due again."""
+    whole = [
+        line
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines(True)
+        if line.endswith("\n")
+    ]
+    write_text(file, "".join(line for line in whole if json.loads(line)["error"] is None))

@@ -1,0 +1,188 @@
+"""Answer a question about a video: the one path of the command line, of evaluation and of serving."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoProcessor
+
+from storm_vlm.data.collator import Question, StormCollator
+from storm_vlm.data.prompt import LatentMode, parse_answer
+from storm_vlm.data.row import Row
+from storm_vlm.data.video import Clip
+from storm_vlm.inference.timing import Phases
+from storm_vlm.model.modeling import StormForConditionalGeneration
+from storm_vlm.model.tokens import latent_tokens
+
+DEFAULT_FRAMES = 32  # the paper's Tables 1 and 2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote, and how it came about."""
+
+    text: str
+    option: str | None = (
+        None  # the chosen option's text, where options were given and one was chosen
+    )
+    slots_used: int = 0
+    forced_end: bool = False  # the budget, not the model, closed the latent segment
+    opened: bool = False  # there was a latent segment
+    tokens: int = 0  # written, the end of turn included, the latent segment not
+    prompt_tokens: int = 0  # visual ones included
+    visual_tokens: int = 0
+    # wall time of this batch by phase: decode, vision, prefill, latent, answer, total
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class StormPipeline:
+    """A model with its processor.
+
+    `latent_mode` None is "force" for a checkpoint that has latent slots and "off" for one that has none,
+    such as a stock Qwen2.5-VL.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        num_frames: int | None = None,
+        latent_mode: LatentMode | None = None,
+        cache_bytes: int = 0,
+    ) -> None:
+        config = model.config
+        has_slots = getattr(config, "latent_start_token_id", None) is not None
+        budget = config.latent_budget if has_slots else 0
+        self.model, self.processor = model.eval(), processor
+        self.latent_mode: LatentMode = latent_mode or ("force" if budget else "off")
+        if self.latent_mode != "off" and not budget:
+            raise ValueError(
+                f"latent_mode={self.latent_mode!r}, but this checkpoint has no latent slots: "
+                "train it first (storm train), or use latent_mode='off'"
+            )
+        frames = num_frames or getattr(config, "num_frames", None) or DEFAULT_FRAMES
+        self.collator = StormCollator(processor, frames, budget, cache_bytes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        device: str | None = None,
+        dtype: Any = None,
+        num_frames: int | None = None,
+        latent_mode: LatentMode | None = None,
+        trust_remote_code: bool = False,
+    ) -> StormPipeline:
+        """Load a checkpoint, ours or a stock one, from a folder or the hub.
+
+        Args:
+            path: folder or hub name, e.g. `Qwen/Qwen2.5-VL-7B-Instruct`.
+            device: where to run; by default a GPU if there is one.
+            dtype: a torch dtype; by default the checkpoint's.
+            num_frames: frames sampled from a clip; by default what the checkpoint was trained with, else 32.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = StormForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return cls(model.to(device), processor, num_frames, latent_mode)
+
+    def answer(
+        self,
+        video: str | Clip,
+        question: str,
+        options: Sequence[str] = (),
+        max_new_tokens: int = 32,
+        **generate_kwargs: Any,
+    ) -> Answer:
+        """One answer. Raises VideoError if the file cannot be read.
+
+        `max_new_tokens` bounds the written answer; the latent segment comes on top.
+        """
+        asked = Question(video, question, tuple(options))
+        return self.answer_batch([asked], max_new_tokens, **generate_kwargs)[0]
+
+    @torch.inference_mode()
+    def answer_batch(
+        self, questions: Sequence[Question | Row], max_new_tokens: int = 32, **generate_kwargs: Any
+    ) -> list[Answer]:
+        """Answers to a batch; greedy unless told otherwise. Equal to asking one by one."""
+        began = time.perf_counter()
+        inputs = self.collator.collate_prompts(questions, self.latent_mode)
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        ready = time.perf_counter()
+        latent = self.latent_mode != "off"
+        # Pads and the end; where the model may open the segment itself, the start, too.
+        segment = self.collator.latent_budget + (1 if self.latent_mode == "force" else 2)
+        with Phases(self.model) as phases:
+            output = self.model.generate(
+                **inputs,
+                **{
+                    "do_sample": False,
+                    "max_new_tokens": max_new_tokens + (segment if latent else 0),
+                    "latent_mode": self.latent_mode,
+                    "output_latent_states": latent,
+                    "return_dict_in_generate": True,
+                    **generate_kwargs,
+                },
+            )
+        new_ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+        seconds = {"decode": ready - began, **phases.split(new_ids)}
+        seconds["total"] = time.perf_counter() - began
+        texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
+        used = output.latent_counts.tolist() if latent else [0] * len(texts)
+        forced = output.forced_end.tolist() if latent else [False] * len(texts)
+        opened = self._opened(new_ids)
+        counts = count_written(self.model, new_ids)
+        prompts, visual = prompt_sizes(self.processor, inputs)
+        return [
+            Answer(
+                text.strip(),
+                _chosen(text, question.options),
+                used[i],
+                forced[i],
+                opened[i],
+                counts[i],
+                prompts[i],
+                visual[i],
+                seconds,
+            )
+            for i, (text, question) in enumerate(zip(texts, questions, strict=True))
+        ]
+
+    def _opened(self, new_ids: Tensor) -> list[bool]:
+        if self.latent_mode != "auto":
+            return [self.latent_mode == "force"] * len(new_ids)
+        return (new_ids == latent_tokens(self.model.config).start).any(1).tolist()
+
+
+def count_written(model: Any, new_ids: Tensor) -> list[int]:
+    """How many of the ids (B, T) behind a prompt each row wrote: up to its end of turn, no latent tokens."""
+    ends = model.generation_config.eos_token_id
+    ends = torch.as_tensor([] if ends is None else ends, device=new_ids.device).reshape(-1)
+    is_end = torch.isin(new_ids, ends)
+    written = is_end.cumsum(1) - is_end.long() == 0  # what follows an end of turn is padding
+    if getattr(model.config, "latent_start_token_id", None) is not None:
+        latent = torch.tensor(latent_tokens(model.config), device=new_ids.device)
+        written &= ~torch.isin(new_ids, latent)
+    return written.sum(1).tolist()
+
+
+def prompt_sizes(processor: Any, inputs: Any) -> tuple[list[int], list[int]]:
+    """Tokens of every row's prompt, and how many of them are visual."""
+    names = ("video_token_id", "image_token_id")
+    visual = [getattr(processor, name) for name in names if hasattr(processor, name)]
+    is_visual = torch.isin(inputs["input_ids"], inputs["input_ids"].new_tensor(visual))
+    return inputs["attention_mask"].sum(1).tolist(), is_visual.sum(1).tolist()
+
+
+def _chosen(text: str, options: Sequence[str]) -> str | None:
+    index = parse_answer(text, options) if options else None
+    return None if index is None else options[index]

@@ -1,0 +1,286 @@
+"""What each way to reason costs: all of them on one model, one reader and the same rows, in turn, round after round.
+
+The paper's Table 4 has 0.47 s an item for STORM, 15.44 for LongVT and 17.20 for Video-Thinker, each in a harness
+of its own. Here only the protocol differs. A model that was not trained for a protocol does not stop by itself, so
+lengths are fixed: every turn is just as long as `Lengths` says. Ratios are taken within a round, as a machine may be
+shared.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, Qwen2VLVideoProcessor
+
+from storm_vlm.data.atomic_write import write_json
+from storm_vlm.data.row import Row, read_rows
+from storm_vlm.data.video import write_video
+from storm_vlm.evaluation.records import Reply
+from storm_vlm.evaluation.tables import PHASES
+from storm_vlm.inference.frames import Frames
+from storm_vlm.inference.local_chat import LocalChat, Turn, Written
+from storm_vlm.inference.pipeline import StormPipeline
+from storm_vlm.inference.reasoners import Latent, OneTurn, Reasoner
+from storm_vlm.inference.tools import Tools
+from storm_vlm.lab.bench.training import Shape, random_model, shape_config
+from storm_vlm.lab.checkpoints import shipped
+from storm_vlm.lab.world.clips import build_world
+from storm_vlm.versions import commit, versions
+
+NOTE = (
+    "Lengths are fixed (each turn is forced to them); accuracy is not measured here. All reasoners run in one "
+    "process on one model; each round of tools reads its whole conversation again. Ratios are within a round."
+)
+PAPER = {"latent": 0.47, "tools (LongVT)": 15.44, "grounded_cot (Video-Thinker)": 17.2}
+FRAMES, MAX_PIXELS, SECONDS = 32, 256 * 28 * 28, 30  # of the published shapes' clip
+SIDES, FPS = (720, 1280), 8
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens that each protocol writes: our assumption of what trained models write, where a paper does not say."""
+
+    answer: int = 4
+    cot: int = 300
+    grounded_cot: int = 500
+    tool_rounds: int = 3  #: looks; an answer follows
+    tool_tokens: int = 150  #: thought and call of each look
+
+
+class Rehearsed:
+    """A model made to follow the tools protocol: its time is its own, its text is given.
+
+    Every turn but the last is a call for a third of the video, padded to as many tokens as were really written.
+    """
+
+    def __init__(self, chat: LocalChat, lengths: Lengths, length: float) -> None:
+        self.chat, self.lengths = chat, lengths
+        thirds = np.linspace(0, length, lengths.tool_rounds + 1)
+        self.calls = [
+            self._padded({"start_time": float(start), "end_time": float(end)})
+            for start, end in pairwise(thirds)
+        ]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.chat.settings
+
+    def _padded(self, window: dict[str, float]) -> str:
+        call = json.dumps({"name": "crop_video", "arguments": window})
+        text, wanted = f"<tool_call>{call}</tool_call>", self.lengths.tool_tokens
+        while (length := self._tokens(text)) < wanted:
+            text = "a " * max(1, (wanted - length) // 2) + text
+        if length > wanted:
+            raise ValueError(
+                f"a call alone takes {length} tokens, more than the {wanted} of a look"
+            )
+        return text
+
+    def _tokens(self, text: str) -> int:
+        return len(self.chat.processor.tokenizer(text)["input_ids"])
+
+    def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Written]:
+        looks = sum(turn.role == "assistant" for turn in chats[0])  # all chats are as far
+        if looks == len(self.calls):
+            return self.chat.write(chats, self.lengths.answer)
+        written = self.chat.write(chats, min(self.lengths.tool_tokens, max_new_tokens))
+        return [replace(turn, text=self.calls[looks]) for turn in written]
+
+
+def fixed_reasoners(
+    pipeline: StormPipeline, lengths: Lengths, length: float
+) -> dict[str, Reasoner]:
+    """The five, each made to write just what `lengths` says. `length`: of the videos, in seconds."""
+    frames = Frames(pipeline.collator.videos.num_frames)
+    chat = LocalChat(pipeline, exact=True)
+    config, budget = pipeline.model.config, pipeline.collator.latent_budget
+    rehearsed = Rehearsed(chat, lengths, length)
+    return {
+        "latent": Latent(
+            pipeline,
+            frames,
+            lengths.answer,
+            min_new_tokens=lengths.answer + budget + 1,
+            suppress_tokens=[config.latent_end_token_id],  # all K slots
+        ),
+        "direct": OneTurn(chat, frames, "direct", lengths.answer),
+        "cot": OneTurn(chat, frames, "cot", lengths.cot),
+        "grounded_cot": OneTurn(chat, frames, "grounded_cot", lengths.grounded_cot),
+        "tools": Tools(rehearsed, frames, lengths.tool_tokens, lengths.tool_rounds),
+    }
+
+
+def random_pipeline(
+    config: Any,
+    budget: int,
+    device: str,
+    dtype: torch.dtype,
+    num_frames: int = FRAMES,
+    max_pixels: int = MAX_PIXELS,
+) -> StormPipeline:
+    """A model of this configuration with random weights, and the shipped tokenizer in front of it."""
+    processor = AutoProcessor.from_pretrained(shipped("storm"))
+    token = processor.tokenizer.convert_tokens_to_ids
+    model = random_model(config, budget, device, dtype)
+    for name in ("video", "image"):
+        setattr(model.config, f"{name}_token_id", token(f"<|{name}_pad|>"))
+    for name in ("start", "end"):
+        setattr(model.config, f"vision_{name}_token_id", token(f"<|vision_{name}|>"))
+    for name in ("start", "pad", "end"):
+        setattr(model.config, f"latent_{name}_token_id", token(f"<|latent_{name}|>"))
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    vision = config.vision_config
+    processor.video_processor = Qwen2VLVideoProcessor(
+        size={"shortest_edge": max_pixels // 2, "longest_edge": max_pixels},
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+    )
+    return StormPipeline(model, processor, num_frames, "force")
+
+
+def synthetic_row(folder: Path) -> Row:
+    """A question about a moving pattern of half a minute in 720p."""
+    down, right = np.indices(SIDES)
+    frames = [
+        np.stack([right + 8 * t, down, right + down - 8 * t], -1).astype(np.uint8)
+        for t in range(FPS * SECONDS)
+    ]
+    write_video(folder / "pattern.mp4", np.stack(frames), FPS)
+    return Row(
+        id="pattern",
+        video=str(folder / "pattern.mp4"),
+        question="Which way does the pattern move?",
+        options=("left", "right", "up", "down"),
+        answer="left",
+        split="test",
+    )
+
+
+def bench_latency(
+    shape: Shape,
+    device: str,
+    count: int,
+    rounds: int,
+    batch_size: int,
+    lengths: Lengths,
+    results: Path | None,
+) -> dict[str, Any]:
+    """Seconds an item of each reasoner; a first round warms up.
+
+    Args:
+        shape: `micro`, the shipped model on clips of its world; else a published size with random weights (bf16) on
+            a synthetic clip.
+        count: items.
+        results: JSON file for the record, which keeps what other shapes and devices have in it.
+
+    Returns:
+        ``reasoners[name]``: ``s_per_item``, ``items_per_s``, ``ratio_to_latent`` and ``ratio_to_direct`` as median,
+        low and high over rounds; the phases' ``seconds`` an item; ``tokens`` written, ``slots``; of the last turn
+        ``prompt_tokens`` and ``visual_tokens``; ``frames`` shown and ``rounds`` an item.
+    """
+    with TemporaryDirectory() as folder:
+        if shape == "micro":
+            pipeline = StormPipeline.from_pretrained(str(shipped("storm")), device=device)
+            rows = read_rows(build_world(folder, "reasoning", "test", count))
+        else:
+            pipeline = random_pipeline(shape_config(shape), 8, device, torch.bfloat16)
+            rows = [synthetic_row(Path(folder))] * count
+        clip = Frames(pipeline.collator.videos.num_frames).read(rows[0])
+        assert clip is not None
+        reasoners = fixed_reasoners(pipeline, lengths, float(clip.timestamps[-1]))
+        spent, replies = measure(reasoners, rows, rounds, batch_size)
+    found = {
+        "shape": shape,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "threads": torch.get_num_threads(),
+        "items": count,
+        "rounds": rounds,
+        "batch_size": batch_size,
+        "lengths": asdict(lengths),
+        "latent_budget": pipeline.collator.latent_budget,
+        "note": NOTE,
+        "versions": versions(),
+        "commit": commit(),
+        "reasoners": {name: figures(name, spent, replies[name]) for name in reasoners},
+    }
+    if results is not None:
+        known = json.loads(results.read_text()) if results.exists() else {"7b cuda": "not measured"}
+        write_json(results, {**known, "paper": PAPER, f"{shape} {device}": found})
+    return found
+
+
+def measure(
+    reasoners: dict[str, Reasoner], rows: Sequence[Row], rounds: int, batch_size: int
+) -> tuple[dict[str, list[float]], dict[str, list[Reply]]]:
+    """Seconds an item of every round, and all replies, by reasoner."""
+    spent: dict[str, list[float]] = {name: [] for name in reasoners}
+    replies: dict[str, list[Reply]] = {name: [] for name in reasoners}
+    for number in tqdm(range(rounds + 1), "rounds", leave=False):
+        for name, reasoner in reasoners.items():
+            began = time.perf_counter()
+            said = [
+                reply
+                for first in range(0, len(rows), batch_size)
+                for reply in reasoner.answer(rows[first : first + batch_size])
+            ]
+            if number:  # the first warms up
+                spent[name].append((time.perf_counter() - began) / len(rows))
+                replies[name] += said
+    return spent, replies
+
+
+def figures(name: str, spent: dict[str, list[float]], replies: Sequence[Reply]) -> dict[str, Any]:
+    """One reasoner's line of the record."""
+
+    def spread(values: Sequence[float]) -> dict[str, float]:
+        return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+    def ratio(other: str) -> dict[str, float]:
+        return spread([a / b for a, b in zip(spent[name], spent[other], strict=True)])
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    phases = sorted({phase for reply in replies for phase in reply.seconds})
+    return {
+        "s_per_item": spread(spent[name]),
+        "items_per_s": spread([1 / seconds for seconds in spent[name]]),
+        "ratio_to_latent": ratio("latent"),
+        "ratio_to_direct": ratio("direct"),
+        "seconds": {p: mean([reply.seconds.get(p, 0.0) for reply in replies]) for p in phases},
+        "tokens": mean([reply.tokens for reply in replies]),
+        "slots": mean([reply.slots_used for reply in replies]),
+        "prompt_tokens": mean([reply.prompt_tokens for reply in replies]),
+        "visual_tokens": mean([reply.visual_tokens for reply in replies]),
+        "frames": mean([len(reply.frame_times) for reply in replies]),
+        "rounds": mean([reply.rounds for reply in replies]),
+    }
+
+
+def latency_tables(found: dict[str, Any]) -> list[Table]:
+    """For the terminal: medians with low and high over rounds; and where the time goes."""
+    costs = Table("reasoner", "s/item", "items/s", "x latent", "x direct")
+    split = Table("seconds", *PHASES, "tokens")
+    for name, line in found["reasoners"].items():
+        spreads = (
+            "{median:.3g} ({low:.3g}-{high:.3g})".format(**line[key])
+            for key in ("s_per_item", "items_per_s", "ratio_to_latent", "ratio_to_direct")
+        )
+        costs.add_row(name, *spreads)
+        spent = (f"{line['seconds'].get(phase, 0.0):.3g}" for phase in PHASES)
+        split.add_row(name, *spent, f"{line['tokens']:g}")
+    return [costs, split]

@@ -1,0 +1,151 @@
+"""`storm reproduce`: train what is compared, measure, probe, and write it down.
+
+Every run leaves its outcomes, and every other part a file of its own; what is there is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from storm_vlm.analysis.analyze import PARTS, analyze
+from storm_vlm.data.atomic_write import write_json, write_text
+from storm_vlm.lab.arms import ARMS, COMPARISONS
+from storm_vlm.lab.bench.latency import Lengths, bench_latency
+from storm_vlm.lab.checkpoints import shipped
+from storm_vlm.lab.experiment import Result, Size, build_data, read_results, run_arms, summarize
+from storm_vlm.lab.reproduce.findings import findings
+from storm_vlm.lab.reproduce.page import markdown, write_page
+from storm_vlm.lab.reproduce.tables import table
+from storm_vlm.lab.world.clips import build_world
+from storm_vlm.versions import commit, versions
+
+# Figures for the record that README's tables are made from.
+RECORDS = {
+    "micro": ("base", "sft", "pause", *COMPARISONS["stages"].arms),
+    "targets": COMPARISONS["targets"].arms,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything: `probed` clips with four questions each, `drawn` training clips for the decoder."""
+
+    size: Size
+    seeds: int
+    probed: int = 100
+    drawn: int = 1000
+    rounds: int = 9  #: of the latency measurement
+
+
+FULL = Plan(Size(train_rows=6000, test_rows=400, ood_rows=200, steps=1200), seeds=3)
+# Everything once, and far too short to learn anything: a rehearsal.
+FAST = Plan(
+    Size(train_rows=320, test_rows=60, ood_rows=20, steps=30),
+    seeds=1,
+    probed=20,
+    drawn=100,
+    rounds=2,
+)
+
+
+def reproduce(
+    folder: Path,
+    out: Path,
+    plan: Plan,
+    chosen: Sequence[str] = (),
+    jobs: int = 2,
+    command: str = "storm reproduce",
+) -> dict[str, Any]:
+    """The comparisons `chosen` (all of them by default), then latency, analysis, tables and page.
+
+    Data, checkpoints and the page go into `folder`, which a second call goes on with; into `out` go `results.md`
+    and, in `results/`, the figures for the record and every run's outcomes (`outcomes/`). A run that has outcomes is
+    not done again, whatever machine it ran on, and tables show all there are.
+
+    Raises:
+        ValueError: no comparison has such a name, or a folder holds runs of other settings.
+    """
+    if unknown := set(chosen) - set(COMPARISONS):
+        raise ValueError(
+            f"no comparison is called {', '.join(sorted(unknown))}: choose from {', '.join(COMPARISONS)}"
+        )
+    outcomes = out / "results" / "outcomes"
+    for place in (folder, outcomes):
+        _belongs(place, plan)
+    wanted = dict.fromkeys(a for name in chosen or COMPARISONS for a in COMPARISONS[name].arms)
+    trained = [arm for arm in wanted if ARMS[arm].trained]
+    run_arms(folder, outcomes, trained, range(plan.seeds), plan.size, jobs)
+    run_arms(folder, outcomes, ["base"], [0], plan.size, 1)
+    results = read_results(outcomes, plan.size)
+    data = build_data(folder / "data", plan.size)
+    latency = _latency(folder / "latency.json", plan.rounds)
+    analysis = _analysis(folder, data["test"], plan)
+    found: dict[str, Any] = {
+        "command": command,
+        "commit": commit(),
+        "versions": versions(),
+        "rehearsal": plan.size.steps <= FAST.size.steps,
+        "steps": plan.size.steps,
+        "train_rows": plan.size.train_rows,
+        "n_test": plan.size.test_rows,
+        "cost": _cost(results),
+        "tables": {name: table(of, results) for name, of in COMPARISONS.items()},
+        "latency": latency,
+        "analysed": {"full-0": "STORM of seed 0", "shipped": "the shipped STORM"}[analysis.name],
+        **{part: json.loads((analysis / f"{part}.json").read_text())[part] for part in PARTS},
+    }
+    found["findings"] = findings(found)
+    write_json(out / "results" / "reproduce.json", found)
+    about = json.loads((analysis / "reliance.json").read_text())
+    reliance = about.pop("reliance")
+    about |= {"command": command, "checkpoint": found["analysed"]}
+    write_json(out / "results" / "reliance.json", {**about, **reliance})
+    for name, arms in RECORDS.items():
+        runs = [run for arm in arms for run in results.get(arm, ())]
+        write_json(out / "results" / f"{name}.json", summarize(runs, data, command, arms))
+    write_text(out / "results.md", markdown(found))
+    write_page(folder / "report.html", found, json.loads((analysis / "examples.json").read_text()))
+    return found
+
+
+def _belongs(folder: Path, plan: Plan) -> None:
+    """Runs of different settings do not go together: a folder is one plan's; only seeds may be added."""
+    file = folder / "plan.json"
+    wanted = {key: value for key, value in asdict(plan).items() if key != "seeds"}
+    if not file.exists():
+        write_json(file, wanted)
+    elif (known := json.loads(file.read_text())) != wanted:
+        raise ValueError(
+            f"{folder} holds runs of other settings ({known}), not of {plan}: choose another folder"
+        )
+
+
+def _cost(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
+    """What the runs took that were done in one go, of all that there are."""
+    runs = [run for of in results.values() for run in of if ARMS[run["arm"]].trained]
+    timed = [run["seconds"] for run in runs if run["seconds"] is not None]
+    return {"runs": len(runs), "timed": len(timed), "core_hours": sum(timed) / 3600}
+
+
+def _latency(file: Path, rounds: int) -> dict[str, Any]:
+    """Table 4: what each way to reason takes, by `storm bench latency` on the micro model."""
+    if not file.exists():
+        bench_latency("micro", "cpu", 2, rounds, 1, Lengths(), file)
+    return json.loads(file.read_text())
+
+
+def _analysis(folder: Path, test: Path, plan: Plan) -> Path:
+    """Folder of what `storm analyze` finds of the STORM of seed 0, or of the shipped one if there is none."""
+    trained = (folder / "full-0" / "1-stage2" / "versions.json").exists()
+    checkpoint = folder / "full-0" / "1-stage2" if trained else shipped("storm")
+    out = folder / "analysis" / ("full-0" if trained else "shipped")
+    if not (out / "report.html").exists():  # the last file that an analysis writes
+        data = folder / "data"
+        probed = build_world(data, "reasoning", "test", plan.probed, questions=4)
+        drawn = build_world(data / "drawn", "reasoning", "train", plan.drawn)
+        analyze(str(checkpoint), test, out, retrieval_file=probed, decoder_file=drawn)
+    return out

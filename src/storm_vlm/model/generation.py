@@ -1,0 +1,247 @@
+"""The latent rollout inside transformers' own ``generate`` (paper, section 3.1); no loop of ours.
+
+``generate`` sees a model's hidden state before it chooses the next token. So the last state is
+always kept, and where the chosen token turned out to be ``<|latent_pad|>`` that state, not the
+token's embedding, is fed next (unless the checkpoint was trained with pause slots, `latent_pause`
+in its config). A logits processor decides on the tokens of the segment: after
+``<|latent_start|>`` every choice but ``<|latent_end|>`` means "one more slot", and after K slots
+the end is forced.
+
+Extra arguments of ``generate``, also valid as attributes of a generation config:
+    latent_mode: ``auto`` (default; the model may open a segment, a prompt ending in
+        ``<|latent_start|>`` has opened one), ``force`` (every prompt must end so) or ``off``.
+    latent_budget: K, by default the checkpoint's; 0 is ``off``.
+    output_latent_states: with ``return_dict_in_generate``, adds ``latent_states`` (B, K, D), the
+        model's own state per slot, zero where unused, ``latent_counts`` (B,) slots used, and
+        ``forced_end`` (B,) bool: the budget, not the model, ended the segment. Not with beams.
+    latent_override: (B, K, D) embeddings to feed into the slots instead (an intervention); an
+        argument only.
+
+A response has at most one segment. Without one, the computation is the stock model's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.utils import output_capturing
+
+from storm_vlm.model.segment import LatentBudgetProcessor, latent_segment
+from storm_vlm.model.tokens import LatentTokens, latent_tokens
+
+LATENT_MODES = ("auto", "force", "off")
+_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
+# Behind the mixin stands a stock class, whose methods a type checker cannot see.
+_Stock: Any = object
+_OPTIONS = ("latent_mode", "latent_budget", "output_latent_states")
+# 5.17 can only keep the states of all layers, later versions just the last one
+_LAST_STATE = [-1] if hasattr(output_capturing, "selected_hidden_states") else True
+
+
+@dataclass
+class _LatentRun:
+    """One call of generate. Travels in model_kwargs, so that overlapping calls cannot mix."""
+
+    tokens: LatentTokens
+    budget: int
+    forced: bool
+    override: Tensor | None
+    record: bool
+    pause: bool = False  # slots hold the pad's own embedding
+    hidden: Tensor | None = None  # (B, 1, D) at the last position; None until the prompt is read
+    is_open: Tensor = field(init=False)  # (B,): is the segment open before the current forward?
+    used: Tensor = field(init=False)  # (B,): how many slots it has
+    states: Tensor | None = None  # (B, K + 1, D); the last column takes what belongs to no slot
+    wants_end: Tensor | None = None  # (B,): at the last open position, would it have ended itself?
+
+    def check_prompt(self, new_ids: Tensor) -> None:
+        if bool((new_ids == self.tokens.pad).any()):
+            raise ValueError("the prompt holds <|latent_pad|>: strip old latent segments from it")
+        if self.forced and not bool(self.is_open.all()):
+            raise ValueError(
+                "latent_mode='force' needs prompts that end in <|latent_start|>: "
+                "append it, or use latent_mode='auto'"
+            )
+
+    def embed(self, embeds: Tensor, ids: Tensor) -> Tensor:
+        """Replace the embeddings (B, 1, D) of latent pads by states."""
+        fed = self.hidden
+        if self.override is not None:
+            rows = torch.arange(len(ids), device=ids.device)
+            repeats = len(ids) // len(self.override)  # beams or sampled sequences per prompt
+            fed = self.override.to(embeds)[rows // repeats, (self.used - 1).clamp_min(0)][:, None]
+        elif self.pause:
+            return embeds
+        assert fed is not None
+        return torch.where((ids == self.tokens.pad)[..., None], fed.to(embeds), embeds)
+
+    def read_outputs(self, outputs: Any) -> None:
+        # clone: with CUDA graphs the next replay overwrites its outputs
+        self.hidden = hidden = outputs.hidden_states[-1][:, -1:].clone()
+        if not self.record:
+            return
+        rows = torch.arange(len(hidden), device=hidden.device)
+        if self.states is None or self.wants_end is None:
+            self.states = hidden.new_zeros(len(rows), self.budget + 1, hidden.shape[-1])
+            self.wants_end = torch.zeros_like(rows, dtype=torch.bool)
+        slot = torch.where(self.is_open, self.used, self.budget)
+        self.states[rows, slot] = hidden[:, 0]  # type: ignore[index]
+        wants_end = outputs.logits[:, -1].argmax(-1) == self.tokens.end
+        self.wants_end = torch.where(self.is_open, wants_end, self.wants_end)
+
+    def report(self, output: Any, new_ids: Tensor) -> None:
+        """Add latent_states, latent_counts and forced_end to a generate output."""
+        counts = (new_ids == self.tokens.pad).sum(1)
+        states, wants_end = self.states, self.wants_end
+        if states is None or wants_end is None:  # off: nothing was recorded
+            states, wants_end = counts.new_zeros(len(counts), 1, 0, dtype=torch.float32), counts < 0
+        used = torch.arange(self.budget, device=counts.device) < counts[:, None]
+        output["latent_states"] = states[:, :-1] * used[..., None]
+        output["latent_counts"] = counts
+        closed = (new_ids == self.tokens.end).any(1)
+        output["forced_end"] = closed & (counts == self.budget) & ~wants_end
+
+
+class LatentRolloutMixin(_Stock):
+    """Put in front of a stock ``*ForConditionalGeneration`` class (see `storm_vlm.model.modeling`).
+
+    ``forward`` is left alone on purpose: ``generate`` reads its signature.
+    """
+
+    def _latent_budget(self, generation_config: Any) -> int:
+        """The K in force under this generation config; 0 is off."""
+        mode = getattr(generation_config, "latent_mode", None) or "auto"
+        if mode not in LATENT_MODES:
+            raise ValueError(f"latent_mode must be one of {LATENT_MODES}, got {mode!r}")
+        if mode == "off":
+            return 0
+        latent_tokens(self.config)  # raises if this model has never met its latent tokens
+        budget = getattr(generation_config, "latent_budget", None)
+        budget = self.config.latent_budget if budget is None else budget
+        if budget < 0:
+            raise ValueError(f"latent_budget must be 0 or more, got {budget}")
+        return budget
+
+    def _prepare_generation_config(
+        self, generation_config: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        override = kwargs.pop("latent_override", None)
+        config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name, value in options.items():
+            setattr(config, name, value)
+        config.latent_budget = self._latent_budget(config)
+        if override is not None and override.shape[1] < config.latent_budget:
+            raise ValueError(f"latent_override must have {config.latent_budget} slots")
+        if getattr(self.config, "latent_start_token_id", None) is not None:
+            model_kwargs["latent_run"] = _LatentRun(
+                latent_tokens(self.config),
+                config.latent_budget,
+                forced=getattr(config, "latent_mode", None) == "force",
+                override=override,
+                record=bool(getattr(config, "output_latent_states", False)),
+                pause=bool(getattr(self.config, "latent_pause", False)),
+            )
+        return config, model_kwargs
+
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: Any, kwargs: Any
+    ) -> None:
+        super()._validate_generation_mode(generation_mode, generation_config, kwargs)
+        record = getattr(generation_config, "output_latent_states", False)
+        if record and generation_config.num_beams > 1:
+            raise ValueError("output_latent_states cannot follow beams: use num_beams=1")
+        if not generation_config.latent_budget:
+            return
+        if generation_mode not in _MODES:
+            raise ValueError(
+                f"latent rollout feeds one state at a time and cannot do {generation_mode.value}: "
+                "drop the assistant or prompt lookup, or use latent_mode='off'"
+            )
+        if generation_config.use_cache is False:
+            raise ValueError("latent rollout needs use_cache=True (or latent_mode='off')")
+        layers = (getattr(module, "gradient_checkpointing", False) for module in self.modules())
+        if self.training and any(layers):
+            raise ValueError(
+                "gradient checkpointing in train mode drops the cache: call model.eval() first"
+            )
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Always refused: it feeds ids only, neither states nor videos."""
+        raise NotImplementedError("continuous batching cannot feed latent states: use generate()")
+
+    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if getattr(self.config, "latent_start_token_id", None) is not None:
+            processors.append(
+                LatentBudgetProcessor(
+                    latent_tokens(self.config),
+                    generation_config.latent_budget,
+                    sampling=bool(generation_config.do_sample),
+                    prompt_length=kwargs.get("input_ids_seq_length") or 0,
+                )
+            )
+        return processors
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        latent_run: _LatentRun | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            *args,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        active = latent_run if latent_run is not None and latent_run.budget else None
+        if is_first_iteration and inputs.get("past_key_values") is not None:
+            # beam search hands nothing but the cache to _reorder_cache; caches may be reused
+            inputs["past_key_values"].latent_run = active
+        if active is None:
+            return inputs
+        inputs["output_hidden_states"] = inputs.get("output_hidden_states") or _LAST_STATE
+        active.is_open, active.used = latent_segment(input_ids, active.tokens, active.budget)
+        ids = inputs["input_ids"]
+        if active.hidden is None:
+            active.check_prompt(input_ids if ids is None else ids)
+        else:  # always embeddings, so that a compiled forward sees one kind of input
+            embeds = active.embed(self.get_input_embeddings()(ids), ids)
+            inputs["input_ids"], inputs["inputs_embeds"] = None, embeds
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        latent_run = model_kwargs.get("latent_run")
+        if latent_run is not None and latent_run.budget:
+            latent_run.read_outputs(outputs)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def _reorder_cache(self, past_key_values: Any, beam_idx: Tensor) -> Any:
+        past_key_values.reorder_cache(beam_idx)
+        run = getattr(past_key_values, "latent_run", None)
+        if run is not None:
+            run.hidden = run.hidden.index_select(0, beam_idx.to(run.hidden.device))
+        return past_key_values
+
+    def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = super()._sample(input_ids, *args, **kwargs)
+        latent_run = kwargs.get("latent_run")
+        if latent_run is not None and latent_run.record and not isinstance(output, Tensor):
+            latent_run.report(output, output.sequences[:, input_ids.shape[1] :])
+        return output

@@ -1,0 +1,292 @@
+"""The differentiable latent rollout: training (both stages), diagnostics and interventions (paper,
+section 3).
+
+One prompt pass fills a key/value cache that keeps its graph, K - 1 one-token passes feed states
+back, and slot K travels with ``<|latent_end|>`` and the answer. That is exact (same loss and
+gradients as recomputing everything for every slot) and no forward goes unused, which FSDP2 needs.
+When all slot inputs are known beforehand there is nothing to wait for, and everything is one
+ordinary pass.
+
+Call these functions inside *one* forward of the module that DDP or FSDP wraps. Gradient
+checkpointing is exact, too: the prompt pass is checkpointed and hands its keys and values on, the
+short passes are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from storm_vlm.model.attention import SDPA_IN_PARTS, PartsLayer
+from storm_vlm.model.tokens import latent_tokens
+
+_PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+_GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+
+
+@dataclass
+class RolloutOutput:
+    """What a rollout yields. Without slots (K = 0), start and end logits are None."""
+
+    logits: Tensor  #: (B, A, V): entry a chooses answer token a, i.e. is aligned with ``labels``
+    states: Tensor  #: (B, K, D): own state for slot k, from one position earlier
+    start_logits: Tensor | None  #: (B, V): must choose ``<|latent_start|>``
+    end_logits: Tensor | None  #: (B, V), after slot K: must choose ``<|latent_end|>``
+    #: K times (B, 1, D), own states on their way into the slots; their gradients are the credit that flows back
+    #: through the feedback. Empty where slots are given, or feedback is detached.
+    fed: tuple[Tensor, ...] = ()
+
+
+def rollout(
+    model: Any,
+    batch: Mapping[str, Any],
+    budget: int,
+    slot_inputs: Tensor | None = None,
+    use_target: Tensor | None = None,
+    detach_feedback: bool = False,
+) -> RolloutOutput:
+    """Prompt, K latent slots, ``<|latent_end|>`` and answer, with gradients.
+
+    Args:
+        model: the (optionally PEFT-wrapped) model, see `storm_vlm.model.modeling`.
+        batch: stock processor tensors of left-padded prompts that end in ``<|latent_start|>``
+            (budget 0: that do not), and ``labels`` (B, A), right-padded with -100. Without labels A
+            is 1: the first answer token.
+        budget: K. 0 is the stock model's forward over prompt and answer.
+        slot_inputs: (B, K, D) embeddings to feed instead of the model's own states (Stage I: the
+            targets).
+        use_target: bool, (B,) or (B, K), where ``slot_inputs`` are used, own states elsewhere;
+            None: everywhere.
+        detach_feedback: cut the gradient through the states that are fed back (an ablation, not the
+            paper).
+
+    Raises:
+        ValueError: a prompt does not end as the budget asks, or ``slot_inputs`` has the wrong
+            shape.
+        RuntimeError: see `read_prompt`.
+    """
+    model = unwrap(model)
+    if budget == 0 or (slot_inputs is not None and use_target is None):
+        return _one_pass(model, batch, budget, slot_inputs)
+    answer = embed(model, answer_ids(model, batch, budget))
+    prompt, hidden = read_prompt(model, batch)
+    given, pick = hidden, None
+    if slot_inputs is not None and use_target is not None:
+        given = _checked(slot_inputs, hidden, budget)
+        pick = use_target.view(len(hidden), -1, 1).expand(-1, budget, -1)
+    states, own, fed = [hidden[:, -1:]], [], hidden[:, -1:]
+    for k in range(budget):
+        if k:
+            states.append(prompt.extend(fed))
+        fed = states[k].detach() if detach_feedback else states[k].view_as(states[k])
+        own.append(fed)
+        if pick is not None:
+            fed = torch.where(pick[:, k : k + 1], given[:, k : k + 1], fed)
+    tail = prompt.extend(torch.cat([fed, answer], 1))
+    output = _read_out(model, torch.cat(states, 1), hidden[:, -2:-1], tail)
+    return output if detach_feedback else replace(output, fed=tuple(own))
+
+
+def _one_pass(
+    model: Any, batch: Mapping[str, Any], budget: int, slot_inputs: Tensor | None
+) -> RolloutOutput:
+    ids = batch["input_ids"]
+    length = ids.shape[1]
+    positions, mask = _positions(model, batch)
+    prompt, answer = prompt_embeds(model, batch), embed(model, answer_ids(model, batch, budget))
+    slots = prompt[:, :0] if slot_inputs is None else _checked(slot_inputs, prompt, budget)
+    embeds = torch.cat([prompt, slots, answer], 1)
+    added = embeds.shape[1] - length
+    further = torch.arange(1, added + 1, device=ids.device)
+    hidden = model.model(
+        input_ids=F.pad(ids, (0, added)),  # only tells the model where its vision features go
+        inputs_embeds=embeds,
+        position_ids=torch.cat([positions, positions[..., -1:] + further], -1),
+        attention_mask=None if mask is None else F.pad(mask, (0, added), value=1),
+        use_cache=False,
+        **{name: batch[name] for name in _PIXELS if batch.get(name) is not None},
+    ).last_hidden_state
+    if budget == 0:
+        return RolloutOutput(head(model, hidden[:, length - 1 :]), hidden[:, :0], None, None)
+    states, tail = hidden[:, length - 1 : length + budget - 1], hidden[:, length + budget - 1 :]
+    return _read_out(model, states, hidden[:, length - 2 : length - 1], tail)
+
+
+@dataclass
+class Prompt:
+    """A prompt the decoder has read, and all that later passes need in order to continue it."""
+
+    core: Any
+    cache: DynamicCache
+    mask: Tensor | None  # (B, T) where some row is padded
+    last_position: Tensor  # (3, B, 1)
+    length: int  # T
+
+    def extend(self, embeds: Tensor) -> Tensor:
+        """Append embeddings (B, n, D), return their states."""
+        added = embeds.shape[1]
+        past = self.cache.get_seq_length() - self.length  # appended so far
+        mask = None if self.mask is None else F.pad(self.mask, (0, past + added), value=1)
+        step = torch.arange(past + 1, past + added + 1, device=embeds.device)
+        # These passes are short: checkpointing would save nothing, and drop the cache.
+        with _on_every_layer(self.core, "gradient_checkpointing", False):
+            return self.core(
+                inputs_embeds=embeds,
+                position_ids=self.last_position + step,
+                attention_mask=mask,
+                past_key_values=self.cache,
+                use_cache=False,  # as below
+            ).last_hidden_state
+
+
+def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
+    """Run the prompts through the decoder, not the output layer; also returns states (B, T, D).
+
+    This is the one long pass of a rollout, and may be checkpointed: see `_RecordedLayer`.
+
+    Raises:
+        RuntimeError: no keys and values came out of it, or none that carry a gradient. The rollout's loss
+            would be wrong without any error.
+    """
+    ids, config = batch["input_ids"], model.config.get_text_config()
+    positions, mask = _positions(model, batch)
+    recorder, cache = DynamicCache(config=config), DynamicCache(config=config)
+    in_parts = config._attn_implementation == SDPA_IN_PARTS and torch.is_grad_enabled()
+    recorded_layers = [_RecordedLayer() for _ in recorder.layers]
+    recorder.layers[:] = recorded_layers
+    with _on_every_layer(model.model, "_can_checkpoint_with_cache", True):
+        hidden = model.model(
+            input_ids=ids,  # as in `_one_pass`
+            inputs_embeds=prompt_embeds(model, batch),
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=recorder,
+            use_cache=False,  # it would only warn: the layers write to the recorder all the same
+            **{name: batch[name] for name in _PIXELS if batch.get(name) is not None},
+        ).last_hidden_state
+    recorded = None
+    for index, layer in enumerate(recorded_layers):
+        recorded = layer.recorded
+        if recorded is None or recorded[0].shape[-2] != ids.shape[1]:
+            raise RuntimeError(f"layer {index} of the model dropped its keys and values")
+        if in_parts:
+            cache.layers[index] = PartsLayer(*recorded)
+        else:
+            cache.update(*recorded, index)
+    if hidden.requires_grad and recorded is not None and not recorded[1].requires_grad:
+        raise RuntimeError(
+            "the prompt's keys and values carry no gradient: reentrant checkpointing cuts it; set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
+    return Prompt(model.model, cache, mask, positions[..., -1:], ids.shape[1]), hidden
+
+
+class _RecordedLayer(DynamicLayer):
+    """Keeps the keys and values of one pass, and of none after it.
+
+    In backward, checkpointing runs a decoder layer a second time. What it then computes must go to the
+    attention of that same run, and must not be appended to anything.
+    """
+
+    recorded: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.recorded is None:
+            self.recorded = key_states, value_states
+        return key_states, value_states
+
+
+@contextmanager
+def _on_every_layer(core: Any, name: str, value: bool) -> Iterator[None]:
+    """Set a switch of transformers' checkpointed layers for a while."""
+    layers = [m for m in core.language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    before = [getattr(layer, name) for layer in layers]
+    for layer in layers:
+        setattr(layer, name, value)
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            setattr(layer, name, was)
+
+
+def _positions(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Positions (3, B, T), and the mask unless nothing is padded (attention is faster without)."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    types = batch.get("mm_token_type_ids")
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise ValueError("prompts must be padded on the left: set tokenizer.padding_side = 'left'")
+    positions, _ = model.model.get_rope_index(
+        ids,
+        mm_token_type_ids=torch.zeros_like(ids) if types is None else types,
+        attention_mask=mask,
+        **{name: batch[name] for name in _GRIDS if batch.get(name) is not None},
+    )
+    return positions, None if mask is None or bool(mask.all()) else mask
+
+
+def answer_ids(model: Any, batch: Mapping[str, Any], budget: int) -> Tensor:
+    """Ids (B, A) to feed: ``<|latent_end|>`` (if K > 0), then the answer but its last token."""
+    ids, labels = batch["input_ids"], batch.get("labels")
+    # What stands in for -100 is arbitrary: it lies to the right of all that counts.
+    answer = ids[:, :0] if labels is None else labels[:, :-1].clamp_min(0)
+    if budget == 0:
+        return answer
+    tokens = latent_tokens(model.config)
+    if bool((ids[:, -1] != tokens.start).any()):
+        raise ValueError("with a latent budget, prompts must end in <|latent_start|>")
+    return torch.cat([torch.full_like(ids[:, :1], tokens.end), answer], 1)
+
+
+def _read_out(model: Any, states: Tensor, before_start: Tensor, tail: Tensor) -> RolloutOutput:
+    logits = head(model, torch.cat([before_start, tail], 1))
+    return RolloutOutput(logits[:, 2:], states, logits[:, 0], logits[:, 1])
+
+
+def _checked(slot_inputs: Tensor, like: Tensor, budget: int) -> Tensor:
+    expected = (like.shape[0], budget, like.shape[-1])
+    if tuple(slot_inputs.shape) != expected:
+        raise ValueError(f"slot_inputs must be {expected}, got {tuple(slot_inputs.shape)}")
+    return slot_inputs.to(like)
+
+
+def prompt_embeds(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """(B, T, D) embeddings of the prompts, with `video_features` (N, D) in their places if the batch has them.
+
+    They are what the vision tower made of all clips in row order, computed beforehand; else the model asks its tower.
+
+    Raises:
+        ValueError: their number is not that of the prompts' video tokens.
+    """
+    ids, features = batch["input_ids"], batch.get("video_features")
+    embeds = embed(model, ids)
+    if features is None:
+        return embeds
+    of_video = ids == model.config.video_token_id
+    if int(of_video.sum()) != len(features):
+        raise ValueError(f"{len(features)} video_features for {int(of_video.sum())} video tokens")
+    return embeds.masked_scatter(of_video.unsqueeze(-1), features.to(embeds))
+
+
+def embed(model: Any, ids: Tensor) -> Tensor:
+    return model.get_input_embeddings()(ids)
+
+
+def head(model: Any, states: Tensor) -> Tensor:
+    return model.get_output_embeddings()(states)
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model beneath PEFT, whose adapters live inside its layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,59 @@
+"""Which token may follow: the rules of the latent segment, as a function of the ids alone.
+
+``<|latent_start|>``, then up to K ``<|latent_pad|>``, then always ``<|latent_end|>`` (section 3.1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from storm_vlm.model.tokens import LatentTokens
+
+
+def latent_segment(input_ids: Tensor, tokens: LatentTokens, budget: int) -> tuple[Tensor, Tensor]:
+    """Per row of ids (B, T): is the latent segment open (B,) bool, and how many slots it has (B,)
+    long.
+
+    Derived from the ids alone, without a device synchronisation.
+    """
+    if input_ids.shape[1] == 0:  # a prompt of embeddings only
+        used = input_ids.new_zeros(len(input_ids))
+        return used.bool(), used
+    trailing = (input_ids[:, -(budget + 1) :] == tokens.pad).flip(1)
+    used = trailing.long().cumprod(1).sum(1)
+    before = (input_ids.shape[1] - 1 - used).clamp_min(0)
+    return input_ids.gather(1, before[:, None])[:, 0] == tokens.start, used
+
+
+class LatentBudgetProcessor(LogitsProcessor):
+    """Chooses the tokens of the latent segment and keeps them out of the text. Must run last."""
+
+    def __init__(self, tokens: LatentTokens, budget: int, sampling: bool, prompt_length: int):
+        self.tokens, self.budget, self.sampling = tokens, budget, sampling
+        self.first = max(prompt_length - 1, 0)  # the prompt's last token may open the segment
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) in, scores out. Forced choices score 0, so they leave a beam's score
+        alone."""
+        start, pad, end = self.tokens
+        never = float("-inf")
+        is_open, used = latent_segment(input_ids, self.tokens, self.budget)
+        full = used >= self.budget
+        if self.sampling:  # keep p(end); all other probability means "one more slot"
+            others = scores.clone()
+            others[:, end] = never
+            go_on, stop = others.logsumexp(-1), scores[:, end]
+        else:
+            ends = scores.argmax(-1) == end
+            zero = torch.zeros_like(scores[:, 0])
+            go_on, stop = zero.masked_fill(ends, never), zero.masked_fill(~ends, never)
+        inside = torch.full_like(scores, never)
+        inside[:, pad] = go_on.masked_fill(full, never)
+        inside[:, end] = stop.masked_fill(full, 0.0)
+        outside = scores.clone()
+        outside[:, pad] = outside[:, end] = never
+        barred = (input_ids[:, self.first :] == start).any(1) | (self.budget == 0)
+        outside[:, start] = outside[:, start].masked_fill(barred, never)
+        return torch.where(is_open[:, None], inside, outside)
