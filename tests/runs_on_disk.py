@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from storm_vlm.evaluation.records import Record, Reply
+from storm_vlm.evaluation.records import Record
+from storm_vlm.inference.reply import Reply
 
 OPTIONS = ("red", "green", "blue", "black")
 

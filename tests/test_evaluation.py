@@ -19,11 +19,12 @@ from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.data.video import VideoError
 from storm_vlm.evaluation.controls import CONTROLS, without_evidence
 from storm_vlm.evaluation.exam import Exam, evaluate
-from storm_vlm.evaluation.records import Record, Reply
+from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import accuracy
 from storm_vlm.inference.frames import Frames
 from storm_vlm.inference.reasoners import Latent
+from storm_vlm.inference.reply import Reply
 from storm_vlm.lab.checkpoints import shipped
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from storm_vlm.evaluation.records import Reply
+from storm_vlm.inference.reply import Reply
 from storm_vlm.lab.bench.latency import (
     Lengths,
     bench_latency,

@@ -9,10 +9,12 @@ from typing import TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from storm_vlm.errors import StormError
+
 Config = TypeVar("Config", bound=BaseModel)
 
 
-class ConfigError(ValueError):
+class ConfigError(StormError, ValueError):
     """A config file that cannot be used; names the file, the key and the mend."""
 
 

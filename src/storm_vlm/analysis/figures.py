@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from storm_vlm.lab.report import plt, svg
+from storm_vlm.charts import BLUE, GREY, ORANGE, svg
 
-BLUE, GREY, ORANGE = "#2f6fdf", "#8a93a3", "#c2410c"
 KIND_COLOURS = {"frame": GREY, "keyframe": ORANGE, "latent": BLUE}
 REPRESENTATIONS = {"latent": BLUE, "text": ORANGE, "random": GREY}
 
@@ -31,7 +31,8 @@ def draw(found: dict[str, Any]) -> dict[str, str]:
 
 
 def _plot(height: float) -> tuple[Any, Any]:
-    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    figure = Figure(figsize=(7, height), layout="constrained")
+    axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -97,7 +98,8 @@ def sensitivity_bars(part: dict[str, Any]) -> Any:
 
 def scatter(part: dict[str, Any]) -> Any:
     """PCA and t-SNE of frames, keyframes and latents (Figure 5)."""
-    figure, both = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    both = figure.subplots(1, 2)
     kinds = np.array([point["kind"] for point in part["points"]])
     for axes, name in zip(both, ("pca", "tsne"), strict=True):
         at = np.array(part[name])

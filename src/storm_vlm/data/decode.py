@@ -12,13 +12,15 @@ import av
 from av.error import FFmpegError
 from av.stream import Disposition
 
+from storm_vlm.errors import StormError
+
 # Containers of real footage only. FFmpeg would otherwise render .txt files as teletype pictures
 # and follow play lists (m3u8, ffconcat) to other files of the machine.
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
 EPSILON = 1e-5  # seconds; absorbs rounding of time bases, far below any frame interval
 
 
-class VideoError(ValueError):
+class VideoError(StormError, ValueError):
     """A video that cannot be read as asked; the message names the file and the mend."""
 
 

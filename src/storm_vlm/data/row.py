@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from storm_vlm.data.atomic_write import in_one_step
+from storm_vlm.errors import StormError
 
 Split = Literal["train", "validation", "test", "ood"]
 Seconds = Annotated[float, Field(ge=0)]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
 
 
-class RowError(ValueError):
+class RowError(StormError, ValueError):
     """A line of a row file that is not a valid :class:`Row`; names file, line and field."""
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from storm_vlm.errors import StormError
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.scoring import RULES
 from storm_vlm.evaluation.statistics import category_intervals, confidence_interval
@@ -21,7 +22,7 @@ _RECORD = TypeAdapter(Record)
 RELIANCE = "reliance.json"
 
 
-class RunError(ValueError):
+class RunError(StormError, ValueError):
     """A run that cannot begin or be read; names the option, or file, line and field."""
 
 

@@ -11,6 +11,7 @@ import torch
 
 from storm_vlm.data.prompt import render_prompt
 from storm_vlm.data.video import Clip, video_metadata
+from storm_vlm.errors import StormError
 from storm_vlm.inference.pipeline import StormPipeline, count_written, prompt_sizes
 from storm_vlm.inference.timing import Phases
 
@@ -36,7 +37,7 @@ class Written:
     seconds: Mapping[str, float]  #: by phase, see `Reply`
 
 
-class RefusedError(ValueError):
+class RefusedError(StormError, ValueError):
     """A model would not take this conversation, though it takes others (an endpoint's status 400)."""
 
 

@@ -13,10 +13,10 @@ from typing import Any, Literal, Protocol, get_args
 
 from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import question_text
-from storm_vlm.evaluation.records import Reply
 from storm_vlm.inference.frames import Asked, Frames
 from storm_vlm.inference.local_chat import ChatModel, Turn, Written, loaded
 from storm_vlm.inference.pipeline import StormPipeline
+from storm_vlm.inference.reply import Reply
 
 ReasonerName = Literal["latent", "direct", "cot", "grounded_cot", "tools"]
 REASONERS: tuple[ReasonerName, ...] = get_args(ReasonerName)

@@ -15,10 +15,11 @@ from typing import Any
 
 from storm_vlm.data.prompt import question_text, without_control_tokens
 from storm_vlm.data.video import Clip, VideoError
-from storm_vlm.evaluation.records import Reply
+from storm_vlm.errors import StormError
 from storm_vlm.inference.frames import Asked, Frames
 from storm_vlm.inference.local_chat import ChatModel, Turn, Written
 from storm_vlm.inference.reasoners import MAX_NEW_TOKENS, Talk, added
+from storm_vlm.inference.reply import Reply
 
 INSTRUCTION = (
     "The video lasts {length:.1f} seconds. Think between <think> and </think>. To look at a part of it more closely, "
@@ -30,7 +31,7 @@ LAST = " That was the last look: now give the answer between <answer> and </answ
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
 
-class ToolError(ValueError):
+class ToolError(StormError, ValueError):
     """A call that cannot be carried out; the message is what the model is told."""
 
 

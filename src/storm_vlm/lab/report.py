@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from storm_vlm.charts import svg
 from storm_vlm.data.atomic_write import write_text
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.lab.arms import ARMS
@@ -63,7 +58,8 @@ def accuracy_bars(summary: dict[str, Any]) -> Figure:
         [max(0.0, v - low) for v, low in zip(values, lows, strict=True)],
         [max(0.0, high - v) for v, high in zip(values, highs, strict=True)],
     ]
-    figure, axes = plt.subplots(figsize=(7, 0.5 + 0.45 * len(arms)), layout="constrained")
+    figure = Figure(figsize=(7, 0.5 + 0.45 * len(arms)), layout="constrained")
+    axes = figure.subplots()
     colours = ["#2f6fdf" if arm in ("full", "shipped") else "#8a93a3" for arm in arms]
     axes.barh([ARM_NAMES[arm] for arm in arms], values, xerr=errors, color=colours, capsize=3)
     axes.axvline(summary["shortcut_best"], color="#c2410c", linestyle="--", label="best shortcut")
@@ -76,7 +72,8 @@ def accuracy_bars(summary: dict[str, Any]) -> Figure:
 
 def loss_curves(runs: Path, results: Sequence[dict[str, Any]]) -> Figure:
     """Answer and alignment loss of each stage of each arm, whose checkpoints lie in `runs`."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    (left, right) = figure.subplots(1, 2)
     for result in results:
         offset, points, aligned = 0, [], []
         folder = runs / f"{result['arm']}-{result['seed']}"
@@ -96,16 +93,6 @@ def loss_curves(runs: Path, results: Sequence[dict[str, Any]]) -> Figure:
     right.set(xlabel="optimizer step", ylabel="alignment loss")
     left.legend(frameon=False)
     return figure
-
-
-def svg(figure: Figure) -> str:
-    """A figure as a data URI, with text as text."""
-    style: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "storm"}
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(style):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _examples(

@@ -27,12 +27,12 @@ from transformers import AutoProcessor, Qwen2VLVideoProcessor
 from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import write_video
-from storm_vlm.evaluation.records import Reply
 from storm_vlm.evaluation.tables import PHASES
 from storm_vlm.inference.frames import Frames
 from storm_vlm.inference.local_chat import LocalChat, Turn, Written
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reasoners import Latent, OneTurn, Reasoner
+from storm_vlm.inference.reply import Reply
 from storm_vlm.inference.tools import Tools
 from storm_vlm.lab.bench.training import Shape, random_model, shape_config
 from storm_vlm.lab.checkpoints import shipped

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from storm_vlm.analysis.figures import BLUE, GREY, ORANGE
+from matplotlib.figure import Figure
+
+from storm_vlm.charts import BLUE, GREY, ORANGE
 from storm_vlm.lab.arms import ARMS
-from storm_vlm.lab.report import plt
 
 
 def dots(table: dict[str, Any]) -> Any:
     """Every arm's accuracy with its interval and its seeds, and with another clip's latents."""
     lines = [line for line in table["lines"] if line["accuracy"]]
-    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.42 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(7, 0.9 + 0.42 * len(lines)), layout="constrained")
+    axes = figure.subplots()
     for place, line in enumerate(lines):
         mean, low, high = (line["accuracy"][name] for name in ("mean", "low", "high"))
         colour = BLUE if line["tampered"] else GREY
@@ -37,7 +39,8 @@ def dots(table: dict[str, Any]) -> Any:
 
 def rows_curve(table: dict[str, Any]) -> Any:
     """Accuracy against the share of the training rows, STORM and SFT."""
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
     for name, colour in (("full", BLUE), ("sft", GREY)):
         lines = [
             line for line in table["lines"] if line["arm"].startswith(name) and line["accuracy"]

@@ -9,8 +9,8 @@ from typing import Any
 from storm_vlm.analysis.analyze import PARTS
 from storm_vlm.analysis.page import Card, shown
 from storm_vlm.analysis.reliance import KINDS
+from storm_vlm.charts import svg
 from storm_vlm.data.atomic_write import write_text
-from storm_vlm.lab.report import svg
 from storm_vlm.lab.reproduce.charts import dots, rows_curve
 from storm_vlm.pages import interval, points, render, share
 

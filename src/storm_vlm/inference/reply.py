@@ -1,0 +1,27 @@
+"""What a reasoner said to one question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a reasoner said to one question, and what that took."""
+
+    text: str  #: the final turn, raw
+    transcript: tuple[
+        str, ...
+    ] = ()  #: earlier turns: a chain of thought, tool calls and their results
+    tokens: int = 0  #: written, over all rounds, latent slots not counted
+    rounds: int = 1  #: of generation
+    frame_times: tuple[
+        float, ...
+    ] = ()  #: seconds in the file, of every frame shown, over all rounds
+    prompt_tokens: int = 0  #: of the last round, visual ones included
+    visual_tokens: int = 0
+    slots_used: int = 0
+    forced_end: bool = False  #: the budget, not the model, closed the latent segment
+    opened: bool = False  #: there was a latent segment
+    #: wall time by phase: decode (video), vision, prefill, latent, answer (all written tokens), tool, total
+    seconds: dict[str, float] = field(default_factory=dict)
