@@ -23,6 +23,7 @@ quickstart: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo  # imports between floors point down
 	$(BIN)/python dev/tables.py --check  # README says what docs/results says
 
 types: install
