@@ -23,7 +23,7 @@ from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import accuracy
 from storm_vlm.inference.frames import Frames
-from storm_vlm.inference.reasoners import Latent
+from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.inference.reply import Reply
 from storm_vlm.lab.checkpoints import shipped
 

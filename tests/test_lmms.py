@@ -17,8 +17,8 @@ from storm_vlm import StormPipeline
 from storm_vlm.data.row import Row, write_rows
 from storm_vlm.evaluation.exam import Exam, evaluate
 from storm_vlm.evaluation.lmms import write_task
-from storm_vlm.inference.factory import build_reasoner
 from storm_vlm.inference.frames import Frames
+from storm_vlm.inference.reasoners import build_reasoner
 from storm_vlm.lab.checkpoints import shipped
 
 PYTHON = os.environ.get("STORM_LMMS_PYTHON", "")

@@ -14,9 +14,9 @@ from transformers import (
 )
 
 from storm_vlm import StormPipeline
-from storm_vlm.evaluation.run_folder import RunError
-from storm_vlm.inference.factory import build_reasoner, default_reasoner, load_pipeline
+from storm_vlm.errors import StormError
 from storm_vlm.inference.frames import Frames
+from storm_vlm.inference.reasoners import build_reasoner, default_reasoner
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.backbone import CHAT_TEMPLATE
 
@@ -66,7 +66,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> StormPipeline:
     folder: Path = tmp_path_factory.mktemp("llava")
     AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     processor.save_pretrained(folder)
-    return load_pipeline(str(folder), "cpu", 4)
+    return StormPipeline.from_pretrained(str(folder), device="cpu", num_frames=4)
 
 
 @pytest.mark.parametrize("name", ["direct", "cot", "grounded_cot", "tools"])
@@ -85,11 +85,11 @@ def test_every_protocol_runs_and_batches(llava, reasoning_rows, name) -> None:
 
 
 def test_a_bound_on_pixels_it_does_not_know_is_refused(llava) -> None:
-    with pytest.raises(RunError, match="max_pixels"):
-        load_pipeline(llava.model.name_or_path, "cpu", 4, 1000)
+    with pytest.raises(StormError, match="max_pixels"):
+        StormPipeline.from_pretrained(llava.model.name_or_path, max_pixels=1000)
 
 
 def test_it_has_no_latent_slots(llava) -> None:
     assert default_reasoner(llava) == "direct"
-    with pytest.raises(RunError, match="slots"):
+    with pytest.raises(StormError, match="slots"):
         build_reasoner("latent", llava, Frames(4))

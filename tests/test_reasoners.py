@@ -15,12 +15,15 @@ from scripted_endpoint import serving
 from storm_vlm import StormPipeline
 from storm_vlm.data.collator import Question
 from storm_vlm.data.video import read_video
-from storm_vlm.inference.factory import load_pipeline
+from storm_vlm.errors import StormError
+from storm_vlm.inference.chat import RefusedError, Turn
 from storm_vlm.inference.frames import Frames
-from storm_vlm.inference.local_chat import LocalChat, RefusedError, Turn
-from storm_vlm.inference.reasoners import Latent, OneTurn
-from storm_vlm.inference.remote_chat import EndpointChat
-from storm_vlm.inference.tools import ToolError, Tools, crop_window
+from storm_vlm.inference.local_chat import LocalChat
+from storm_vlm.inference.reasoners import build_reasoner
+from storm_vlm.inference.reasoners.latent import Latent
+from storm_vlm.inference.reasoners.single_turn import ChainOfThought, Direct
+from storm_vlm.inference.reasoners.tool_loop import ToolError, ToolLoop, crop_window
+from storm_vlm.inference.remote_chat import RemoteChat
 from storm_vlm.lab.bench.latency import Lengths, fixed_reasoners
 from storm_vlm.lab.checkpoints import shipped
 
@@ -52,7 +55,7 @@ def off(storm: StormPipeline) -> StormPipeline:
 
 def test_direct_asks_and_answers_as_the_pipeline_without_latents(storm, rows) -> None:
     chat = LocalChat(storm)
-    direct = OneTurn(chat, FRAMES, "direct")
+    direct = Direct(chat, FRAMES)
     turns = [[Turn("user", direct.prompt(row), FRAMES.read(row))] for row in rows]
     ours, pipeline = chat.inputs(turns), off(storm)
     theirs = pipeline.collator.collate_prompts(rows, "off")
@@ -84,7 +87,7 @@ def test_counts_are_the_tokenizers(storm, rows) -> None:
 
 @pytest.mark.parametrize("protocol", ["cot", "grounded_cot"])
 def test_chains_are_bounded_and_do_not_depend_on_the_batch(storm, rows, protocol) -> None:
-    chain = OneTurn(LocalChat(storm), FRAMES, protocol, 12)
+    chain = build_reasoner(protocol, storm, FRAMES, 12)
     together = chain.answer(rows)
     assert [r.text for r in together] == [chain.answer([row])[0].text for row in rows]
     assert all(0 < reply.tokens <= 12 for reply in together)
@@ -149,7 +152,7 @@ def test_fixed_lengths_and_the_tool_loop_on_a_local_model(storm, rows) -> None:
 def test_an_endpoint_sees_frames_with_their_times(rows) -> None:
     row = rows[0].model_copy(update={"start": 0.5})
     with serving(lambda messages: ANSWER) as (url, requests):
-        (reply,) = OneTurn(EndpointChat(url, "some-model"), FRAMES, "cot", 50).answer([row])
+        (reply,) = ChainOfThought(RemoteChat(url, "some-model"), FRAMES, 50).answer([row])
     assert reply.text == ANSWER and (reply.tokens, reply.prompt_tokens) == (100, 1000)
     assert reply.seconds.keys() == {"decode", "answer", "total"}
     (request,) = requests
@@ -172,7 +175,7 @@ def test_tools_keep_their_history_and_show_new_frames(rows) -> None:
     first = f"<think>Look.<|im_end|></think>{call(0.5, 1.0)} and I see nothing"
     said = [first, call(-3, 99), ANSWER]
     with serving(lambda messages: said[len(messages) // 2]) as (url, requests):
-        tools = Tools(EndpointChat(url, "m"), FRAMES, 50, fps=4.0)
+        tools = ToolLoop(RemoteChat(url, "m"), FRAMES, 50, fps=4.0)
         (reply,) = tools.answer(rows[:1])
     assert reply.text == ANSWER and reply.rounds == 3 and reply.tokens == 300
     first, second, third = (request["messages"] for request in requests)
@@ -197,7 +200,7 @@ def test_looks_are_bounded_and_rows_finish_on_their_own(rows) -> None:
 
     other = rows[0].model_copy(update={"question": "Another one?"})
     with serving(script) as (url, requests):
-        tools = Tools(EndpointChat(url, "m"), FRAMES, 50)
+        tools = ToolLoop(RemoteChat(url, "m"), FRAMES, 50)
         quick, stuck = tools.answer([other, rows[1]])
     assert (quick.rounds, stuck.rounds, len(requests)) == (1, 6, 7)
     assert len(stuck.transcript) == 10 and "last look" in stuck.transcript[-1]
@@ -221,7 +224,7 @@ def test_looks_are_bounded_and_rows_finish_on_their_own(rows) -> None:
 )
 def test_the_model_is_told_what_is_wrong_with_its_call(rows, said, told) -> None:
     with serving(lambda messages: said if len(messages) == 1 else ANSWER) as (url, requests):
-        (reply,) = Tools(EndpointChat(url, "m"), FRAMES, 50).answer(rows[:1])
+        (reply,) = ToolLoop(RemoteChat(url, "m"), FRAMES, 50).answer(rows[:1])
     response = requests[1]["messages"][-1]
     assert response["role"] == "user" and "Error: " in response["content"]
     assert told in response["content"]
@@ -238,17 +241,17 @@ def test_windows_are_cut_to_the_video() -> None:
 def test_tools_need_the_file(storm, rows) -> None:
     clip = FRAMES.read(rows[0])
     for video in (None, clip):
-        with pytest.raises(ValueError, match="give video files"):
-            Tools(LocalChat(storm), FRAMES).answer([Question(video, "Where?")])
+        with pytest.raises(StormError, match="give video files"):
+            ToolLoop(LocalChat(storm), FRAMES).answer([Question(video, "Where?")])
 
 
 def test_an_endpoint_that_refuses_is_told_from_one_that_is_not_there(rows) -> None:
     with serving(lambda messages: 400) as (url, _), pytest.raises(RefusedError, match="no such"):
-        OneTurn(EndpointChat(url, "m"), FRAMES, "direct").answer(rows[:1])
+        Direct(RemoteChat(url, "m"), FRAMES).answer(rows[:1])
     with serving(lambda messages: 401) as (url, _), pytest.raises(OSError, match="check address"):
-        OneTurn(EndpointChat(url, "m"), FRAMES, "direct").answer(rows[:1])
+        Direct(RemoteChat(url, "m"), FRAMES).answer(rows[:1])
     with pytest.raises(OSError, match=url):
-        OneTurn(EndpointChat(url, "m", retries=0), FRAMES, "direct").answer(rows[:1])
+        Direct(RemoteChat(url, "m", retries=0), FRAMES).answer(rows[:1])
 
 
 def test_frames_are_kept_on_disk(rows, tmp_path: Path) -> None:
@@ -266,7 +269,7 @@ def test_frames_are_kept_on_disk(rows, tmp_path: Path) -> None:
 
 
 def test_a_bound_on_pixels_makes_fewer_tokens(rows) -> None:
-    small = load_pipeline(str(shipped("storm")), "cpu", 6, 32 * 32)
+    small = StormPipeline.from_pretrained(str(shipped("storm")), num_frames=6, max_pixels=32 * 32)
     (reply,) = Latent(small).answer(rows[:1])
     assert reply.visual_tokens == 48 / 4
     assert Latent(small).settings["pixels"]["longest_edge"] == 32 * 32

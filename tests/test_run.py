@@ -17,7 +17,7 @@ from storm_vlm.evaluation.exam import Exam
 from storm_vlm.evaluation.run_folder import RunError, read_records, read_run, summarize
 from storm_vlm.evaluation.runner import run
 from storm_vlm.inference.frames import Frames
-from storm_vlm.inference.reasoners import Latent
+from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.lab.checkpoints import shipped
 
 FRAMES = Frames(6)

@@ -83,28 +83,28 @@ def evaluate(
     from storm_vlm.evaluation.exam import Exam
     from storm_vlm.evaluation.run_folder import RunError
     from storm_vlm.evaluation.runner import distributed, run
-    from storm_vlm.inference.factory import build_reasoner, default_reasoner, load_pipeline
     from storm_vlm.inference.frames import Frames
-    from storm_vlm.inference.pipeline import DEFAULT_FRAMES
-    from storm_vlm.inference.remote_chat import EndpointChat
+    from storm_vlm.inference.pipeline import DEFAULT_FRAMES, StormPipeline
+    from storm_vlm.inference.reasoners import build_reasoner, default_reasoner
+    from storm_vlm.inference.remote_chat import RemoteChat
 
     state = distributed()
     if state.num_processes > 1 and out is None:
         raise RunError("several processes meet in a folder: name one with --out")
     if base_url is None:
-        pipeline = load_pipeline(
+        pipeline = StormPipeline.from_pretrained(
             checkpoint,
-            str(state.device),
-            num_frames,
-            max_pixels,
+            device=str(state.device),
+            num_frames=num_frames,
+            max_pixels=max_pixels,
             latent_mode=latent_mode,
             trust_remote_code=trust_remote_code,
         )
         model, num_frames = pipeline, pipeline.collator.videos.num_frames
     else:
-        pipeline, model = None, EndpointChat(base_url, checkpoint)
+        pipeline, model = None, RemoteChat(base_url, checkpoint)
     frames = Frames(num_frames or DEFAULT_FRAMES, frame_cache)
-    name = reasoner or default_reasoner(pipeline)
+    name = reasoner or default_reasoner(model)
     found = build_reasoner(name, model, frames, max_new_tokens)
     exam = Exam.read(source, benchmark, limit, frames=frames, control=control, prompt=prompt)
     settings = {"model": checkpoint, "reasoner": name}

@@ -18,8 +18,8 @@ from storm_vlm.evaluation.benchmarks import Benchmark, find_benchmark
 from storm_vlm.evaluation.controls import Control, permute_options, without_evidence
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import RunError
+from storm_vlm.inference.chat import RefusedError
 from storm_vlm.inference.frames import Asked, Frames
-from storm_vlm.inference.local_chat import RefusedError
 from storm_vlm.inference.reasoners import Reasoner
 from storm_vlm.inference.reply import Reply
 

@@ -1,57 +1,18 @@
-"""A model one can talk to about frames: one of transformers here, one behind an endpoint in `endpoint.py`."""
+"""Conversations with a model of transformers, in this process."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from storm_vlm.data.prompt import render_prompt
-from storm_vlm.data.video import Clip, video_metadata
-from storm_vlm.errors import StormError
+from storm_vlm.data.video import video_metadata
+from storm_vlm.inference.chat import ChatModel, Completion, Turn
 from storm_vlm.inference.pipeline import StormPipeline, count_written, prompt_sizes
 from storm_vlm.inference.timing import Phases
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A message of a conversation; `clip`: frames that are shown before its text."""
-
-    role: Literal["user", "assistant"]
-    text: str
-    clip: Clip | None = None
-    starts_at: float = 0.0  #: seconds of the file that count as 0 in the conversation
-
-
-@dataclass(frozen=True)
-class Written:
-    """A model's turn, and what it took."""
-
-    text: str
-    tokens: int
-    prompt_tokens: int
-    visual_tokens: int  #: 0 where an endpoint does not tell
-    seconds: Mapping[str, float]  #: by phase, see `Reply`
-
-
-class RefusedError(StormError, ValueError):
-    """A model would not take this conversation, though it takes others (an endpoint's status 400)."""
-
-
-class ChatModel(Protocol):
-    """What a reasoner needs of a model."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides its answers, for the record."""
-        ...
-
-    def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Written]:
-        """The next turn of each conversation, greedily. Raises `RefusedError`, `OSError`."""
-        ...
 
 
 class LocalChat:
@@ -66,10 +27,10 @@ class LocalChat:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"exact": self.exact, **loaded(self.model, self.processor)}
+        return {"exact": self.exact, **model_settings(self.model, self.processor)}
 
     @torch.inference_mode()
-    def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Written]:
+    def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Completion]:
         began = time.perf_counter()
         inputs = self.inputs(chats)
         ready = time.perf_counter()
@@ -86,10 +47,10 @@ class LocalChat:
         share = {phase: spent / len(chats) for phase, spent in seconds.items()}
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         counts = count_written(self.model, new_ids)
-        prompts, visual = prompt_sizes(self.processor, inputs)
+        sizes = zip(*prompt_sizes(self.processor, inputs), strict=True)
         return [
-            Written(text.strip(), tokens, of_prompt, seen, share)
-            for text, tokens, of_prompt, seen in zip(texts, counts, prompts, visual, strict=True)
+            Completion(text.strip(), tokens, *size, share)
+            for text, tokens, size in zip(texts, counts, sizes, strict=True)
         ]
 
     def inputs(self, chats: Sequence[Sequence[Turn]]) -> dict[str, Any]:
@@ -113,14 +74,19 @@ class LocalChat:
         }
 
 
-def _message(turn: Turn) -> dict[str, Any]:
-    video = [] if turn.clip is None else [{"type": "video"}]
-    return {"role": turn.role, "content": [*video, {"type": "text", "text": turn.text}]}
+def chat_model(model: StormPipeline | ChatModel) -> ChatModel:
+    """A pipeline as something to talk to; others are that already."""
+    return LocalChat(model) if isinstance(model, StormPipeline) else model
 
 
-def loaded(model: Any, processor: Any) -> dict[str, Any]:
-    """What of a loaded model decides its answers: its type of numbers, and the size that frames are scaled to."""
+def model_settings(model: Any, processor: Any) -> dict[str, Any]:
+    """What of a model decides its answers: its type of numbers, and the size that frames are scaled to."""
     video = processor.video_processor
     size = {name: edge for name, edge in dict(video.size).items() if edge is not None}
     cap = getattr(video, "cap_pixels_per_frame", None)
     return {"dtype": str(model.dtype), "pixels": {**size, "cap_pixels_per_frame": cap}}
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    video = [] if turn.clip is None else [{"type": "video"}]
+    return {"role": turn.role, "content": [*video, {"type": "text", "text": turn.text}]}

@@ -15,6 +15,7 @@ from storm_vlm.data.collator import Question, StormCollator
 from storm_vlm.data.prompt import LatentMode, parse_answer
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip
+from storm_vlm.errors import StormError
 from storm_vlm.inference.timing import Phases
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.tokens import latent_tokens
@@ -76,6 +77,7 @@ class StormPipeline:
         device: str | None = None,
         dtype: Any = None,
         num_frames: int | None = None,
+        max_pixels: int | None = None,
         latent_mode: LatentMode | None = None,
         trust_remote_code: bool = False,
     ) -> StormPipeline:
@@ -86,12 +88,22 @@ class StormPipeline:
             device: where to run; by default a GPU if there is one.
             dtype: a torch dtype; by default the checkpoint's.
             num_frames: frames sampled from a clip; by default what the checkpoint was trained with, else 32.
+            max_pixels: of a frame; by default what the checkpoint's processor says.
+
+        Raises:
+            StormError: `max_pixels` for a processor that knows no such bound.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = StormForConditionalGeneration.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code
         )
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if max_pixels is not None:
+            video = processor.video_processor
+            if video.size["shortest_edge"] is None:
+                raise StormError(f"{type(video).__name__} has one fixed size: leave max_pixels out")
+            least = min(video.size["shortest_edge"], max_pixels)
+            video.size = {"shortest_edge": least, "longest_edge": max_pixels}
         return cls(model.to(device), processor, num_frames, latent_mode)
 
     def answer(

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from storm_vlm.data.jpeg import jpeg_uri
+from storm_vlm.inference.chat import Completion, RefusedError, Turn
 from storm_vlm.inference.client import connect
-from storm_vlm.inference.local_chat import RefusedError, Turn, Written
 
 
-class EndpointChat:
+class RemoteChat:
     """Frames go as JPEG images, each after a line with its time; a batch is asked in parallel.
 
     The key is taken from `OPENAI_API_KEY`. `seconds` are each request's own, so those of requests that
@@ -41,11 +41,11 @@ class EndpointChat:
     def settings(self) -> dict[str, Any]:
         return {"endpoint": self.url, "max_side": self.max_side}
 
-    def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Written]:
+    def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Completion]:
         with ThreadPoolExecutor(len(chats)) as pool:
             return list(pool.map(lambda chat: self._ask(chat, max_new_tokens), chats))
 
-    def _ask(self, chat: Sequence[Turn], max_new_tokens: int) -> Written:
+    def _ask(self, chat: Sequence[Turn], max_new_tokens: int) -> Completion:
         import openai
 
         messages: Any = [self._message(turn) for turn in chat]
@@ -66,7 +66,7 @@ class EndpointChat:
         text, usage = response.choices[0].message.content or "", response.usage
         spent = {"answer": time.perf_counter() - began}
         counts = (usage.completion_tokens, usage.prompt_tokens) if usage else (0, 0)
-        return Written(text.strip(), *counts, 0, spent)
+        return Completion(text.strip(), *counts, 0, spent)
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         if turn.clip is None:

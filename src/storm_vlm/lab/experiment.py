@@ -31,7 +31,7 @@ from storm_vlm.evaluation.exam import evaluate
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.statistics import accuracy, mean_over_seeds, paired_difference
 from storm_vlm.inference.pipeline import StormPipeline
-from storm_vlm.inference.reasoners import Latent
+from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.lab.arms import ARMS
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.backbone import deepen

@@ -26,7 +26,7 @@ from storm_vlm.data.row import Row, read_rows
 from storm_vlm.evaluation.exam import evaluate
 from storm_vlm.evaluation.statistics import accuracy
 from storm_vlm.inference.pipeline import StormPipeline
-from storm_vlm.inference.reasoners import Latent
+from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.lab.world.backbone import micro_config, micro_processor
 from storm_vlm.lab.world.clips import HORIZON, NUM_FRAMES, build_world, sample_perception
 from storm_vlm.lab.world.questions import plan, sample_reasoning

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from storm_vlm.data.collator import Question
 from storm_vlm.evaluation.runner import distributed
-from storm_vlm.inference.factory import build_reasoner, default_reasoner, load_pipeline
 from storm_vlm.inference.frames import Frames
+from storm_vlm.inference.pipeline import StormPipeline
+from storm_vlm.inference.reasoners import build_reasoner, default_reasoner
 
 logger = logging.getLogger(__name__)
 manifest = ModelManifest("storm", chat_class_path=f"{__name__}.Storm")
@@ -56,10 +57,14 @@ class Storm(lmms):
         self.device: Any = state.device
         self.accelerator = Accelerator(cpu=self.device.type == "cpu")
         self.batch_size = int(batch_size)
-        self.pipeline = load_pipeline(
-            pretrained, str(self.device), num_frames, max_pixels, latent_mode=latent_mode
+        self.pipeline = StormPipeline.from_pretrained(
+            pretrained,
+            device=str(self.device),
+            num_frames=num_frames,
+            max_pixels=max_pixels,
+            latent_mode=latent_mode,
         )
-        self.name: Any = reasoner or default_reasoner(self.pipeline)
+        self.name = reasoner or default_reasoner(self.pipeline)
         self.frames = Frames(self.pipeline.collator.videos.num_frames)
         self.max_new_tokens = max_new_tokens
 

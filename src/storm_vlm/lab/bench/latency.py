@@ -28,12 +28,19 @@ from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import write_video
 from storm_vlm.evaluation.tables import PHASES
+from storm_vlm.inference.chat import Completion, Turn
 from storm_vlm.inference.frames import Frames
-from storm_vlm.inference.local_chat import LocalChat, Turn, Written
+from storm_vlm.inference.local_chat import LocalChat
 from storm_vlm.inference.pipeline import StormPipeline
-from storm_vlm.inference.reasoners import Latent, OneTurn, Reasoner
+from storm_vlm.inference.reasoners import Reasoner
+from storm_vlm.inference.reasoners.latent import Latent
+from storm_vlm.inference.reasoners.single_turn import (
+    ChainOfThought,
+    Direct,
+    GroundedChainOfThought,
+)
+from storm_vlm.inference.reasoners.tool_loop import ToolLoop
 from storm_vlm.inference.reply import Reply
-from storm_vlm.inference.tools import Tools
 from storm_vlm.lab.bench.training import Shape, random_model, shape_config
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world
@@ -91,12 +98,12 @@ class Rehearsed:
     def _tokens(self, text: str) -> int:
         return len(self.chat.processor.tokenizer(text)["input_ids"])
 
-    def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Written]:
+    def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Completion]:
         looks = sum(turn.role == "assistant" for turn in chats[0])  # all chats are as far
         if looks == len(self.calls):
             return self.chat.write(chats, self.lengths.answer)
-        written = self.chat.write(chats, min(self.lengths.tool_tokens, max_new_tokens))
-        return [replace(turn, text=self.calls[looks]) for turn in written]
+        completions = self.chat.write(chats, min(self.lengths.tool_tokens, max_new_tokens))
+        return [replace(turn, text=self.calls[looks]) for turn in completions]
 
 
 def fixed_reasoners(
@@ -115,10 +122,10 @@ def fixed_reasoners(
             min_new_tokens=lengths.answer + budget + 1,
             suppress_tokens=[config.latent_end_token_id],  # all K slots
         ),
-        "direct": OneTurn(chat, frames, "direct", lengths.answer),
-        "cot": OneTurn(chat, frames, "cot", lengths.cot),
-        "grounded_cot": OneTurn(chat, frames, "grounded_cot", lengths.grounded_cot),
-        "tools": Tools(rehearsed, frames, lengths.tool_tokens, lengths.tool_rounds),
+        "direct": Direct(chat, frames, lengths.answer),
+        "cot": ChainOfThought(chat, frames, lengths.cot),
+        "grounded_cot": GroundedChainOfThought(chat, frames, lengths.grounded_cot),
+        "tools": ToolLoop(rehearsed, frames, lengths.tool_tokens, lengths.tool_rounds),
     }
 
 

@@ -19,10 +19,8 @@ from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import Run, summarize
 from storm_vlm.evaluation.statistics import paired_difference
 from storm_vlm.inference.frames import Frames
-from storm_vlm.inference.local_chat import LocalChat
 from storm_vlm.inference.pipeline import StormPipeline
-from storm_vlm.inference.reasoners import Latent, OneTurn, Reasoner
-from storm_vlm.inference.tools import Tools
+from storm_vlm.inference.reasoners import Reasoner, build_reasoner
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world
 from storm_vlm.versions import commit, versions
@@ -41,18 +39,16 @@ def bench_reasoners(results: Path, count: int, batch_size: int, bound: int) -> d
     with TemporaryDirectory() as folder:
         rows = read_rows(build_world(folder, "reasoning", "test", count))
         frames = Frames(storm.collator.videos.num_frames, Path(folder) / "frames")
-        chat, plain = LocalChat(storm), LocalChat(backbone)
         arms: dict[str, tuple[Reasoner, Control | None]] = {
-            FIRST: (Latent(storm, frames), None),
-            "storm direct": (OneTurn(chat, frames, "direct"), None),
-            "backbone direct": (OneTurn(plain, frames, "direct"), None),
-            "backbone cot": (OneTurn(plain, frames, "cot", bound), None),
-            "backbone grounded_cot": (OneTurn(plain, frames, "grounded_cot", bound), None),
-            "backbone tools": (Tools(plain, frames, bound), None),
+            FIRST: (build_reasoner("latent", storm, frames), None),
+            "storm direct": (build_reasoner("direct", storm, frames), None),
+            "backbone direct": (build_reasoner("direct", backbone, frames), None),
         }
+        for name in ("cot", "grounded_cot", "tools"):
+            arms[f"backbone {name}"] = (build_reasoner(name, backbone, frames, bound), None)
         for control in CONTROLS:
             if control != "permuted_options":  # these questions have none
-                arms[f"{FIRST}, {control}"] = (Latent(storm, frames), control)
+                arms[f"{FIRST}, {control}"] = (arms[FIRST][0], control)
         records = {
             name: evaluate(reasoner, rows, frames, batch_size, control)
             for name, (reasoner, control) in arms.items()
