@@ -376,7 +376,7 @@ def test_every_shipped_config_trains(path: Path, tmp_path, backbone, reasoning_f
 def test_bad_configs_are_refused_by_name_and_numbers_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("model: m\ndata: d\noutput_dir: o\nmethod: {latent_bugdet: 8}\n")
-    with pytest.raises(ConfigError, match=r"bad\.yaml: method\.latent_bugdet"):
+    with pytest.raises(ConfigError, match=r"bad\.yaml: .*method\.latent_bugdet"):
         load_config(path)
     path.write_text("model: m\ndata: d\noutput_dir: o\ntraining: {lerning_rate: 1}\n")
     with pytest.raises(ConfigError, match="lerning_rate"):
@@ -384,10 +384,6 @@ def test_bad_configs_are_refused_by_name_and_numbers_are_numbers(tmp_path: Path)
     path.write_text("model: m\ndata: d\noutput_dir: o\ntraining: {learning_rate: 1e-4}\n")
     config = load_config(path, ["training.weight_decay=1E-2", "training.max_steps=10"])
     assert config.training == {"learning_rate": 1e-4, "weight_decay": 0.01, "max_steps": 10}
-    with pytest.raises(ConfigError, match="key=value"):
-        load_config(path, ["oops"])
-    with pytest.raises(ConfigError, match="cannot read the config"):
-        load_config(tmp_path / "absent.yaml")
     with pytest.raises(ValueError, match="pause slots"):
         Method(slot_input="pause")
 

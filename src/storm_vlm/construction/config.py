@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from storm_vlm.configs import Settings
 
 Step = Literal["keyframes", "plans", "prompts", "thoughts", "filter"]
 STEPS: tuple[Step, ...] = get_args(Step)
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TeacherConfig(_Frozen):
+class TeacherConfig(Settings):
     """A chat endpoint that sees pictures. Without `model` there is no teacher: keyframes are spread evenly."""
 
     model: str = Field("", description="The paper's is gpt-4o.")
@@ -42,7 +40,7 @@ class TeacherConfig(_Frozen):
         return self
 
 
-class WanConfig(_Frozen):
+class WanConfig(Settings):
     """Wan 2.1 image to video, with the values of its model card; the paper states none."""
 
     model: str = Field("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", description="Folder or hub name.")
@@ -76,7 +74,7 @@ class WanConfig(_Frozen):
         return self
 
 
-class FilterConfig(_Frozen):
+class FilterConfig(Settings):
     """Thresholds of `filters.py`; null switches one off. A row is rejected on the wrong side of one."""
 
     blank: float | None = Field(0.02, description="At least.")
@@ -87,7 +85,7 @@ class FilterConfig(_Frozen):
     duplicate: float | None = Field(0.05, description="At least; what encoding does is below 0.03.")
 
 
-class BuildConfig(_Frozen):
+class BuildConfig(Settings):
     """One run. What decides a row's result is part of its key in the store; the rest may change freely."""
 
     steps: tuple[Step, ...] = STEPS

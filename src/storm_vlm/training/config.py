@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from storm_vlm.configs import ConfigError, parse_config
+from storm_vlm.configs import ConfigError, Settings, parse_config
 from storm_vlm.model.latent import AlignmentReduction, TargetNormalization
 
 __all__ = ["ConfigError", "Method", "TrainConfig", "load_config"]
@@ -16,13 +17,11 @@ FRAMES_PER_SLOT = 2  # one temporal grid of Qwen2.5-VL
 TargetSource = Literal["thought_video", "future", "keyframes", "self_distilled", "shuffled", "none"]
 
 
-class Method(BaseModel):
+class Method(Settings):
     """What the paper fixes, with its values as defaults, and what it leaves open, with our choice.
 
     The reason for each choice is in `docs/paper_map.md`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     latent_budget: int = Field(
         8, ge=0, description="K (sec. 4.1). 0: no latent segment, plain SFT."
@@ -90,13 +89,11 @@ class Method(BaseModel):
         return self
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Settings):
     """One run: which model, on which rows, by which method.
 
     `training` holds the fields of transformers' TrainingArguments, under their own names.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
     data: str
@@ -136,6 +133,15 @@ class TrainConfig(BaseModel):
     method: Method = Field(default_factory=lambda: Method.model_validate({}))
     training: dict[str, Any] = {}
 
+    @field_validator("training")
+    @classmethod
+    def _no_is_a_strategy(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """YAML's `no` is false; the strategies (`eval_strategy`, `save_strategy` …) have one of that name."""
+        return {
+            name: "no" if value is False and name.endswith("_strategy") else value
+            for name, value in fields.items()
+        }
+
     @model_validator(mode="after")
     def _only_a_frozen_tower_can_be_kept(self) -> TrainConfig:
         if self.vision_cache is not None and not self.freeze_vision:
@@ -151,8 +157,10 @@ class TrainConfig(BaseModel):
         return self
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Read a YAML file; `overrides` are `key=value` with dots for nesting (`training.max_steps=10`).
+def load_config(
+    path: str | Path, overrides: Iterable[str] | Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """Read a YAML file; `overrides` are `key=value` (`training.max_steps=10`) or a mapping; see `parse_config`.
 
     Raises:
         ConfigError: unreadable, an unknown key, or a value of the wrong kind.
