@@ -120,10 +120,10 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, message: str) -
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no config .*absent"):
+    with pytest.raises(ConfigError, match=r"there is no config .*absent"):
         parse_config(TrainConfig, tmp_path / "absent.yaml")
-    with pytest.raises(ConfigError, match="cannot read the config .*directory"):
+    with pytest.raises(ConfigError, match=r"cannot read the config .*directory"):
         parse_config(TrainConfig, tmp_path)
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot read the config .*utf-8"):
+    with pytest.raises(ConfigError, match=r"cannot read the config .*utf-8"):
         parse_config(TrainConfig, tmp_path / "bytes.yaml")

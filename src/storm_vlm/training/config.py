@@ -131,7 +131,7 @@ class TrainConfig(Settings):
         "`training.learning_rate`). On the micro world it needs half of AdamW's steps. None: `training.optim`.",
     )
     method: Method = Field(default_factory=lambda: Method.model_validate({}))
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("training")
     @classmethod
