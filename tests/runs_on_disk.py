@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from storm_vlm.evaluation.records import Record
+from storm_vlm.evaluation.records import Intervention, Movement, Record, Reliance, Sensitivity
+from storm_vlm.evaluation.statistics import Estimate
 from storm_vlm.inference.reply import Reply
 
 OPTIONS = ("red", "green", "blue", "black")
@@ -58,20 +59,22 @@ def write_run(folder: Path, records: list[Record], shards: int = 1, **provenance
 def write_reliance(folder: Path, loss: float = 0.5, low: float = 0.4, n: int = 60) -> None:
     """What another clip's latents cost a run, made up; its own are right in four of five."""
 
-    def share(mean: float, of: int = n) -> dict[str, Any]:
-        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "n": of}
+    def share(mean: float, of: int = n) -> Estimate:
+        return Estimate(mean, mean - 0.1, mean + 0.1, of)
 
-    cost = {"mean": -loss, "low": -2 * loss + low, "high": -low}
-    swap = {"accuracy": share(0.8 - loss, n - 5), "difference": cost}
+    cost = Estimate(loss, low, 2 * loss - low, n - 5)
+    swap = share(0.8 - loss, n - 5)
     lines = {
-        "own": {"accuracy": share(0.8)},
-        "swap_same_answer": {"accuracy": {"mean": None, "low": None, "high": None, "n": 0}},
-        "swap_other_answer": {**swap, "follows": share(0.45), "follows_own": share(0.1)},
-        "removed": {"accuracy": share(0.2)},
+        "own": Intervention("own", share(0.8), share(0), share(0)),
+        "swap_same_answer": Intervention("same", None, None, None),
+        "swap_other_answer": Intervention(
+            "other", swap, -cost, share(0.6), share(0.45), share(0.1)
+        ),
+        "removed": Intervention("none", share(0.2), share(-0.6), share(1)),
     }
-    reliance = {"mean": loss, "low": low, "high": 2 * loss - low}
-    found = {"n": n, "drawn_from": 120, "interventions": lines, "reliance": reliance}
-    (folder / "reliance.json").write_text(json.dumps(found))
+    moved = Movement(1, 0.9, 1.1, n, (1.0,) * 8)
+    found = Reliance(n, 120, 40, 8, lines, cost, Sensitivity(moved, moved))
+    (folder / "reliance.json").write_text(json.dumps(asdict(found)))
 
 
 def chance(rate: float, seed: int, n: int = 120) -> Callable[[int], bool]:

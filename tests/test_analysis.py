@@ -193,19 +193,18 @@ def test_a_donors_answer_is_a_letter_where_there_are_options(rows) -> None:
 def test_the_reliance_table_says_what_is_known_of_the_shipped_model(storm, rows, states) -> None:
     found = latent_reliance(storm, rows, states.latents, 12)
     assert found == latent_reliance(storm, rows, states.latents, 12)  # seeded
-    lines = found["interventions"]
-    assert set(lines) == set(KINDS) and lines["own"]["changed"]["mean"] == 0
-    assert lines["own"]["accuracy"]["mean"] > 0.5 > lines["swap_other_answer"]["accuracy"]["mean"]
-    assert (
-        lines["swap_other_answer"]["follows"]["mean"]
-        > lines["swap_other_answer"]["follows_own"]["mean"]
+    assert set(found.interventions) == set(KINDS)
+    own, swap, removed = (
+        found.interventions[kind] for kind in ("own", "swap_other_answer", "removed")
     )
-    assert found["reliance"]["low"] > 0
-    moved = found["sensitivity"]
-    assert moved["clip"]["mean"] > 0.5 > moved["question"]["slots"][0]
+    assert own.accuracy and own.changed and swap.accuracy and swap.follows and swap.follows_own
+    assert own.accuracy.mean > 0.5 > swap.accuracy.mean and own.changed.mean == 0
+    assert swap.follows.mean > swap.follows_own.mean
+    assert swap.difference and found.reliance.low == -swap.difference.high > 0
+    assert found.sensitivity.clip.mean > 0.5 > found.sensitivity.question.slots[0]
     slots = slot_accuracy(storm, rows, states.latents, states.further, 12)
-    assert slots["variants"]["all slots"] == slots["sweep"]["8"] == lines["own"]["accuracy"]
-    assert slots["sweep"]["0"] == lines["removed"]["accuracy"]
+    assert slots["variants"]["all slots"] == slots["sweep"]["8"] == own.accuracy
+    assert slots["sweep"]["0"] == removed.accuracy
 
 
 def test_reliance_without_a_second_clip_is_refused(storm, rows) -> None:
@@ -268,7 +267,7 @@ def test_latents_of_one_clip_find_each_other(states, rows) -> None:
     found = retrieval(states, rows)
     assert found is not None and found["queries"] == 12
     kinds = found["representations"]
-    assert kinds["latent"]["mrr"]["mean"] > kinds["random"]["mrr"]["mean"] + 0.2
+    assert kinds["latent"]["mrr"].mean > kinds["random"]["mrr"].mean + 0.2
     assert retrieval(states, [row.model_copy(update={"video": row.id}) for row in rows]) is None
     ranks = slot_ranks(states.latents, [row.video for row in rows], range(12))
     same = slot_ranks(states.latents.flip(1), [row.video for row in rows], range(12))
@@ -280,7 +279,7 @@ def test_latents_of_one_clip_find_each_other(states, rows) -> None:
 def test_latents_lie_nearer_to_their_own_thought_video(states, rows) -> None:
     assert states.whitened_space
     found = nearness(states, rows)["thought_video"]
-    assert found is not None and found["nearer"]["mean"] > 0.8
+    assert found is not None and found["nearer"].mean > 0.8
     turned = nearness(states, [*rows[3:], *rows[:3]])["thought_video"]
     assert turned is not None and turned["own"] == pytest.approx(found["own"], abs=0.05)
 
@@ -291,7 +290,7 @@ def test_the_decoder_draws_what_it_was_shown(states, rows) -> None:
     assert frames.shape == (12, K, 3, SIDE, SIDE)
     decoder = train_decoder(states.latents, frames, epochs=200)
     quality = decoding_quality(decoder, states.latents, frames, frames[:, 0], rows)
-    assert quality["own"]["mean"] > quality["another_clip"]["mean"] + 5
+    assert quality["own"].mean > quality["another_clip"].mean + 5
     assert quality["last_shown"] == quality["first_thought_held"]
     again = train_decoder(states.latents, frames, epochs=200)
     assert torch.equal(decoder(states.latents), again(states.latents))

@@ -52,9 +52,9 @@ def test_accuracy_with_its_own_latents_is_that_of_the_evaluation(storm, reasonin
     assert all(record.reply and record.reply.slots_used == 8 for record in greedy)
     exam = Exam(reasoning_rows, FRAMES)
     found = sampled_reliance(storm, exam, Run(Path(), {}, tuple(greedy)), 200, 5)
-    own = found["interventions"]["own"]["accuracy"]
-    assert own["mean"] == sum(record.correct for record in greedy) / len(greedy)
-    assert own["n"] == found["n"] == found["drawn_from"] == len(reasoning_rows)
+    own = found.interventions["own"].accuracy
+    assert own and own.mean == sum(record.correct for record in greedy) / len(greedy)
+    assert own.n == found.n == found.drawn_from == len(reasoning_rows)
 
 
 def test_controls_take_the_evidence_away(storm, reasoning_rows) -> None:
@@ -153,7 +153,7 @@ def test_reliance_is_of_a_seeded_sample_of_what_could_be_asked(storm, reasoning_
     records[0] = replace(records[0], reply=None, error="no such video")
     run = Run(Path(), {}, tuple(records))
     found = sampled_reliance(storm, exam, run, 7, 4)
-    assert (found["n"], found["drawn_from"]) == (7, 12)
+    assert (found.n, found.drawn_from) == (7, 12)
     assert found == sampled_reliance(storm, exam, run, 7, 4)
     assert found != sampled_reliance(storm, exam, run, 7, 4, seed=1)
 
@@ -165,9 +165,9 @@ def test_latents_are_asked_for_in_the_benchmarks_words(storm, reasoning_rows) ->
     spoken = [
         row.model_copy(update={"question": f"Say it: {row.question}"}) for row in reasoning_rows
     ]
-    assert {"drawn_from": 12, **latent_reliance(storm, spoken, None, 12)} == found
+    assert latent_reliance(storm, spoken, None, 12) == found
     plain = latent_reliance(storm, reasoning_rows, None, 12)
-    assert plain["sensitivity"] != found["sensitivity"]
+    assert plain.sensitivity != found.sensitivity
 
 
 def test_latents_are_found_from_kept_frames(storm, reasoning_rows, tmp_path, monkeypatch) -> None:

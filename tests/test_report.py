@@ -15,6 +15,7 @@ from storm_vlm.cli.main import app
 from storm_vlm.evaluation.compare import compare, differences, overall, survives_shuffling
 from storm_vlm.evaluation.report import write_report
 from storm_vlm.evaluation.run_folder import RunError, find_runs, read_run, summarize
+from storm_vlm.evaluation.statistics import Estimate
 from storm_vlm.evaluation.tables import PAPER_FILE, build_tables, measure
 
 
@@ -107,16 +108,16 @@ def test_compare_pairs_by_question_whatever_the_order(tmp_path) -> None:
     hits = [(ours(i), theirs(i)) for i in range(120)]
     assert found["only_ours"] == sum(x and not y for x, y in hits)
     assert found["only_theirs"] == sum(y and not x for x, y in hits)
-    assert found["difference"]["mean"] == pytest.approx(found["ours"] - found["theirs"])
-    assert found["difference"]["mean"] * 120 == pytest.approx(
+    assert found["difference"].mean == pytest.approx(found["ours"] - found["theirs"])
+    assert found["difference"].mean * 120 == pytest.approx(
         found["only_ours"] - found["only_theirs"]
     )
-    assert found["difference"]["low"] > 0
+    assert found["difference"].low > 0
     assert found["groups"]["duration"]["long"]["n"] == 30
     assert found["differs"] == {"frames.n": (32, 16)}
-    assert compare([b], [a])["difference"]["mean"] == -found["difference"]["mean"]
+    assert compare([b], [a])["difference"].mean == -found["difference"].mean
     same = compare([a], [a])
-    assert same["difference"] == {"mean": 0, "low": 0, "high": 0}
+    assert same["difference"] == Estimate(0, 0, 0, 120)
     assert same["differs"] == {} and same["only_ours"] == same["only_theirs"] == 0
 
 
@@ -127,8 +128,8 @@ def test_compare_takes_seeds_on_either_side(tmp_path) -> None:
     ours = find_runs([tmp_path / "ours"])
     found = compare(ours, one)
     assert found["seeds"] == 3
-    singles = [compare([run], one)["difference"]["mean"] for run in ours]
-    assert found["difference"]["mean"] == pytest.approx(sum(singles) / 3)
+    singles = [compare([run], one)["difference"].mean for run in ours]
+    assert found["difference"].mean == pytest.approx(sum(singles) / 3)
     with pytest.raises(ValueError, match="3 runs cannot be paired with 2"):
         compare(ours, ours[:2])
 
@@ -175,8 +176,8 @@ def suite(folder: Path, gain_survives: bool) -> list[Path]:
 def test_a_gain_that_survives_shuffling_is_not_temporal(tmp_path, survives) -> None:
     base, storm, base_s, storm_s = find_runs(suite(tmp_path, survives))
     found = survives_shuffling(storm, base, storm_s, base_s)
-    assert found["gain"]["low"] > 0 and found["not_temporal"] is survives
-    assert (found["loss"]["low"] > 0) is not survives
+    assert found["gain"].low > 0 and found["not_temporal"] is survives
+    assert (found["loss"].low > 0) is not survives
     tables = {table.title: table for table in build_tables(measure([base, storm, base_s, storm_s]))}
     cell = tables["Gain over direct · 7b, points"].lines[0].cells[1]
     assert cell.warning is survives and ("not temporal" in cell.small) is survives
@@ -329,7 +330,7 @@ def test_intervals_of_runs_are_over_videos(tmp_path) -> None:
     assert ratio(*kinds) > 1.4
     for way in (overall, compare):
         widths = [way([x], [y])["difference"] for x, y in ((a, b), (c, d))]
-        assert ratio(*((w["low"], w["high"]) for w in widths)) > 1.4
+        assert ratio(*((w.low, w.high) for w in widths)) > 1.4
 
 
 def test_a_loss_within_its_interval_is_no_loss(tmp_path) -> None:
@@ -340,4 +341,4 @@ def test_a_loss_within_its_interval_is_no_loss(tmp_path) -> None:
     found = survives_shuffling(
         *(read_run(write_run(tmp_path / str(i), r)) for i, r in enumerate(runs))
     )
-    assert found["loss"]["mean"] > 0 and found["not_temporal"] is True
+    assert found["loss"].mean > 0 and found["not_temporal"] is True

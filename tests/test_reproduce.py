@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,15 @@ RESULTS = {
 def test_a_table_counts_over_seeds_and_pairs_what_seeds_share() -> None:
     found = table(COMPARISONS["main"], RESULTS)
     lines = {line["arm"]: line for line in found["lines"]}
-    assert lines["full"]["accuracy"]["mean"] == 5 / 8 and lines["full"]["by_seed"] == [0.75, 0.5]
-    assert lines["full"]["accuracy"]["low"] < 5 / 8 < lines["full"]["accuracy"]["high"]
+    assert lines["full"]["accuracy"].mean == 5 / 8 and lines["full"]["by_seed"] == [0.75, 0.5]
+    assert lines["full"]["accuracy"].low < 5 / 8 < lines["full"]["accuracy"].high
     assert lines["full"]["behind"] is None and lines["cot"]["accuracy"] is None
-    assert lines["sft"]["behind"]["mean"] == 0.25  # of seed 1 alone, which both have
-    assert lines["base"]["behind"]["mean"] == 5 / 8  # its one run stands for both seeds
+    assert lines["sft"]["behind"].mean == 0.25  # of seed 1 alone, which both have
+    assert lines["base"]["behind"].mean == 5 / 8  # its one run stands for both seeds
     tampered = lines["full"]["tampered"]
-    assert tampered["swap_other_answer"]["mean"] == 1 / 6  # rows without a donor do not count
-    assert tampered["follows"]["mean"] == 5 / 6 and tampered["follows_own"]["mean"] == 0
-    assert tampered["own"]["mean"] == 5 / 8 and lines["sft"]["tampered"] is None
+    assert tampered["swap_other_answer"].mean == 1 / 6  # rows without a donor do not count
+    assert tampered["follows"].mean == 5 / 6 and tampered["follows_own"].mean == 0
+    assert tampered["own"].mean == 5 / 8 and lines["sft"]["tampered"] is None
     cells = dict(zip(lines, table_rows(found), strict=True))
     assert cells["cot"][1] == "not measured" and cells["full"][1].startswith("62.5% (")
     assert {len(row) for row in cells.values()} == {9}
@@ -68,7 +68,7 @@ def test_a_table_counts_over_seeds_and_pairs_what_seeds_share() -> None:
 def test_an_arm_of_another_size_is_set_against_its_own_storm() -> None:
     results = {arm: [run(arm, 0, [arm == "deep_full"] * 4)] for arm in COMPARISONS["sizes"].arms}
     lines = {line["arm"]: line for line in table(COMPARISONS["sizes"], results)["lines"]}
-    assert lines["deep_sft"]["behind"]["mean"] == 1 and lines["sft"]["behind"]["mean"] == 0
+    assert lines["deep_sft"]["behind"].mean == 1 and lines["sft"]["behind"].mean == 0
 
 
 def said(name: str, ours: float, theirs: float) -> str:
@@ -140,12 +140,12 @@ def test_reproduce_trains_the_chosen_tables_and_writes_down_all(
 ) -> None:
     folder, found = reproduced
     record = json.loads((folder / "docs/results/reproduce.json").read_text())
-    assert record == json.loads(json.dumps(found))
+    assert record == json.loads(json.dumps(found, default=asdict))
     assert set(record["tables"]) == set(COMPARISONS)
     lines = {line["arm"]: line for line in record["tables"]["stages"]["lines"]}
     assert all(line["seeds"] == [0] and line["tampered"] for line in lines.values())
     text = (folder / "docs/results.md").read_text()
-    assert text == markdown(record)
+    assert text == markdown(found)
     for comparison in COMPARISONS.values():
         assert f"## {comparison.title} ({comparison.paper})" in text
     assert "not measured" in text and "A rehearsal" in text  # SFT, say; and seven steps
@@ -194,7 +194,9 @@ def test_the_shipped_tables_are_made_of_the_shipped_outcomes() -> None:
     results = read_results(docs / "outcomes", FULL.size)
     assert record["cost"] == _cost(results)
     for name, comparison in COMPARISONS.items():
-        assert record["tables"][name] == json.loads(json.dumps(table(comparison, results)))
+        assert record["tables"][name] == json.loads(
+            json.dumps(table(comparison, results), default=asdict)
+        )
 
 
 def test_a_table_that_does_not_exist_is_named(tmp_path: Path) -> None:

@@ -85,11 +85,11 @@ def test_paired_difference_is_sharper_than_an_unpaired_one() -> None:
     theirs = (rng.random((3, 300)) < 0.5).astype(float)
     ours = np.maximum(theirs, rng.random((3, 300)) < 0.2)
     found = paired_difference(ours, theirs)
-    assert found["low"] < found["mean"] < found["high"]
-    assert found["mean"] == pytest.approx((ours - theirs).mean())
-    assert found["low"] > 0.03
+    assert found.low < found.mean < found.high
+    assert found.mean == pytest.approx((ours - theirs).mean())
+    assert found.low > 0.03
     unpaired = confidence_interval(ours[0])[1] - confidence_interval(theirs[0])[0]
-    assert found["high"] - found["low"] < unpaired
+    assert found.high - found.low < unpaired
 
 
 def test_paired_difference_knows_of_videos_and_of_seeds() -> None:
@@ -99,7 +99,7 @@ def test_paired_difference_knows_of_videos_and_of_seeds() -> None:
 
     def width(ours: np.ndarray, theirs: np.ndarray, clusters: list[int] | None) -> float:
         found = paired_difference(ours, theirs, clusters)
-        return found["high"] - found["low"]
+        return found.high - found.low
 
     assert width(hits, zeros, videos) > 1.3 * width(hits, zeros, None)
     low, high = confidence_interval(hits, videos, 4000)
@@ -118,7 +118,7 @@ def test_paired_interval_covers_a_new_seed_and_new_videos() -> None:
         gain = gain + 0.3 * np.repeat(rng.standard_normal((1, 40)), 3, axis=1)  # of each video
         videos = np.repeat(np.arange(40), 3).tolist()
         found = paired_difference(gain, np.zeros((12, 120)), videos, resamples=300)
-        covered += found["low"] <= 0.1 <= found["high"]
+        covered += found.low <= 0.1 <= found.high
     assert 0.87 <= covered / 150 <= 0.99
 
 

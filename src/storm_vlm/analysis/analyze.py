@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from storm_vlm.analysis.embeddings import nearness, project
@@ -26,6 +29,8 @@ from storm_vlm.analysis.watch import (
 from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row, read_rows
+from storm_vlm.evaluation.records import Reliance
+from storm_vlm.evaluation.statistics import Estimate
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.versions import commit, versions
 
@@ -76,7 +81,7 @@ def analyze(
     for name, part in found.items():
         write_json(out / f"{name}.json", {**about, name: part})
     if results is not None:
-        reliance = {**about, **found["reliance"]}
+        reliance = {**about, **asdict(found["reliance"])}
         command = f"storm analyze {about['checkpoint']} {rows_file.name}"
         write_json(results, {"command": command, **reliance})
     answers = fed_answers(pipeline, rows, {"own": states.latents}, batch_size)["own"]
@@ -85,6 +90,18 @@ def analyze(
     write_json(out / "examples.json", cards)
     write_page(out / "report.html", about, found, cards)
     return found
+
+
+def read_part(file: Path) -> dict[str, Any]:
+    """A file that `analyze` wrote, with its estimates."""
+    part = json.loads(file.read_bytes(), object_hook=_as_estimate)
+    if "reliance" in part:
+        return {**part, "reliance": TypeAdapter(Reliance).validate_python(part["reliance"])}
+    return part
+
+
+def _as_estimate(node: dict[str, Any]) -> Any:
+    return Estimate(**node) if node.keys() == {"mean", "low", "high", "n"} else node
 
 
 def _decoder(

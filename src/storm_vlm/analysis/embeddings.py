@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from storm_vlm.analysis.estimate import estimate
 from storm_vlm.analysis.extract import States
 from storm_vlm.data.row import Row
+from storm_vlm.evaluation.statistics import estimate
 
 try:
     from sklearn.decomposition import PCA

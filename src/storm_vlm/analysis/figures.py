@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from storm_vlm.charts import BLUE, GREY, ORANGE, svg
+from storm_vlm.evaluation.records import Reliance, Sensitivity
+from storm_vlm.evaluation.statistics import Estimate
 
 KIND_COLOURS = {"frame": GREY, "keyframe": ORANGE, "latent": BLUE}
 REPRESENTATIONS = {"latent": BLUE, "text": ORANGE, "random": GREY}
@@ -17,7 +19,7 @@ def draw(found: dict[str, Any]) -> dict[str, str]:
     """Data URIs of the figures that there is something for."""
     drawn = {
         "reliance": reliance_bars(found["reliance"]),
-        "sensitivity": sensitivity_bars(found["reliance"]["sensitivity"]),
+        "sensitivity": sensitivity_bars(found["reliance"].sensitivity),
         "slots": slot_bars(found["slots"]["variants"], "accuracy"),
         "sweep": sweep_line(found["slots"]["sweep"]),
         "embeddings": scatter(found["embeddings"]["projection"]),
@@ -41,53 +43,52 @@ def _legend(axes: Any) -> None:
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes
 
 
-def _errors(lines: list[dict[str, Any]]) -> np.ndarray:
+def _errors(lines: list[Estimate]) -> np.ndarray:
     """How far intervals reach below and above their means, (2, n)."""
-    low, mean, high = (np.array([line[name] for line in lines]) for name in ("low", "mean", "high"))
+    low, mean, high = np.array([(line.low, line.mean, line.high) for line in lines]).T
     return np.stack([mean - low, high - mean]).clip(0)
 
 
-def _bars(lines: dict[str, dict[str, Any]], colours: list[str], label: str) -> Any:
+def _bars(lines: dict[str, Estimate], colours: list[str], label: str) -> Any:
     values = list(lines.values())
     figure, axes = _plot(0.6 + 0.3 * len(lines))
-    axes.barh(
-        list(lines), [v["mean"] for v in values], xerr=_errors(values), color=colours, capsize=2
-    )
+    axes.barh(list(lines), [v.mean for v in values], xerr=_errors(values), color=colours, capsize=2)
     axes.set(xlim=(0, 1), xlabel=label)
     axes.margins(y=0.02)
     axes.invert_yaxis()
     return figure
 
 
-def reliance_bars(part: dict[str, Any]) -> Any:
+def reliance_bars(part: Reliance) -> Any:
     """Accuracy by what is fed into the slots."""
-    lines = {v["what"]: v["accuracy"] for v in part["interventions"].values() if v["accuracy"]["n"]}
+    lines = {v.what: v.accuracy for v in part.interventions.values() if v.accuracy}
     return _bars(lines, [BLUE] + [GREY] * (len(lines) - 1), "accuracy")
 
 
-def slot_bars(lines: dict[str, dict[str, Any]], label: str) -> Any:
+def slot_bars(lines: dict[str, Estimate], label: str) -> Any:
     """By which slots are used; best first, as in Figure 8."""
-    ordered = dict(sorted(lines.items(), key=lambda line: -line[1]["mean"]))
+    ordered = dict(sorted(lines.items(), key=lambda line: -line[1].mean))
     whole = ("all slots", "mean of all slots")
     return _bars(ordered, [BLUE if name in whole else GREY for name in ordered], label)
 
 
-def sweep_line(sweep: dict[str, dict[str, Any]]) -> Any:
+def sweep_line(sweep: dict[str, Estimate]) -> Any:
     """Accuracy by how many slots are rolled out at test time."""
     figure, axes = _plot(2.7)
     ks, lines = [int(k) for k in sweep], list(sweep.values())
     axes.errorbar(
-        ks, [v["mean"] for v in lines], yerr=_errors(lines), marker="o", color=BLUE, capsize=2
+        ks, [v.mean for v in lines], yerr=_errors(lines), marker="o", color=BLUE, capsize=2
     )
     axes.set(ylim=(0, 1), xticks=ks, xlabel="slots at test time (K)", ylabel="accuracy")
     return figure
 
 
-def sensitivity_bars(part: dict[str, Any]) -> Any:
+def sensitivity_bars(part: Sensitivity) -> Any:
     """How far each slot moves with the clip, and with the question."""
     figure, axes = _plot(2.7)
+    moved = part.clip.slots
     for shift, (name, colour) in enumerate((("clip", BLUE), ("question", GREY))):
-        moved = part[name]["slots"]
+        moved = getattr(part, name).slots
         places = np.arange(1, len(moved) + 1) + 0.38 * (shift - 0.5)
         axes.bar(places, moved, 0.36, color=colour, label=f"another {name}")
     axes.axhline(1, color=ORANGE, linestyle="--", linewidth=1)
@@ -122,7 +123,7 @@ def retrieval_bars(part: dict[str, Any]) -> Any:
     for shift, (name, colour) in enumerate(REPRESENTATIONS.items()):
         lines = list(part[name].values())
         places = np.arange(len(metrics)) + 0.27 * (shift - 1)
-        means = [line["mean"] for line in lines]
+        means = [line.mean for line in lines]
         axes.bar(places, means, 0.25, yerr=_errors(lines), color=colour, label=name, capsize=2)
     axes.set(ylim=(0, 1.02), xticks=range(len(metrics)), xticklabels=["Hit@1", "Hit@5", "MRR"])
     _legend(axes)

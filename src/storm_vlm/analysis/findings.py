@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from storm_vlm.evaluation.records import Reliance
+from storm_vlm.evaluation.statistics import Estimate
+
 RIVALS = {
     "another_clip": "another clip's latents",
     "last_shown": "the last frame shown",
@@ -31,17 +34,18 @@ def _as(agrees: bool) -> str:
     return "as in" if agrees else "unlike"
 
 
-def _reliance(part: dict[str, Any]) -> list[str]:
-    reliance, swap = part["reliance"], part["interventions"]["swap_other_answer"]
-    depend = "depend" if reliance["low"] > 0 else "do not show that they depend"
-    moved = part["sensitivity"]["clip"]["mean"]
+def _reliance(part: Reliance) -> list[str]:
+    reliance, swap = part.reliance, part.interventions["swap_other_answer"]
+    assert swap.follows and swap.follows_own
+    depend = "depend" if reliance.low > 0 else "do not show that they depend"
+    moved = part.sensitivity.clip.mean
     look = "they look at it" if moved > 0.5 else "they hardly look at it"
     return [
-        f"Another clip's latents cost {100 * reliance['mean']:.1f} points: the answers {depend} on the latents. "
+        f"Another clip's latents cost {100 * reliance.mean:.1f} points: the answers {depend} on the latents. "
         "The paper has no such test.",
         f"Given another clip's latents, the model gives that clip's answer for "
-        f"{_percent(swap['follows']['mean'])} of rows; with its own, for "
-        f"{_percent(swap['follows_own']['mean'])}.",
+        f"{_percent(swap.follows.mean)} of rows; with its own, for "
+        f"{_percent(swap.follows_own.mean)}.",
         f"When the clip changes, latents move {moved:.2f} times as far as those of different clips lie "
         f"apart: {look}.",
     ]
@@ -49,9 +53,9 @@ def _reliance(part: dict[str, Any]) -> list[str]:
 
 def _slots(part: dict[str, Any]) -> list[str]:
     variants, sweep = part["variants"], part["sweep"]
-    own, best = variants["all slots"]["mean"], max(sweep, key=lambda k: sweep[k]["mean"])
-    alone = [line["mean"] for name, line in variants.items() if name.endswith("alone")]
-    drops = [own - line["mean"] for name, line in variants.items() if name.startswith("without")]
+    own, best = variants["all slots"].mean, max(sweep, key=lambda k: sweep[k].mean)
+    alone = [line.mean for name, line in variants.items() if name.endswith("alone")]
+    drops = [own - line.mean for name, line in variants.items() if name.startswith("without")]
     said = [
         f"Of all K at test time {best} answers best; it was trained with {len(alone)}. "
         "The paper finds 8 best, and trains a model for each K (Table 5)."
@@ -61,7 +65,7 @@ def _slots(part: dict[str, Any]) -> list[str]:
             f"Leaving out one slot costs {100 * max(drops):.1f} points at most; one slot alone answers "
             f"{100 * max(alone):.1f}% at best. The paper has this for retrieval only (Figure 8)."
         )
-    turned = own - variants["reversed"]["mean"]
+    turned = own - variants["reversed"].mean
     return [
         *said,
         f"In reversed order the same slots cost {100 * turned:.1f} points, {_as(turned < 0.1)} the "
@@ -74,14 +78,14 @@ def _embeddings(part: dict[str, Any]) -> list[str]:
     if (line := part["keyframes"]) is not None:
         nearer = line["nearer"]
         said.append(
-            f"Latents are nearer to their own clip's keyframes than to another's in {_percent(nearer['mean'])} "
-            f"of pairs (half: no relation), {_as(nearer['low'] > 0.7)} the paper's Figure 5, where they lie in or "
+            f"Latents are nearer to their own clip's keyframes than to another's in {_percent(nearer.mean)} "
+            f"of pairs (half: no relation), {_as(nearer.low > 0.7)} the paper's Figure 5, where they lie in or "
             "beside their keyframes' regions."
         )
     if (line := part["thought_video"]) is not None:
         said.append(
             f"Slot by slot, they are nearer to their own thought video in "
-            f"{_percent(line['nearer']['mean'])} of pairs."
+            f"{_percent(line['nearer'].mean)} of pairs."
         )
     return said or ["Not measured: that needs rows with keyframes or thought videos, of two clips."]
 
@@ -93,13 +97,13 @@ def _retrieval(part: dict[str, Any] | None) -> list[str]:
             "as --retrieval-rows."
         ]
     latent, text = (part["representations"][kind]["mrr"] for kind in ("latent", "text"))
-    slots = {name: line["mrr"]["mean"] for name, line in part["slots"].items()}
+    slots = {name: line["mrr"].mean for name, line in part["slots"].items()}
     alone = [value for name, value in slots.items() if name.endswith("alone")]
     best, mean, half = max(alone), slots["mean of all slots"], max(1, len(alone) // 2)
     early, late = sum(alone[:half]) / half, sum(alone[-half:]) / half
     return [
-        f"Latents find the same video with an MRR of {_percent(latent['mean'])}, text states with "
-        f"{_percent(text['mean'])}: {_as(latent['low'] > text['high'])} the paper (75% and 50%), "
+        f"Latents find the same video with an MRR of {_percent(latent.mean)}, text states with "
+        f"{_percent(text.mean)}: {_as(latent.low > text.high)} the paper (75% and 50%), "
         "where latents find more.",
         f"The best slot alone finds {_percent(best)} (slot {alone.index(best) + 1}), the mean of all "
         f"{_percent(mean)}: {_as(best <= mean)} the paper, where no slot beats the mean.",
@@ -115,21 +119,21 @@ def _watch(part: dict[str, Any] | None) -> str:
     if part is None:
         return "Not drawn: that needs rows with thought videos, of at least two clips."
     own = part["own"]
-    beaten = {name: own["low"] > part[key]["high"] for key, name in RIVALS.items()}
+    beaten = {name: own.low > part[key].high for key, name in RIVALS.items()}
     nearer = ", ".join(name for name, better in beaten.items() if better) or "nothing else tried"
     rest = ", ".join(name for name, better in beaten.items() if not better)
     return (
-        f"Frames drawn from the latents are {own['mean']:.1f} dB from the true ones, nearer than {nearer}"
+        f"Frames drawn from the latents are {own.mean:.1f} dB from the true ones, nearer than {nearer}"
         + (f", not clearly nearer than {rest}" if rest else "")
         + ". The paper shows one case, and no frames (Figure 4)."
     )
 
 
-def _lens(part: dict[str, Any]) -> str:
+def _lens(part: Estimate) -> str:
     said = "Read through the output layer, some slot's likeliest token begins the right answer for "
     return (
         said
-        + _percent(part["mean"])
+        + _percent(part.mean)
         + " of rows"
-        + (": latents are not words." if part["high"] < 0.5 else ".")
+        + (": latents are not words." if part.high < 0.5 else ".")
     )

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from storm_vlm.analysis.estimate import estimate
 from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import answer_text, is_correct, parse_answer
 from storm_vlm.data.row import Row
-from storm_vlm.evaluation.statistics import paired_difference
+from storm_vlm.evaluation.records import Intervention, Movement, Reliance, Sensitivity
+from storm_vlm.evaluation.statistics import Estimate, estimate, paired_difference
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.model.interventions import (
     answers_when_fed,
@@ -107,52 +107,50 @@ def latent_reliance(
     batch_size: int = 32,
     seed: int = 0,
     asked: Sequence[Row | Question] | None = None,
-) -> dict[str, Any]:
+) -> Reliance:
     """Accuracy under all `KINDS` of tampering, and how far latents move with the clip. Takes and raises as `tamper`.
 
-    Returns:
-        `interventions`: for each kind the accuracy, its `difference` from the model's own on the same rows, how often
-        the answer `changed`, and for swaps how often it became the donor's (`follows`); a row without
-        a donor counts in neither, see `n`. `reliance`: what another clip's latents of another answer cost.
-        `sensitivity`: see `input_sensitivity`. All with intervals over videos.
+    A row without a donor does not count where one is needed.
     """
     found, states = tamper(pipeline, rows, states, batch_size, seed, asked)
     asked = rows if asked is None else asked
     videos = [row.video for row in rows]
 
-    def over_videos(outcomes: Sequence[bool | None]) -> dict[str, Any]:
+    def over_videos(outcomes: Sequence[bool | None]) -> Estimate | None:
         kept = [
             (hit, video) for hit, video in zip(outcomes, videos, strict=True) if hit is not None
         ]
         return estimate([hit for hit, _ in kept], [video for _, video in kept])
 
-    lines: dict[str, Any] = {}
-    for kind, what in KINDS.items():
-        hits = found.right[kind]
+    def difference(hits: Sequence[bool | None]) -> Estimate | None:
         used = [i for i, hit in enumerate(hits) if hit is not None]
-        line = {"what": what, "accuracy": over_videos(hits), "difference": None}
-        if used:
-            theirs, own = ([bool(r[i]) for i in used] for r in (hits, found.right["own"]))
-            line["difference"] = paired_difference(theirs, own, [videos[i] for i in used])
-        line["changed"] = over_videos(found.changed[kind])
-        lines[kind] = line
-    lines["swap_other_answer"] |= {
-        "follows": over_videos(found.follows),
-        "follows_own": over_videos(found.follows_own),
+        theirs, own = ([bool(right[i]) for i in used] for right in (hits, found.right["own"]))
+        return paired_difference(theirs, own, [videos[i] for i in used]) if used else None
+
+    lines = {
+        kind: Intervention(
+            what,
+            over_videos(found.right[kind]),
+            difference(found.right[kind]),
+            over_videos(found.changed[kind]),
+        )
+        for kind, what in KINDS.items()
     }
-    loss = lines["swap_other_answer"]["difference"]
-    return {
-        "n": len(rows),
-        "videos": len(set(videos)),
-        "slots": states.shape[1],
-        "interventions": lines,
-        "reliance": {  # from nought, lest it be -0.0
-            "mean": 0.0 - loss["mean"],
-            "low": 0.0 - loss["high"],
-            "high": 0.0 - loss["low"],
-        },
-        "sensitivity": input_sensitivity(pipeline, asked, states, batch_size, seed),
-    }
+    lines["swap_other_answer"] = swap = replace(
+        lines["swap_other_answer"],
+        follows=over_videos(found.follows),
+        follows_own=over_videos(found.follows_own),
+    )
+    assert swap.difference  # `tamper` refuses rows without it
+    return Reliance(
+        n=len(rows),
+        drawn_from=len(rows),
+        videos=len(set(videos)),
+        slots=states.shape[1],
+        interventions=lines,
+        reliance=-swap.difference,
+        sensitivity=input_sensitivity(pipeline, asked, states, batch_size, seed),
+    )
 
 
 def slot_accuracy(
@@ -205,7 +203,7 @@ def input_sensitivity(
     states: Tensor,
     batch_size: int,
     seed: int,
-) -> dict[str, Any]:
+) -> Sensitivity:
     """How far latents (N, K, D) move when a row's clip, or its question, is exchanged for another's.
 
     Relative to the mean distance between latents of different clips: 0 means that they do not look, 1 that they
@@ -219,13 +217,14 @@ def input_sensitivity(
         "question": [Question(r.video, o.question, o.options, r.start, r.end) for r, o in pairs],
     }
     spread = (states - states[others]).norm(dim=-1).mean(0)  # (K,)
-    found: dict[str, Any] = {}
+    found: dict[str, Movement] = {}
     for name, questions in asked.items():
         moved = rolled_out(pipeline, questions, batch_size, states.shape[1])
         relative = (moved - states).norm(dim=-1) / spread.clamp_min(1e-12)  # (N, K)
-        found[name] = estimate(relative.mean(1), [str(row.video) for row in rows])
-        found[name]["slots"] = relative.mean(0).tolist()
-    return found
+        over_videos = estimate(relative.mean(1), [str(row.video) for row in rows])
+        assert over_videos is not None
+        found[name] = Movement(**asdict(over_videos), slots=tuple(relative.mean(0).tolist()))
+    return Sensitivity(**found)
 
 
 def rolled_out(

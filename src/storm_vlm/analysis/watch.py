@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from storm_vlm.analysis.estimate import estimate
 from storm_vlm.analysis.extract import States, visual_tokens
 from storm_vlm.data.prompt import answer_text
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import read_video
+from storm_vlm.evaluation.statistics import Estimate, estimate
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.model.rollout import head, unwrap
 from storm_vlm.training.targets import FRAMES_PER_SLOT
@@ -169,7 +169,7 @@ def logit_lens(
 
 def lens_says_answer(
     pipeline: StormPipeline, rows: Sequence[Row], latents: Tensor
-) -> dict[str, Any]:
+) -> Estimate | None:
     """How often the likeliest token of some slot of (N, K, D) states begins the right answer."""
     begins = pipeline.processor.tokenizer([answer_text(row) for row in rows])["input_ids"]
     model: Any = unwrap(pipeline.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from storm_vlm.evaluation.records import Reliance
 
 app = typer.Typer()
 console = Console()
@@ -45,38 +45,39 @@ def analyze(
     console.print(f"wrote {out / 'report.html'}")
 
 
-def print_reliance(to: Console, reliance: Mapping[str, Any], drawn_from: int | None = None) -> None:
-    """The table of latent reliance and what it comes to, for people; `drawn_from`: rows that there were."""
-    n, moved = reliance["n"], reliance["sensitivity"]
-    swap = reliance["interventions"]["swap_other_answer"]
-    drawn = f" drawn from {drawn_from}" if drawn_from and drawn_from > n else ""
-    to.print(_reliance_table(reliance, f"Latent reliance, {n} rows{drawn}"))
-    cost, low, high = (100 * reliance["reliance"][name] for name in ("mean", "low", "high"))
+def print_reliance(to: Console, reliance: Reliance) -> None:
+    """The table of latent reliance and what it comes to, for people."""
+    cost, moved = reliance.reliance, reliance.sensitivity
+    swap = reliance.interventions["swap_other_answer"]
+    assert swap.follows and swap.follows_own  # reliance is not measured without them
+    drawn = f" drawn from {reliance.drawn_from}" if reliance.drawn_from > reliance.n else ""
+    to.print(_reliance_table(reliance, f"Latent reliance, {reliance.n} rows{drawn}"))
     to.print(
-        f"latents of another answer cost {cost:.1f} points ({low:.1f} to {high:.1f}); "
-        f"{swap['follows']['mean']:.1%} of answers become that clip's "
-        f"({swap['follows_own']['mean']:.1%} with their own latents)"
+        f"latents of another answer cost {100 * cost.mean:.1f} points "
+        f"({100 * cost.low:.1f} to {100 * cost.high:.1f}); "
+        f"{swap.follows.mean:.1%} of answers become that clip's "
+        f"({swap.follows_own.mean:.1%} with their own latents)"
     )
     to.print(
-        f"latents move {moved['clip']['mean']:.2f} of their spread when the clip changes, "
-        f"{moved['question']['mean']:.2f} when the question does"
+        f"latents move {moved.clip.mean:.2f} of their spread when the clip changes, "
+        f"{moved.question.mean:.2f} when the question does"
     )
 
 
-def _reliance_table(reliance: Mapping[str, Any], title: str) -> Table:
+def _reliance_table(reliance: Reliance, title: str) -> Table:
     first = Column("what is fed into the slots", overflow="fold")
     heads = ("accuracy", "95% interval", "difference", "n")
     table = Table(first, *heads, title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for line in reliance["interventions"].values():
-        share = line["accuracy"]
-        if not share["n"]:
-            table.add_row(line["what"], "-", "", "", "0")
+    for line in reliance.interventions.values():
+        share, difference = line.accuracy, line.difference
+        if not share or not difference:
+            table.add_row(line.what, "-", "", "", "0")
             continue
         table.add_row(
-            line["what"],
-            f"{share['mean']:.1%}",
-            f"{share['low']:.1%} - {share['high']:.1%}",
-            f"{100 * line['difference']['mean']:+.1f}",
-            str(share["n"]),
+            line.what,
+            f"{share.mean:.1%}",
+            f"{share.low:.1%} - {share.high:.1%}",
+            f"{100 * difference.mean:+.1f}",
+            str(share.n),
         )
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -155,14 +156,14 @@ def _tell_reliance(
     except ValueError as error:
         errors.print(f"no latent reliance: {error}", markup=False, soft_wrap=True)
         return
-    print_reliance(errors, found, found["drawn_from"])
+    print_reliance(errors, found)
     if kept:
         errors.print(f"as {out}/{RELIANCE} has it; without that file it is measured again")
     elif out:
         model = finished.provenance["model"]
         named = Path(model).name if Path(model).is_absolute() else model
         made = {"checkpoint": named, "commit": commit(), "versions": versions()}
-        write_json(out / RELIANCE, {**made, **found})
+        write_json(out / RELIANCE, {**made, **asdict(found)})
 
 
 @app.command()

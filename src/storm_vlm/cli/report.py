@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +35,7 @@ def compare_runs(
 
     found = compare(find_runs([ours]), find_runs([theirs]))
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(found, default=asdict))
         return
     first, fifth = Column("", overflow="fold"), Column("difference, points", no_wrap=True)
     heads = ("n", "ours", "theirs", fifth, "only\nours", "only\ntheirs")

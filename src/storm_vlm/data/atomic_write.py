@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -34,5 +35,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """`write_text` of indented JSON."""
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    """`write_text` of indented JSON; dataclasses become objects."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, default=asdict) + "\n")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from storm_vlm.evaluation.statistics import Estimate
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -41,12 +43,14 @@ def span(interval: Sequence[float]) -> str:
     return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
-def signed(found: dict[str, float]) -> str:
+def signed(difference: Estimate) -> str:
     """A difference in points, with its interval."""
-    low, high = 100 * found["low"], 100 * found["high"]
-    return f"{100 * found['mean']:+.1f} [{low:+.1f}, {high:+.1f}]"
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def estimated(found: dict[str, float], small: str = "") -> Cell:
+def estimated(share: Estimate | None, small: str = "") -> Cell:
     """A mean with its interval."""
-    return Cell(f"{percent(found['mean'])} {span((found['low'], found['high']))}", small)
+    return (
+        Cell(f"{percent(share.mean)} {span((share.low, share.high))}", small) if share else Cell()
+    )

@@ -102,7 +102,7 @@ def survives_shuffling(
     a, b, c, d = (hits([run], theirs)[0] for run in (ours, theirs, ours_shuffled, theirs_shuffled))
     gain = paired_difference(a, b, theirs.videos, 2000)
     loss = paired_difference(a - b, c - d, theirs.videos, 2000)
-    not_temporal = None if gain["low"] <= 0 else bool(loss["low"] <= 0)
+    not_temporal = None if gain.low <= 0 else loss.low <= 0
     shuffled = paired_difference(c, d, theirs.videos, 2000)
     return {"gain": gain, "shuffled": shuffled, "loss": loss, "not_temporal": not_temporal}
 

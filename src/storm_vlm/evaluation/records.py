@@ -1,9 +1,10 @@
-"""What an evaluation keeps: one `Record` per example, which every table, interval and comparison is made from."""
+"""What an evaluation keeps: a `Record` of each example, and what a STORM's answers owe to its latents."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from storm_vlm.evaluation.statistics import Estimate
 from storm_vlm.inference.reply import Reply
 
 
@@ -23,3 +24,45 @@ class Record:
         None  #: by the benchmark's own rule on the same text; None: needs a judge
     )
     error: str | None = None  #: a missing or broken video; counted, and wrong
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What became of the answers when the slots were fed something; over rows that have it, None: none has."""
+
+    what: str
+    accuracy: Estimate | None
+    difference: Estimate | None  #: from the accuracy with their own latents, on the same rows
+    changed: Estimate | None  #: not what is answered with the own latents
+    follows: Estimate | None = None  #: of swaps: the answer became the donor's
+    follows_own: Estimate | None = (
+        None  #: and is the donor's with the own latents, too: by accident
+    )
+
+
+@dataclass(frozen=True)
+class Movement(Estimate):
+    """How far latents move, relative to how far those of different clips lie apart; in all and by slot."""
+
+    slots: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How far latents move when a row's clip, or its question, is exchanged for another's."""
+
+    clip: Movement
+    question: Movement
+
+
+@dataclass(frozen=True)
+class Reliance:
+    """Whether answers depend on the latents. Intervals are over videos."""
+
+    n: int
+    drawn_from: int  #: rows that there were
+    videos: int
+    slots: int
+    interventions: dict[str, Intervention]
+    reliance: Estimate  #: what another clip's latents of another answer cost, as a share of rows
+    sensitivity: Sensitivity

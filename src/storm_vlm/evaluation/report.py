@@ -10,6 +10,7 @@ from typing import Any
 
 from storm_vlm.data.atomic_write import write_text
 from storm_vlm.evaluation.cells import Cell, Table
+from storm_vlm.evaluation.records import Reliance
 from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.tables import Measured, build_tables, measure
 from storm_vlm.pages import render
@@ -77,8 +78,8 @@ def as_csv(measured: Measured) -> str:
     for (system, benchmark, control), summary in measured.summaries.items():
         run = {"system": system, "benchmark": benchmark, "control": control}
         writer.writerows(run | line for line in _csv_lines(summary))
-        reliance = measured.runs[system, benchmark, control].reliance or {"interventions": {}}
-        writer.writerows(run | line for line in _csv_fed(reliance["interventions"]))
+        if reliance := measured.runs[system, benchmark, control].reliance:
+            writer.writerows(run | line for line in _csv_fed(reliance))
     return text.getvalue()
 
 
@@ -98,11 +99,14 @@ def _csv_lines(summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"group": key, "category": name, **_csv_shares(category)}
 
 
-def _csv_fed(kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for kind, line in kinds.items():
-        share = line["accuracy"]
-        bounds = {"accuracy": share["mean"], "low": share["low"], "high": share["high"]}
-        yield {"group": "latents fed", "category": kind, "n": share["n"], **bounds}
+def _csv_fed(reliance: Reliance) -> Iterator[dict[str, Any]]:
+    for kind, line in reliance.interventions.items():
+        fed = {"group": "latents fed", "category": kind}
+        if share := line.accuracy:
+            bounds = {"accuracy": share.mean, "low": share.low, "high": share.high}
+            yield {**fed, "n": share.n, **bounds}
+        else:
+            yield {**fed, "n": 0}
 
 
 def _csv_shares(found: dict[str, Any]) -> dict[str, Any]:

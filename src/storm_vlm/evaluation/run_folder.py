@@ -14,11 +14,11 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from storm_vlm.errors import StormError
-from storm_vlm.evaluation.records import Record
+from storm_vlm.evaluation.records import Record, Reliance
 from storm_vlm.evaluation.scoring import RULES
 from storm_vlm.evaluation.statistics import category_intervals, confidence_interval
 
-_RECORD = TypeAdapter(Record)
+_RECORD, _RELIANCE = TypeAdapter(Record), TypeAdapter(Reliance)
 RELIANCE = "reliance.json"
 
 
@@ -33,7 +33,7 @@ class Run:
     folder: Path
     provenance: dict[str, Any]
     records: tuple[Record, ...]
-    reliance: dict[str, Any] | None = None  #: see `latent_reliance`; None: not measured
+    reliance: Reliance | None = None  #: None: not measured
 
     @property
     def benchmark(self) -> str:
@@ -70,18 +70,17 @@ def read_run(folder: Path) -> Run:
     return Run(folder, provenance, tuple(read_records(folder)), read_reliance(folder))
 
 
-def read_reliance(folder: Path) -> dict[str, Any] | None:
+def read_reliance(folder: Path) -> Reliance | None:
     """A folder's latent reliance, None where it was not measured. Raises RunError for another kind of file."""
     file = folder / RELIANCE
     if not file.exists():
         return None
     try:
-        found = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise RunError(f"{file}: not JSON: {error}") from error
-    if not isinstance(found, dict) or not {"interventions", "drawn_from"} <= found.keys():
-        raise RunError(f"{file}: not what storm evaluate writes: remove it, and it is made again")
-    return found
+        return _RELIANCE.validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise RunError(
+            f"{file}: not what storm evaluate writes: remove it, and it is made again"
+        ) from error
 
 
 def read_records(folder: Path) -> list[Record]:

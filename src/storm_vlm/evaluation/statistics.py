@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The mean of `n` values (a share, a difference, a distance …) and its 95% interval.
+
+    What was not measured has no estimate: None stands in its place.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __neg__(self) -> Estimate:
+        # From nought, lest it be -0.0.
+        return Estimate(0.0 - self.mean, 0.0 - self.high, 0.0 - self.low, self.n)
 
 
 def accuracy(outcomes: Sequence[bool | None]) -> float:
@@ -43,6 +61,19 @@ def _sums(columns: NDArray, clusters: NDArray[np.int64]) -> NDArray:
 def _percentiles(values: NDArray) -> tuple[NDArray, NDArray]:
     low, high = np.nanpercentile(values, [2.5, 97.5], axis=0)
     return low, high
+
+
+def estimate(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estimate | None:
+    """The mean of (rows,) values, with an interval over clusters if given, else over values; None without values.
+
+    Raises ValueError where there is not one cluster a value.
+    """
+    each = np.asarray(values, float)
+    if clusters is not None and len(each) != len(clusters):
+        raise ValueError(f"{len(each)} values for {len(clusters)} rows")
+    if not len(each):
+        return None
+    return Estimate(float(each.mean()), *confidence_interval(each.tolist(), clusters), len(each))
 
 
 def confidence_interval(
@@ -90,8 +121,8 @@ def paired_difference(
     theirs: ArrayLike,
     clusters: Sequence[Hashable] | None = None,
     resamples: int = 4000,
-) -> dict[str, float]:
-    """Mean difference of two methods on the same rows, with a 95% interval.
+) -> Estimate:
+    """Mean difference of two methods on the same rows; its `n` counts rows of all seeds.
 
     Both are (rows,) or (seeds, rows) outcomes. Seeds and clusters of rows are resampled together (a two-level
     bootstrap), so that the interval covers a new seed as well as new videos.
@@ -106,16 +137,16 @@ def paired_difference(
     )  # (resamples, seeds)
     drawn = np.concatenate(list(_weights(seeds, resamples, rng)))
     low, high = _percentiles((by_seed * drawn).sum(1) / seeds)
-    return {"mean": float(difference.mean()), "low": float(low), "high": float(high)}
+    return Estimate(float(difference.mean()), float(low), float(high), difference.size)
 
 
-def mean_over_seeds(outcomes: ArrayLike) -> dict[str, float]:
-    """Mean of (seeds, rows) outcomes with its 95% interval, as in `paired_difference`, and `n`.
+def mean_over_seeds(outcomes: ArrayLike) -> Estimate:
+    """Mean of (seeds, rows) outcomes with its 95% interval, as in `paired_difference`.
 
     With few seeds it reaches hardly beyond the worst and the best of them; with one, it is over rows alone.
     """
     values = np.atleast_2d(np.asarray(outcomes, float))
-    return {**paired_difference(values, np.zeros_like(values)), "n": values.size}
+    return paired_difference(values, np.zeros_like(values))
 
 
 def only_right(ours: ArrayLike, theirs: ArrayLike) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import yaml
 
 from storm_vlm.evaluation.cells import Cell, Line, Table, estimated, percent, signed, span
 from storm_vlm.evaluation.compare import SHUFFLED, overall, survives_shuffling
+from storm_vlm.evaluation.records import Reliance
 from storm_vlm.evaluation.run_folder import Run, summarize
 
 TITLES = {
@@ -216,21 +217,20 @@ def _reliance(measured: Measured) -> Table:
     return Table("Latent reliance", columns, lines, notes)
 
 
-def _relied(found: dict[str, Any]) -> tuple[Cell, ...]:
+def _relied(found: Reliance) -> tuple[Cell, ...]:
     own, swap, removed = (
-        found["interventions"][kind] for kind in ("own", "swap_other_answer", "removed")
+        found.interventions[kind] for kind in ("own", "swap_other_answer", "removed")
     )
-    small = f"{percent(swap['follows_own']['mean'])} with own"
-    unshown = found["reliance"]["low"] <= 0
-    given = swap["accuracy"]["n"]
-    drawn = f"of {found['drawn_from']:,}" if found["drawn_from"] > found["n"] else ""
+    assert swap.accuracy and swap.follows_own  # reliance is not measured without them
+    unshown = found.reliance.low <= 0
+    given = swap.accuracy.n
     return (
-        estimated(own["accuracy"]),
-        estimated(swap["accuracy"], "" if given == found["n"] else f"n {given:,}"),
-        Cell(signed(swap["difference"]), "not shown to depend" if unshown else "", unshown),
-        estimated(swap["follows"], small),
-        estimated(removed["accuracy"]),
-        Cell(f"{found['n']:,}", drawn),
+        estimated(own.accuracy),
+        estimated(swap.accuracy, "" if given == found.n else f"n {given:,}"),
+        Cell(signed(-found.reliance), "not shown to depend" if unshown else "", unshown),
+        estimated(swap.follows, f"{percent(swap.follows_own.mean)} with own"),
+        estimated(removed.accuracy),
+        Cell(f"{found.n:,}", f"of {found.drawn_from:,}" if found.drawn_from > found.n else ""),
     )
 
 

@@ -295,9 +295,9 @@ def summarize(
     summary["shortcut_best"] = max(summary["shortcuts"].values())
     for arm, runs in by_arm.items():
         found = mean_over_seeds([hits(run["test"]) for run in runs])
-        summary[arm] = found["mean"]
+        summary[arm] = found.mean
         summary[f"{arm}_seeds"] = [run["seed"] for run in runs]
-        summary[f"{arm}_interval"] = [found["low"], found["high"]]
+        summary[f"{arm}_interval"] = [found.low, found.high]
         summary[f"{arm}_ood"] = accuracy([o["correct"] for run in runs for o in run["ood"]])
         summary[f"{arm}_by_family"] = {
             family: accuracy(

@@ -16,15 +16,15 @@ def dots(table: dict[str, Any]) -> Any:
     figure = Figure(figsize=(7, 0.9 + 0.42 * len(lines)), layout="constrained")
     axes = figure.subplots()
     for place, line in enumerate(lines):
-        mean, low, high = (line["accuracy"][name] for name in ("mean", "low", "high"))
+        accuracy = line["accuracy"]
         colour = BLUE if line["tampered"] else GREY
-        axes.plot([low, high], [place, place], color=colour, linewidth=2)
-        axes.plot([mean], [place], "o", color=colour, markersize=8)
+        axes.plot([accuracy.low, accuracy.high], [place, place], color=colour, linewidth=2)
+        axes.plot([accuracy.mean], [place], "o", color=colour, markersize=8)
         axes.plot(
             line["by_seed"], [place + 0.22] * len(line["by_seed"]), ".", color=colour, markersize=5
         )
         if line["tampered"]:
-            axes.plot([line["tampered"]["swap_other_answer"]["mean"]], [place], "x", color=ORANGE)
+            axes.plot([line["tampered"]["swap_other_answer"].mean], [place], "x", color=ORANGE)
     axes.set(
         xlim=(0, 1),
         xlabel="accuracy",
@@ -47,9 +47,9 @@ def rows_curve(table: dict[str, Any]) -> Any:
         ]
         lines.sort(key=lambda line: ARMS[line["arm"]].rows)
         at = [100 * ARMS[line["arm"]].rows for line in lines]
-        means = [line["accuracy"]["mean"] for line in lines]
-        axes.plot(at, means, "o-", color=colour, label=ARMS[name].name)
-        lows, highs = ([line["accuracy"][end] for line in lines] for end in ("low", "high"))
+        shares = [line["accuracy"] for line in lines]
+        axes.plot(at, [share.mean for share in shares], "o-", color=colour, label=ARMS[name].name)
+        lows, highs = [share.low for share in shares], [share.high for share in shares]
         axes.fill_between(at, lows, highs, color=colour, alpha=0.2, linewidth=0)
     axes.set(ylim=(0, 1), xscale="log", xlabel="training rows, percent of all", ylabel="accuracy")
     axes.set(xticks=[100 / 8, 100 / 3, 100], xticklabels=["12.5", "33", "100"])

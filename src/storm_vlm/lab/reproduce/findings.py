@@ -30,20 +30,20 @@ def sentences(name: str, table: dict[str, Any]) -> list[str]:
 
 
 def _percent(line: Line) -> str:
-    return f"{100 * line['accuracy']['mean']:.1f}%"
+    return f"{100 * line['accuracy'].mean:.1f}%"
 
 
 def _ahead(line: Line) -> int:
     """1: what it is set against is ahead of it; -1: it is ahead itself; 0: no difference shown."""
     behind = line["behind"]
-    return 1 if behind["low"] > 0 else -1 if behind["high"] < 0 else 0
+    return 1 if behind.low > 0 else -1 if behind.high < 0 else 0
 
 
 def _gap(line: Line) -> str:
     behind = line["behind"]
-    low, high = 100 * behind["low"], 100 * behind["high"]
-    alone = ", over the one seed that both have" if behind["seeds"] == 1 else ""
-    return f"{100 * behind['mean']:+.1f} points ({low:+.1f} to {high:+.1f}{alone})"
+    low, high = 100 * behind.low, 100 * behind.high
+    alone = ", over the one seed that both have" if behind.seeds == 1 else ""
+    return f"{100 * behind.mean:+.1f} points ({low:+.1f} to {high:+.1f}{alone})"
 
 
 def _verdict(line: Line, paper: str) -> str:
@@ -84,14 +84,14 @@ def _main(lines: Lines) -> list[str]:
     if "full" in lines:
         tampered = lines["full"]["tampered"]
         swap, follows, by_accident = (
-            100 * tampered[kind]["mean"] for kind in ("swap_other_answer", "follows", "follows_own")
+            100 * tampered[kind].mean for kind in ("swap_other_answer", "follows", "follows_own")
         )
         said.append(
             f"Fed with another clip's latents STORM is right in {swap:.1f}%, and says that clip's answer in "
             f"{follows:.1f}% (with its own latents: {by_accident:.1f}%). The paper has no such test."
         )
     if "full" in lines and "sft" in lines:
-        harder = [f"{100 * lines[arm]['harder']['mean']:.1f}%" for arm in ("full", "sft")]
+        harder = [f"{100 * lines[arm]['harder'].mean:.1f}%" for arm in ("full", "sft")]
         said.append(f"On the harder split STORM has {harder[0]}, SFT {harder[1]}.")
     return said
 
@@ -110,7 +110,7 @@ def _stages(lines: Lines) -> list[str]:
     ]
     if "stage2_only" in lines:
         own, swap = (
-            100 * lines["stage2_only"]["tampered"][kind]["mean"]
+            100 * lines["stage2_only"]["tampered"][kind].mean
             for kind in ("own", "swap_other_answer")
         )
         said.append(
@@ -120,7 +120,7 @@ def _stages(lines: Lines) -> list[str]:
 
 
 def _ranked(lines: Lines) -> list[str]:
-    ranked = sorted(lines.values(), key=lambda line: -line["accuracy"]["mean"])
+    ranked = sorted(lines.values(), key=lambda line: -line["accuracy"].mean)
     return ["Best first: " + "; ".join(f"{line['name']} {_percent(line)}" for line in ranked) + "."]
 
 
@@ -131,7 +131,7 @@ def _controls(lines: Lines) -> list[str]:
     by_lead: dict[int, list[str]] = {1: [], 0: [], -1: []}
     for line in lines.values():
         if line["against"] is not None:
-            alone = " (one seed)" if line["behind"]["seeds"] == 1 else ""
+            alone = " (one seed)" if line["behind"].seeds == 1 else ""
             by_lead[_ahead(line)].append(f"“{line['name']}”{alone}")
     (reference,) = (line["name"] for line in lines.values() if line["against"] is None)
     verbs = {1: "is ahead of", 0: "is not shown to differ from", -1: "is behind"}

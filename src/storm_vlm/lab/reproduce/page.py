@@ -12,7 +12,7 @@ from storm_vlm.analysis.reliance import KINDS
 from storm_vlm.charts import svg
 from storm_vlm.data.atomic_write import write_text
 from storm_vlm.lab.reproduce.charts import dots, rows_curve
-from storm_vlm.pages import interval, points, render, share
+from storm_vlm.pages import Estimate, interval, points, render, share
 
 COLUMNS = (
     "",
@@ -127,7 +127,7 @@ def _row(line: dict[str, Any]) -> list[str]:
     ]
 
 
-def _share(found: dict[str, Any] | None) -> str:
+def _share(found: Estimate | None) -> str:
     return f"{share(found)} ({interval(found)})" if found else ""
 
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from storm_vlm.analysis.reliance import KINDS
-from storm_vlm.evaluation.statistics import mean_over_seeds, paired_difference
+from storm_vlm.evaluation.statistics import Estimate, mean_over_seeds, paired_difference
 from storm_vlm.lab.arms import ARMS, Comparison
 from storm_vlm.lab.experiment import Result, hits
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A mean difference with its interval, over the seeds that both have."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
 
 
 def table(comparison: Comparison, results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
@@ -52,13 +63,13 @@ def line(runs: Sequence[Result], against: Sequence[Result]) -> dict[str, Any]:
     return found
 
 
-def _known(outcomes: Sequence[Sequence[bool | None]]) -> dict[str, float] | None:
+def _known(outcomes: Sequence[Sequence[bool | None]]) -> Estimate | None:
     """Over seeds, without rows that have no donor (the same ones in every run); None if no row has one."""
     known = [[float(hit) for hit in run if hit is not None] for run in outcomes]
     return mean_over_seeds(known) if known[0] else None
 
 
-def _behind(runs: Sequence[Result], against: Sequence[Result]) -> dict[str, float] | None:
+def _behind(runs: Sequence[Result], against: Sequence[Result]) -> Behind | None:
     ours = {run["seed"]: hits(run["test"]) for run in runs}
     if not ARMS[runs[0]["arm"]].trained:
         ours = {run["seed"]: hits(runs[0]["test"]) for run in against}
@@ -67,4 +78,4 @@ def _behind(runs: Sequence[Result], against: Sequence[Result]) -> dict[str, floa
         return None
     theirs = [hits(run["test"]) for run in shared]
     found = paired_difference(theirs, [ours[run["seed"]] for run in shared])
-    return {**found, "seeds": len(shared)}
+    return Behind(found.mean, found.low, found.high, len(shared))
