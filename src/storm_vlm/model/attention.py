@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -81,7 +82,7 @@ def sdpa_in_parts(
     if attention_mask is not None:
         hidden = ~attention_mask.repeat(1, 1, heads // key_heads, 1)
         scores = scores.masked_fill(hidden, float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32), dropout).to(query.dtype)
     shares = weights.split([part.shape[-2] for part in value], -1)
     output = shares[0] @ value.prompt + shares[1] @ value.appended
     return output.reshape(batch, heads, length, size).transpose(1, 2).contiguous(), None

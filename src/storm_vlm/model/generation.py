@@ -1,21 +1,20 @@
 """The latent rollout inside transformers' own ``generate`` (paper, section 3.1); no loop of ours.
 
-``generate`` sees a model's hidden state before it chooses the next token. So the last state is
-always kept, and where the chosen token turned out to be ``<|latent_pad|>`` that state, not the
-token's embedding, is fed next (unless the checkpoint was trained with pause slots, `latent_pause`
-in its config). A logits processor decides on the tokens of the segment: after
-``<|latent_start|>`` every choice but ``<|latent_end|>`` means "one more slot", and after K slots
+``generate`` sees a model's hidden state before it chooses the next token. So the last state is always kept, and where
+the chosen token turned out to be ``<|latent_pad|>`` that state, not the token's embedding, is fed next (unless the
+checkpoint was trained with pause slots, `latent_pause` in its config). A logits processor decides on the tokens of
+the segment: after ``<|latent_start|>`` every choice but ``<|latent_end|>`` means "one more slot", and after K slots
 the end is forced.
 
 Extra arguments of ``generate``, also valid as attributes of a generation config:
-    latent_mode: ``auto`` (default; the model may open a segment, a prompt ending in
-        ``<|latent_start|>`` has opened one), ``force`` (every prompt must end so) or ``off``.
+    latent_mode: ``auto`` (default; the model may open a segment, a prompt ending in ``<|latent_start|>`` has opened
+        one), ``force`` (every prompt must end so) or ``off``.
     latent_budget: K, by default the checkpoint's; 0 is ``off``.
-    output_latent_states: with ``return_dict_in_generate``, adds ``latent_states`` (B, K, D), the
-        model's own state per slot, zero where unused, ``latent_counts`` (B,) slots used, and
-        ``forced_end`` (B,) bool: the budget, not the model, ended the segment. Not with beams.
-    latent_override: (B, K, D) embeddings to feed into the slots instead (an intervention); an
-        argument only.
+    output_latent_states: with ``return_dict_in_generate``, adds ``latent_states`` (B, K, D), the model's own state
+        per slot, zero where unused, ``latent_counts`` (B,) slots used, and ``forced_end`` (B,) bool: the budget, not
+        the model, ended the segment. Not with beams.
+    latent_override: (B, K, D) embeddings to feed into the slots instead (an intervention), the same for all sequences
+        of a prompt; an argument only.
 
 A response has at most one segment. Without one, the computation is the stock model's.
 """
@@ -31,7 +30,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import output_capturing
 
 from storm_vlm.model.segment import LatentBudgetProcessor, latent_segment
-from storm_vlm.model.tokens import LatentTokens, latent_tokens
+from storm_vlm.model.tokens import LatentError, LatentTokens, latent_tokens
 
 LATENT_MODES = ("auto", "force", "off")
 _MODES = (
@@ -65,9 +64,9 @@ class _LatentRun:
 
     def check_prompt(self, new_ids: Tensor) -> None:
         if bool((new_ids == self.tokens.pad).any()):
-            raise ValueError("the prompt holds <|latent_pad|>: strip old latent segments from it")
+            raise LatentError("the prompt holds <|latent_pad|>: strip old latent segments from it")
         if self.forced and not bool(self.is_open.all()):
-            raise ValueError(
+            raise LatentError(
                 "latent_mode='force' needs prompts that end in <|latent_start|>: "
                 "append it, or use latent_mode='auto'"
             )
@@ -121,14 +120,14 @@ class LatentRolloutMixin(_Stock):
         """The K in force under this generation config; 0 is off."""
         mode = getattr(generation_config, "latent_mode", None) or "auto"
         if mode not in LATENT_MODES:
-            raise ValueError(f"latent_mode must be one of {LATENT_MODES}, got {mode!r}")
+            raise LatentError(f"latent_mode must be one of {LATENT_MODES}, got {mode!r}")
         if mode == "off":
             return 0
         latent_tokens(self.config)  # raises if this model has never met its latent tokens
         budget = getattr(generation_config, "latent_budget", None)
         budget = self.config.latent_budget if budget is None else budget
         if budget < 0:
-            raise ValueError(f"latent_budget must be 0 or more, got {budget}")
+            raise LatentError(f"latent_budget must be 0 or more, got {budget}")
         return budget
 
     def _prepare_generation_config(
@@ -141,7 +140,7 @@ class LatentRolloutMixin(_Stock):
             setattr(config, name, value)
         config.latent_budget = self._latent_budget(config)
         if override is not None and override.shape[1] < config.latent_budget:
-            raise ValueError(f"latent_override must have {config.latent_budget} slots")
+            raise LatentError(f"latent_override must have {config.latent_budget} slots")
         if getattr(self.config, "latent_start_token_id", None) is not None:
             model_kwargs["latent_run"] = _LatentRun(
                 latent_tokens(self.config),
@@ -159,19 +158,19 @@ class LatentRolloutMixin(_Stock):
         super()._validate_generation_mode(generation_mode, generation_config, kwargs)
         record = getattr(generation_config, "output_latent_states", False)
         if record and generation_config.num_beams > 1:
-            raise ValueError("output_latent_states cannot follow beams: use num_beams=1")
+            raise LatentError("output_latent_states cannot follow beams: use num_beams=1")
         if not generation_config.latent_budget:
             return
         if generation_mode not in _MODES:
-            raise ValueError(
+            raise LatentError(
                 f"latent rollout feeds one state at a time and cannot do {generation_mode.value}: "
                 "drop the assistant or prompt lookup, or use latent_mode='off'"
             )
         if generation_config.use_cache is False:
-            raise ValueError("latent rollout needs use_cache=True (or latent_mode='off')")
+            raise LatentError("latent rollout needs use_cache=True (or latent_mode='off')")
         layers = (getattr(module, "gradient_checkpointing", False) for module in self.modules())
         if self.training and any(layers):
-            raise ValueError(
+            raise LatentError(
                 "gradient checkpointing in train mode drops the cache: call model.eval() first"
             )
 

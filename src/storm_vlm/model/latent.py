@@ -1,7 +1,6 @@
 """The mathematics of STORM: thought-video targets and the two training losses (paper, section 3.3).
 
-Shape legend, used in the whole package: B batch, T tokens, K latent slots, N visual tokens, D
-    hidden size,
+Shape legend, used in the whole package: B batch, T tokens, K latent slots, N visual tokens, D hidden size,
 A answer tokens, V vocabulary.
 """
 
@@ -19,11 +18,9 @@ AlignmentReduction = Literal["mean", "sum"]
 
 
 def pool_targets(tokens: Tensor, num_slots: int) -> Tensor:
-    """Compress the visual tokens of one thought video into one target per latent slot (section 3.3,
-    Stage I).
+    """Compress the visual tokens of one thought video into one target per latent slot (section 3.3, Stage I).
 
-    One-dimensional adaptive average pooling over the token axis: target k is the mean of the k-th
-    of K adaptive segments of the token sequence.
+    Target k is the mean of the k-th of K adaptive segments of the token sequence.
 
     Args:
         tokens: (N, D) visual tokens of all sampled frames, in temporal order.
@@ -36,9 +33,7 @@ def pool_targets(tokens: Tensor, num_slots: int) -> Tensor:
         ValueError: ``tokens`` is not a non-empty (N, D) matrix, or ``num_slots`` is below 1.
     """
     if tokens.ndim != 2 or tokens.shape[0] == 0:
-        raise ValueError(
-            f"tokens must be a non-empty (N, D) matrix, got shape {tuple(tokens.shape)}"
-        )
+        raise ValueError(f"tokens must be a non-empty (N, D), got shape {tuple(tokens.shape)}")
     if num_slots < 1:
         raise ValueError(f"num_slots must be at least 1, got {num_slots}")
     return F.adaptive_avg_pool1d(tokens.float().T, num_slots).T.contiguous()
@@ -75,22 +70,20 @@ def alignment_loss(
     reduction: AlignmentReduction = "mean",
     count: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error between latent states and thought-video targets (Eq. 3, latent term), in
-    float32.
+    """Mean squared error of latent states and thought-video targets (Eq. 3, latent term), in float32.
 
     Args:
         states: (B, K, D) latent states.
         targets: (B, K, D) pooled targets; never receive a gradient.
-        mask: (B,) bool, False where a row has no thought video. Whatever ``targets`` holds there is
-            ignored.
+        mask: (B,) bool, False where a row has no thought video; its ``targets`` are ignored, whatever they hold.
         reduction: over D: ``mean`` is what "MSE" means in most code, ``sum`` the squared distance. Our copy of the
             paper lacks the formula; they differ by a factor of D in what the weight 0.1 amounts to.
-        count: what the sum over rows is divided by, if not the number of valid rows of this batch: a
-            batch may be a part of a larger one.
+        count: what the sum over rows is divided by: the valid rows of the larger batch that this one is part of;
+            None: of this one.
 
     Returns:
-        Scalar mean over valid rows, slots (and dimensions); an exact 0 that still carries a graph if
-        no row is valid, so that every rank of a distributed run has a backward pass.
+        Scalar mean over valid rows, slots (and dimensions); an exact 0 that still carries a graph if no row is valid,
+        so that every rank of a distributed run has a backward pass.
     """
     error = states.float() - targets.detach().float()
     scale = error.shape[-1] if reduction == "sum" else 1
@@ -107,7 +100,7 @@ def answer_loss(logits: Tensor, labels: Tensor, count: Tensor | None = None) -> 
     Args:
         logits: (B, A, V); position a chooses answer token a (already aligned, no shift here).
         labels: (B, A) token ids, -100 where there is no answer token.
-        count: what the sum over tokens is divided by, if not their number in this batch.
+        count: what the sum over tokens is divided by, as in `alignment_loss`.
 
     Returns:
         Scalar mean over all answer tokens of the batch; 0 with a graph if there are none.
@@ -119,13 +112,11 @@ def answer_loss(logits: Tensor, labels: Tensor, count: Tensor | None = None) -> 
 
 
 def storm_loss(answer: Tensor, alignment: Tensor, weight: float) -> Tensor:
-    """The Stage I objective (Eq. 4); ``weight`` 0 is Stage II, where only the answer term is
-    left."""
+    """The Stage I objective (Eq. 4); ``weight`` 0 is Stage II, where only the answer term is left."""
     return answer + weight * alignment
 
 
 @torch.no_grad()
 def slot_cosine(states: Tensor, targets: Tensor) -> Tensor:
-    """Cosine similarity of states and targets, both (B, K, D), averaged over the batch: (K,), for
-    logs."""
+    """Cosine similarity of states and targets, both (B, K, D), averaged over the batch: (K,), for logs."""
     return F.cosine_similarity(states.float(), targets.float(), dim=-1).mean(0)

@@ -1,39 +1,54 @@
 """Load a stock checkpoint as a model that reasons in latent slots.
 
-transformers looks checkpoint key conversion up by class name and skips classes from outside its own
-modules: a subclass with its own ``from_pretrained`` would silently re-initialise the language
-model. So the *stock* class is loaded, and then the instance's class is swapped for a subclass that
-keeps the stock name and module. Saved checkpoints stay stock checkpoints, too.
+transformers looks the conversion of checkpoint keys up by class name, and only for classes of its own modules: a
+subclass that loaded itself would start from a random language model. So the *stock* class is loaded, and then the
+instance's class is swapped for a subclass with the stock name and module. What is saved is a stock checkpoint, too.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from torch import Tensor
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import output_capturing
 
+from storm_vlm.errors import StormError
+from storm_vlm.model.backbones import BACKBONES, backbone
 from storm_vlm.model.generation import LatentRolloutMixin
-from storm_vlm.model.positions import TrainedPositions
 
 
-class StormForConditionalGeneration:
-    """Entry point in the manner of transformers; instances are the stock class plus
-    `LatentRolloutMixin`."""
+class CheckpointError(StormError, ValueError):
+    """A checkpoint lacks tensors of its model, or holds others."""
 
-    def __init__(self) -> None:
-        raise TypeError("use StormForConditionalGeneration.from_pretrained(path)")
+
+class StormForConditionalGeneration(LatentRolloutMixin):
+    """A model that reasons in latent slots. Its instances are also instances of their stock class.
+
+    A subclass ``Mine`` may override what the stock class has; ``Mine.from_pretrained`` gives instances of ``Mine``.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, PreTrainedModel):
+            cls.forward = _open(cls.forward)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self, PreTrainedModel):
+            raise TypeError(f"use {type(self).__name__}.from_pretrained(path)")
+        super().__init__(*args, **kwargs)
+        _extend_core(self)
 
     @classmethod
     def from_pretrained(
         cls, path: str, *, dtype: Any = None, trust_remote_code: bool = False, **kwargs: Any
     ) -> Any:
-        """Load a Qwen2.5-VL style checkpoint, in the hub's format or saved by us.
+        """Load a checkpoint, in the hub's format or saved by us.
 
         Args:
             path: folder or hub name; a folder of adapters is loaded with its base model and merged into it.
@@ -42,7 +57,7 @@ class StormForConditionalGeneration:
             **kwargs: for the stock ``from_pretrained`` (``device_map``, ...).
 
         Raises:
-            ValueError: a tensor of the model is missing from the checkpoint or the other way round.
+            CheckpointError: a tensor of the model is missing from the checkpoint or the other way round.
         """
         if (Path(path) / "adapter_config.json").is_file():
             kwargs |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -55,20 +70,23 @@ class StormForConditionalGeneration:
             use_safetensors=True,
             **{**kwargs, "output_loading_info": True},
         )
-        problems = {
-            kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys")
-        }
-        if any(problems.values()):
-            shown = "; ".join(
-                f"{len(keys)} {kind}: {keys[:3]}" for kind, keys in problems.items() if keys
+        problems = [
+            f"{len(report[kind])} {kind}: {sorted(map(str, report[kind]))[:3]}"
+            for kind in ("missing_keys", "unexpected_keys")
+            if report[kind]
+        ]
+        if problems:
+            raise CheckpointError(
+                f"{path} does not fit {type(model).__name__} ({'; '.join(problems)}): "
+                "pass a complete checkpoint"
             )
-            raise ValueError(
-                f"{path} does not fit {type(model).__name__} ({shown}): pass a complete checkpoint"
-            )
-        return enable_latents(model)
+        method = next(base for base in cls.__mro__ if not issubclass(base, PreTrainedModel))
+        return _enable(model, method)
 
 
 def _with_adapters(cls: Any, path: str, kwargs: dict[str, Any]) -> Any:
+    from peft import PeftConfig, PeftModel
+
     settings = PeftConfig.from_pretrained(path)
     model = cls.from_pretrained(settings.base_model_name_or_path, **kwargs)
     model.config = AutoConfig.from_pretrained(path)  # the base's, and the latent tokens
@@ -76,10 +94,10 @@ def _with_adapters(cls: Any, path: str, kwargs: dict[str, Any]) -> Any:
 
 
 def enable_latents(model: Any) -> Any:
-    """Give a loaded stock model the latent rollout, in place; twice is harmless.
+    """Make a loaded stock model a `StormForConditionalGeneration`, in place; twice is harmless.
 
-    A Qwen2.5-VL model also gets the position rule it was trained with (`storm_vlm.model.positions`), with
-    or without latents.
+    Its core also gets what its backbone's adapter says (`storm_vlm.model.backbones`): a Qwen2.5-VL the position rule
+    it was trained with. A model type without an adapter gets the latent rollout in ``generate``.
 
     Returns:
         The same object.
@@ -91,44 +109,59 @@ def enable_latents(model: Any) -> Any:
         raise TypeError(
             f"enable_latents needs a transformers model with generate(), got {type(model).__name__}"
         )
-    if not isinstance(model, LatentRolloutMixin):
-        body = {"forward": _open(type(model).forward)}
-        model.__class__ = _subclass(type(model), (LatentRolloutMixin,), **body)
-        if model.config.model_type == "qwen2_5_vl":
-            model.model.__class__ = _subclass(type(model.model), (TrainedPositions, FrozenTower))
+    return _enable(model, StormForConditionalGeneration)
+
+
+def _enable(model: Any, method: type) -> Any:
+    if not isinstance(model, method):
+        model.__class__ = _extended(type(model), method)
+        _extend_core(model)
     return model
 
 
-def _subclass(stock: Any, mixins: tuple[type, ...], **body: Any) -> type:
-    """It still bears the stock name and module, on which transformers keys its conversions."""
-    return type(stock.__name__, (*mixins, stock), {"__module__": stock.__module__, **body})
+def _extend_core(model: Any) -> None:
+    if model.config.model_type in BACKBONES:
+        adapter = backbone(model)
+        adapter.core.__class__ = _extended(type(adapter.core), *adapter.core_mixins)
 
 
-class FrozenTower:
-    """A vision tower that does not train is not differentiated.
+@functools.cache
+def _extended(stock: type, *mixins: type) -> type:
+    """The subclass with these mixins, under the stock name and module; its instances can be pickled."""
 
-    Checkpointing makes every embedding's output require a gradient, the tower's patches included: a frozen one would
-    be run again in backward, for nothing (a seventh of a 7B's step).
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return _skeleton, (self.config, stock, *mixins), vars(_without_recorders(self))
+
+    body = {"__module__": stock.__module__, "__reduce_ex__": reduce}
+    return type(stock.__name__, (*mixins, stock), body)
+
+
+def _skeleton(config: Any, stock: type, *mixins: type) -> Any:
+    """A model without weights, for pickle: by its class's name alone it would find the stock class.
+
+    It is constructed, since transformers learns from `__init__` which states a class can return.
     """
+    with torch.device("meta"):
+        return _extended(stock, *mixins)(config)
 
-    visual: Any
 
-    # ``generate`` reads these signatures: they must name what the stock ones name.
-    def get_video_features(
-        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        with self._as_far_as_it_trains(pixel_values_videos):
-            return super().get_video_features(pixel_values_videos, video_grid_thw, **kwargs)  # type: ignore[misc]
+def _without_recorders(module: nn.Module) -> nn.Module:
+    """The same module, sharing its weights, without transformers' hooks that record hidden states.
 
-    def get_image_features(
-        self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        with self._as_far_as_it_trains(pixel_values):
-            return super().get_image_features(pixel_values, image_grid_thw, **kwargs)  # type: ignore[misc]
-
-    def _as_far_as_it_trains(self, pixels: Tensor) -> Any:
-        wanted = pixels.requires_grad or any(p.requires_grad for p in self.visual.parameters())
-        return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
+    They are closures, which cannot be pickled; transformers installs them again when it needs them.
+    """
+    bare = object.__new__(type(module))
+    vars(bare).update(vars(module))
+    vars(bare).pop("_output_capturing_hooks_installed", None)
+    bare._forward_hooks = OrderedDict(
+        (key, hook)
+        for key, hook in module._forward_hooks.items()
+        if hook.__module__ != output_capturing.__name__
+    )
+    bare._modules = {
+        name: child and _without_recorders(child) for name, child in module._modules.items()
+    }
+    return bare
 
 
 def _open(stock_forward: Callable[..., Any]) -> Callable[..., Any]:

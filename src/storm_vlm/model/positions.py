@@ -1,11 +1,9 @@
 """M-RoPE positions by the rule Qwen2.5-VL was trained with.
 
-transformers 5 lets the text after a video resume at ``start + max(height, width)``, so the question
-overlaps the temporal axis of a long video (and 5.17 truncates the seconds per temporal grid to an
-integer). The released weights
-were trained with: every block starts at the largest position so far plus one, and the temporal
-    index is
-``floor(grid index * seconds per grid * tokens per second)``. vLLM follows the same rule.
+The released weights were trained so: every block starts at the largest position so far plus one, and the temporal
+index is ``floor(grid index * seconds per grid * tokens per second)``. vLLM follows the same rule. transformers 5
+lets the text after a video resume at ``start + max(height, width)``, so the question overlaps the temporal axis of a
+long video (and 5.17 truncates the seconds per temporal grid to an integer).
 """
 
 from __future__ import annotations
@@ -20,8 +18,7 @@ TEXT, IMAGE, VIDEO = 0, 1, 2
 
 
 class TrainedPositions:
-    """Mixed into the stock ``Qwen2_5_VLModel`` so that forward and generate both follow
-    `rope_index`."""
+    """Mixed into the stock ``Qwen2_5_VLModel``: forward and generate both follow `rope_index`."""
 
     config: Any
 
@@ -65,28 +62,21 @@ def rope_index(
     Args:
         token_types: (B, T), 0 text, 1 image, 2 video.
         attention_mask: (B, T), 0 where padded; None means no padding.
-        image_grids, video_grids: [time, height, width] in patches, in order of appearance over the
-            whole batch.
-        seconds_per_grid: seconds between temporal grids per video; 1.0 where missing.
+        image_grids, video_grids: [time, height, width] in patches, in order of appearance over the whole batch.
+        seconds_per_grid: seconds between the temporal grids of each video; none at all: 1.0 each.
         merge_size: patches per token along height and along width.
         tokens_per_second: temporal positions per second.
 
     Returns:
-        positions (3, B, T), 0 where padded, and deltas (B, 1): next position minus the row's
-        unpadded length.
+        positions (3, B, T), 0 where padded, and deltas (B, 1): next position minus the row's unpadded length.
 
     Raises:
-        ValueError: the grids do not account for the image and video tokens of ``token_types``.
+        LatentError: the grids do not account for the image and video tokens of ``token_types``.
     """
     device = token_types.device
-    types = (
-        token_types.cpu()
-    )  # one transfer; the blocks below are a handful of small tensors per row
-    keep = (
-        torch.ones_like(types, dtype=torch.bool)
-        if attention_mask is None
-        else attention_mask.cpu() != 0
-    )
+    types = token_types.cpu()  # one transfer: what follows are a few small tensors a row
+    keep = torch.ones_like(types) if attention_mask is None else attention_mask.cpu()
+    keep = keep != 0
     seconds = iter(seconds_per_grid)
     grids = {
         IMAGE: iter([(grid, 0.0) for grid in image_grids]),
@@ -122,15 +112,10 @@ def _blocks(
         grid, seconds = next(grids[kind], (None, 0.0))
         if grid is None:
             break
-        time = (
-            torch.arange(grid[0]) * torch.tensor(float(seconds)) * tokens_per_second
-        )  # float32, as in training
-        axes = (
-            time.long(),
-            torch.arange(grid[1] // merge_size),
-            torch.arange(grid[2] // merge_size),
-        )
-        block = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+        # float32, as in training
+        time = torch.arange(grid[0]) * torch.tensor(float(seconds)) * tokens_per_second
+        sides = (torch.arange(side // merge_size) for side in grid[1:])
+        block = torch.stack(torch.meshgrid(time.long(), *sides, indexing="ij")).flatten(1)
         length -= block.shape[1]
         yield block
     if length != 0:

@@ -1,15 +1,12 @@
-"""The differentiable latent rollout: training (both stages), diagnostics and interventions (paper,
-section 3).
+"""The differentiable latent rollout: training (both stages), diagnostics and interventions (paper, section 3).
 
-One prompt pass fills a key/value cache that keeps its graph, K - 1 one-token passes feed states
-back, and slot K travels with ``<|latent_end|>`` and the answer. That is exact (same loss and
-gradients as recomputing everything for every slot) and no forward goes unused, which FSDP2 needs.
-When all slot inputs are known beforehand there is nothing to wait for, and everything is one
-ordinary pass.
+One prompt pass fills a key/value cache that keeps its graph, K - 1 one-token passes feed states back, and slot K
+travels with ``<|latent_end|>`` and the answer. That is exact (same loss and gradients as recomputing everything for
+every slot) and no forward goes unused, which FSDP2 needs. When all slot inputs are known beforehand there is nothing
+to wait for, and everything is one ordinary pass.
 
-Call these functions inside *one* forward of the module that DDP or FSDP wraps. Gradient
-checkpointing is exact, too: the prompt pass is checkpointed and hands its keys and values on, the
-short passes are not.
+Call these functions inside *one* forward of the module that DDP or FSDP wraps. Gradient checkpointing is exact, too:
+the prompt pass is checkpointed and hands its keys and values on, the short passes are not.
 """
 
 from __future__ import annotations
@@ -27,10 +24,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from storm_vlm.model.attention import SDPA_IN_PARTS, PartsLayer
-from storm_vlm.model.tokens import latent_tokens
-
-_PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-_GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+from storm_vlm.model.backbones import Backbone, backbone, unwrap
+from storm_vlm.model.tokens import LatentError, latent_tokens
 
 
 @dataclass
@@ -58,20 +53,16 @@ def rollout(
 
     Args:
         model: the (optionally PEFT-wrapped) model, see `storm_vlm.model.modeling`.
-        batch: stock processor tensors of left-padded prompts that end in ``<|latent_start|>``
-            (budget 0: that do not), and ``labels`` (B, A), right-padded with -100. Without labels A
-            is 1: the first answer token.
+        batch: stock processor tensors of left-padded prompts that end in ``<|latent_start|>`` (budget 0: that
+            do not), and ``labels`` (B, A), right-padded with -100. Without labels A is 1: the first answer token.
         budget: K. 0 is the stock model's forward over prompt and answer.
-        slot_inputs: (B, K, D) embeddings to feed instead of the model's own states (Stage I: the
-            targets).
-        use_target: bool, (B,) or (B, K), where ``slot_inputs`` are used, own states elsewhere;
-            None: everywhere.
-        detach_feedback: cut the gradient through the states that are fed back (an ablation, not the
-            paper).
+        slot_inputs: (B, K, D) embeddings to feed instead of the model's own states (Stage I: the targets).
+        use_target: bool, (B,) or (B, K), where ``slot_inputs`` are used, own states elsewhere; None: everywhere.
+        detach_feedback: cut the gradient through the states that are fed back (an ablation, not the paper).
 
     Raises:
-        ValueError: a prompt does not end as the budget asks, or ``slot_inputs`` has the wrong
-            shape.
+        LatentError: a prompt does not end as the budget asks, or ``slot_inputs`` has the wrong shape.
+        UnknownNameError: the model's type has no adapter in `BACKBONES`.
         RuntimeError: see `read_prompt`.
     """
     model = unwrap(model)
@@ -101,19 +92,20 @@ def _one_pass(
 ) -> RolloutOutput:
     ids = batch["input_ids"]
     length = ids.shape[1]
-    positions, mask = _positions(model, batch)
+    base = backbone(model)
+    positions, mask = _positions(base, batch)
     prompt, answer = prompt_embeds(model, batch), embed(model, answer_ids(model, batch, budget))
     slots = prompt[:, :0] if slot_inputs is None else _checked(slot_inputs, prompt, budget)
     embeds = torch.cat([prompt, slots, answer], 1)
     added = embeds.shape[1] - length
     further = torch.arange(1, added + 1, device=ids.device)
-    hidden = model.model(
+    hidden = base.core(
         input_ids=F.pad(ids, (0, added)),  # only tells the model where its vision features go
         inputs_embeds=embeds,
         position_ids=torch.cat([positions, positions[..., -1:] + further], -1),
         attention_mask=None if mask is None else F.pad(mask, (0, added), value=1),
         use_cache=False,
-        **{name: batch[name] for name in _PIXELS if batch.get(name) is not None},
+        **base.vision_inputs(batch),
     ).last_hidden_state
     if budget == 0:
         return RolloutOutput(head(model, hidden[:, length - 1 :]), hidden[:, :0], None, None)
@@ -125,7 +117,7 @@ def _one_pass(
 class Prompt:
     """A prompt the decoder has read, and all that later passes need in order to continue it."""
 
-    core: Any
+    backbone: Backbone
     cache: DynamicCache
     mask: Tensor | None  # (B, T) where some row is padded
     last_position: Tensor  # (3, B, 1)
@@ -138,8 +130,8 @@ class Prompt:
         mask = None if self.mask is None else F.pad(self.mask, (0, past + added), value=1)
         step = torch.arange(past + 1, past + added + 1, device=embeds.device)
         # These passes are short: checkpointing would save nothing, and drop the cache.
-        with _on_every_layer(self.core, "gradient_checkpointing", False):
-            return self.core(
+        with _on_every_layer(self.backbone.decoder, "gradient_checkpointing", False):
+            return self.backbone.core(
                 inputs_embeds=embeds,
                 position_ids=self.last_position + step,
                 attention_mask=mask,
@@ -157,21 +149,21 @@ def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
         RuntimeError: no keys and values came out of it, or none that carry a gradient. The rollout's loss
             would be wrong without any error.
     """
-    ids, config = batch["input_ids"], model.config.get_text_config()
-    positions, mask = _positions(model, batch)
+    ids, config, base = batch["input_ids"], model.config.get_text_config(), backbone(model)
+    positions, mask = _positions(base, batch)
     recorder, cache = DynamicCache(config=config), DynamicCache(config=config)
     in_parts = config._attn_implementation == SDPA_IN_PARTS and torch.is_grad_enabled()
     recorded_layers = [_RecordedLayer() for _ in recorder.layers]
     recorder.layers[:] = recorded_layers
-    with _on_every_layer(model.model, "_can_checkpoint_with_cache", True):
-        hidden = model.model(
+    with _on_every_layer(base.decoder, "_can_checkpoint_with_cache", True):
+        hidden = base.core(
             input_ids=ids,  # as in `_one_pass`
             inputs_embeds=prompt_embeds(model, batch),
             position_ids=positions,
             attention_mask=mask,
             past_key_values=recorder,
             use_cache=False,  # it would only warn: the layers write to the recorder all the same
-            **{name: batch[name] for name in _PIXELS if batch.get(name) is not None},
+            **base.vision_inputs(batch),
         ).last_hidden_state
     recorded = None
     for index, layer in enumerate(recorded_layers):
@@ -187,7 +179,7 @@ def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
             "the prompt's keys and values carry no gradient: reentrant checkpointing cuts it; set "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
-    return Prompt(model.model, cache, mask, positions[..., -1:], ids.shape[1]), hidden
+    return Prompt(base, cache, mask, positions[..., -1:], ids.shape[1]), hidden
 
 
 class _RecordedLayer(DynamicLayer):
@@ -208,9 +200,9 @@ class _RecordedLayer(DynamicLayer):
 
 
 @contextmanager
-def _on_every_layer(core: Any, name: str, value: bool) -> Iterator[None]:
+def _on_every_layer(decoder: Any, name: str, value: bool) -> Iterator[None]:
     """Set a switch of transformers' checkpointed layers for a while."""
-    layers = [m for m in core.language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
     before = [getattr(layer, name) for layer in layers]
     for layer in layers:
         setattr(layer, name, value)
@@ -221,19 +213,12 @@ def _on_every_layer(core: Any, name: str, value: bool) -> Iterator[None]:
             setattr(layer, name, was)
 
 
-def _positions(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+def _positions(base: Backbone, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Positions (3, B, T), and the mask unless nothing is padded (attention is faster without)."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    types = batch.get("mm_token_type_ids")
+    mask = batch.get("attention_mask")
     if mask is not None and not bool(mask[:, -1].all()):
-        raise ValueError("prompts must be padded on the left: set tokenizer.padding_side = 'left'")
-    positions, _ = model.model.get_rope_index(
-        ids,
-        mm_token_type_ids=torch.zeros_like(ids) if types is None else types,
-        attention_mask=mask,
-        **{name: batch[name] for name in _GRIDS if batch.get(name) is not None},
-    )
-    return positions, None if mask is None or bool(mask.all()) else mask
+        raise LatentError("prompts must be padded on the left: set tokenizer.padding_side = 'left'")
+    return base.positions(batch), None if mask is None or bool(mask.all()) else mask
 
 
 def answer_ids(model: Any, batch: Mapping[str, Any], budget: int) -> Tensor:
@@ -245,7 +230,7 @@ def answer_ids(model: Any, batch: Mapping[str, Any], budget: int) -> Tensor:
         return answer
     tokens = latent_tokens(model.config)
     if bool((ids[:, -1] != tokens.start).any()):
-        raise ValueError("with a latent budget, prompts must end in <|latent_start|>")
+        raise LatentError("with a latent budget, prompts must end in <|latent_start|>")
     return torch.cat([torch.full_like(ids[:, :1], tokens.end), answer], 1)
 
 
@@ -257,7 +242,7 @@ def _read_out(model: Any, states: Tensor, before_start: Tensor, tail: Tensor) ->
 def _checked(slot_inputs: Tensor, like: Tensor, budget: int) -> Tensor:
     expected = (like.shape[0], budget, like.shape[-1])
     if tuple(slot_inputs.shape) != expected:
-        raise ValueError(f"slot_inputs must be {expected}, got {tuple(slot_inputs.shape)}")
+        raise LatentError(f"slot_inputs must be {expected}, got {tuple(slot_inputs.shape)}")
     return slot_inputs.to(like)
 
 
@@ -267,15 +252,15 @@ def prompt_embeds(model: Any, batch: Mapping[str, Any]) -> Tensor:
     They are what the vision tower made of all clips in row order, computed beforehand; else the model asks its tower.
 
     Raises:
-        ValueError: their number is not that of the prompts' video tokens.
+        LatentError: their number is not that of the prompts' video tokens.
     """
     ids, features = batch["input_ids"], batch.get("video_features")
     embeds = embed(model, ids)
     if features is None:
         return embeds
-    of_video = ids == model.config.video_token_id
+    of_video = ids == backbone(model).video_token_id
     if int(of_video.sum()) != len(features):
-        raise ValueError(f"{len(features)} video_features for {int(of_video.sum())} video tokens")
+        raise LatentError(f"{len(features)} video_features for {int(of_video.sum())} video tokens")
     return embeds.masked_scatter(of_video.unsqueeze(-1), features.to(embeds))
 
 
@@ -285,8 +270,3 @@ def embed(model: Any, ids: Tensor) -> Tensor:
 
 def head(model: Any, states: Tensor) -> Tensor:
     return model.get_output_embeddings()(states)
-
-
-def unwrap(model: Any) -> Any:
-    """The transformers model beneath PEFT, whose adapters live inside its layers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

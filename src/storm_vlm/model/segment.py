@@ -13,8 +13,7 @@ from storm_vlm.model.tokens import LatentTokens
 
 
 def latent_segment(input_ids: Tensor, tokens: LatentTokens, budget: int) -> tuple[Tensor, Tensor]:
-    """Per row of ids (B, T): is the latent segment open (B,) bool, and how many slots it has (B,)
-    long.
+    """Per row of ids (B, T): is the latent segment open (B,) bool, and how many slots has it (B,) long.
 
     Derived from the ids alone, without a device synchronisation.
     """
@@ -35,8 +34,7 @@ class LatentBudgetProcessor(LogitsProcessor):
         self.first = max(prompt_length - 1, 0)  # the prompt's last token may open the segment
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) in, scores out. Forced choices score 0, so they leave a beam's score
-        alone."""
+        """Scores (B, V) in, scores out. Forced choices score 0, so they leave a beam's score alone."""
         start, pad, end = self.tokens
         never = float("-inf")
         is_open, used = latent_segment(input_ids, self.tokens, self.budget)

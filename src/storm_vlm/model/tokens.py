@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AddedToken
 
+from storm_vlm.errors import StormError
+
 LATENT_TOKENS = ("<|latent_start|>", "<|latent_pad|>", "<|latent_end|>")
 _CONFIG_NAMES = ("latent_start_token_id", "latent_pad_token_id", "latent_end_token_id")
+
+
+class LatentError(StormError, ValueError):
+    """A checkpoint, prompt or option that latent reasoning cannot work with."""
 
 
 class LatentTokens(NamedTuple):
@@ -27,11 +33,11 @@ def latent_tokens(config: Any) -> LatentTokens:
     """Read the ids from a model config.
 
     Raises:
-        ValueError: the config has none, i.e. the model has never met `add_latent_tokens`.
+        LatentError: the config has none, i.e. the model has never met `add_latent_tokens`.
     """
     ids = [getattr(config, name, None) for name in _CONFIG_NAMES]
     if any(i is None for i in ids):
-        raise ValueError(
+        raise LatentError(
             "this model's config has no latent token ids: call add_latent_tokens(model, processor)"
         )
     return LatentTokens(*ids)  # type: ignore[arg-type]
@@ -40,22 +46,21 @@ def latent_tokens(config: Any) -> LatentTokens:
 def add_latent_tokens(model: Any, processor: Any, budget: int = 8, seed: int = 0) -> LatentTokens:
     """Teach model and processor the latent tokens; calling it again only sets the budget.
 
-    Qwen2.5-VL's embedding table has spare rows beyond the tokenizer, so it normally keeps its size;
-    it never shrinks. The three rows (spare rows are untrained) start at the mean of the trained
-    rows plus a small distinct noise, in the input embedding and in the output layer.
+    Qwen2.5-VL's embedding table has spare rows beyond the tokenizer, so it normally keeps its size; it never shrinks.
+    The three rows (spare rows are untrained) start at the mean of the trained rows plus a small distinct noise, in
+    the input embedding and in the output layer.
 
     Args:
         model: a causal model with a ``config``; changed in place.
         processor: its processor (or tokenizer); changed in place. Save both.
-        budget: K, the most latent slots of a segment; 0 switches latent reasoning off (section 3.1;
-            8 in the paper).
+        budget: K, the most latent slots of a segment (8 in the paper); 0 switches latent reasoning off.
         seed: of the noise; the global random state is left alone.
 
     Raises:
-        ValueError: negative budget, or a config whose ids contradict the tokenizer.
+        LatentError: negative budget, or a config whose ids contradict the tokenizer.
     """
     if budget < 0:
-        raise ValueError(f"the latent budget must be 0 or more, got {budget}")
+        raise LatentError(f"the latent budget must be 0 or more, got {budget}")
     tokenizer = getattr(processor, "tokenizer", processor)
     added = [AddedToken(name, special=True, normalized=False) for name in LATENT_TOKENS]
     tokenizer.add_tokens(added, special_tokens=True)  # known tokens are skipped
@@ -63,7 +68,7 @@ def add_latent_tokens(model: Any, processor: Any, budget: int = 8, seed: int = 0
     known = [getattr(model.config, name, None) for name in _CONFIG_NAMES]
     if known != list(ids):
         if any(i is not None for i in known):
-            raise ValueError(
+            raise LatentError(
                 f"config says latent ids {known}, tokenizer says {list(ids)}: load a matching pair"
             )
         if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -83,12 +88,9 @@ def _initialize_rows(model: Any, ids: LatentTokens, seed: int) -> None:
         tables.append(output.weight)
     generator = torch.Generator().manual_seed(seed)
     for table in tables:
-        trained = table[
-            : min(ids)
-        ]  # special tokens come last: what lies below them is the trained vocabulary
+        trained = table[: min(ids)]  # special tokens come last
         mean = trained.mean(0, dtype=torch.float32)
-        scale = (
-            0.1 * trained[:: max(1, len(trained) // 4096)].float().std()
-        )  # a sample: no float32 copy of the table
+        sample = trained[:: max(1, len(trained) // 4096)]  # no float32 copy of the whole table
+        scale = 0.1 * sample.float().std()
         noise = torch.randn(len(ids), table.shape[1], generator=generator).to(mean)
         table[list(ids)] = (mean + scale * noise).to(table)
