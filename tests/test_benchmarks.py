@@ -64,26 +64,26 @@ def touch(path: Path) -> str:
 
 
 def official(name: str, row: Any, text: str) -> float | None:
-    return BENCHMARKS[name].official_score(text, row)
+    return BENCHMARKS[name]().official_score(text, row)
 
 
 @pytest.mark.parametrize("file", ["videomme/test-00000-of-00001.parquet", "Video-MME.json"])
 def test_videomme(tmp_path, file) -> None:
     put(tmp_path / file, [VIDEOMME, {**VIDEOMME, "question_id": "001-2", "answer": "D"}])
     clip = touch(tmp_path / "data" / "fFjv93ACGo8.MP4")
-    rows = BENCHMARKS["videomme"].read(tmp_path)
+    rows = BENCHMARKS["videomme"]().read(tmp_path)
     assert [row.id for row in rows] == ["001-1", "001-2"]
     row = rows[0]
     assert row.video == clip
     assert row.options == ("Apples.", "Candles.", "Berries.", "All three.")
     assert row.answer == "Berries." and answer_text(row) == "C" and row.split == "test"
-    assert {k: row.meta[k] for k in BENCHMARKS["videomme"].groups} == {
+    assert {k: row.meta[k] for k in BENCHMARKS["videomme"]().groups} == {
         "duration": "short",
         "domain": "Knowledge",
         "task_type": "Counting Problem",
     }
     assert row.meta["published_options"][0] == "A. Apples."
-    prompt = BENCHMARKS["videomme"].official_prompt(row)
+    prompt = BENCHMARKS["videomme"]().official_prompt(row)
     assert "\nA. Apples.\nB. Candles.\n" in prompt and prompt.endswith("\nThe best answer is:")
     assert "subtitles" not in prompt
     assert "A. Apples." in build_messages(row.question, row.options)[0]["content"][-1]["text"]
@@ -100,7 +100,7 @@ def test_mvbench_tells_apart_sources_and_cut_clips(tmp_path) -> None:
     clevrer = touch(tmp_path / "video/clevrer/video_validation/video_1.mp4")
     antonym = touch(tmp_path / "video/ssv2_video_mp4/166.mp4")  # converted
     whole = touch(tmp_path / "video/star/Charades_v1_480/ZS9XR.mp4")
-    mvbench = BENCHMARKS["mvbench"]
+    mvbench = BENCHMARKS["mvbench"]()
     rows = {row.meta["task"]: row for row in mvbench.read(tmp_path)}
     assert rows["moving_count"].video == clevrer and rows["moving_count"].answer == "a ball"
     # The clip of the same name is another source's: missing, not mistaken.
@@ -119,10 +119,10 @@ def test_configs_of_parquet_and_equal_candidates(tmp_path) -> None:
     row = {"video": "1.mp4", "question": "Q?", "candidates": ["2", "2", "3"], "answer": "3"}
     put(tmp_path / "object_shuffle/train-00000-of-00001.parquet", [row])
     put(tmp_path / "fetched/questions-action_count.jsonl", [row])
-    (fetched,) = BENCHMARKS["mvbench"].read(tmp_path / "fetched")
+    (fetched,) = BENCHMARKS["mvbench"]().read(tmp_path / "fetched")
     assert fetched.id == "action_count-1"
     (tmp_path / "fetched/questions-action_count.jsonl").unlink()
-    (read,) = BENCHMARKS["mvbench"].read(tmp_path)
+    (read,) = BENCHMARKS["mvbench"]().read(tmp_path)
     assert read.meta["task"] == "object_shuffle" and read.id == "object_shuffle-1"
     assert read.options == ("2 [A]", "2 [B]", "3") and read.answer == "3"
     assert read.meta["published_options"] == ["2", "2", "3"]
@@ -133,7 +133,7 @@ def test_tvbench_finds_its_tasks_folder(tmp_path) -> None:
     put(tmp_path / "json/object_count.json", [row])
     touch(tmp_path / "video/scene_transition/1.mp4")
     clip = touch(tmp_path / "video/object_count/1.mp4")
-    (read,) = BENCHMARKS["tvbench"].read(tmp_path)
+    (read,) = BENCHMARKS["tvbench"]().read(tmp_path)
     assert read.video == clip and read.answer == "Yes"
     assert official("tvbench", read, "a yes") == 0 and official("tvbench", read, "B.") == 1
 
@@ -160,7 +160,7 @@ def tempcompass_files(folder: Path) -> None:
 def test_tempcompass_has_four_tasks_of_which_three_are_matched(tmp_path) -> None:
     tempcompass_files(tmp_path)
     clip = touch(tmp_path / "videos/1034.mp4")
-    tempcompass = BENCHMARKS["tempcompass"]
+    tempcompass = BENCHMARKS["tempcompass"]()
     rows = {row.meta["task"]: row for row in tempcompass.read(tmp_path)}
     assert set(rows) == {"multi-choice", "yes_no", "caption_matching"}
     assert len(tempcompass.read(tmp_path)) == 4
@@ -205,19 +205,19 @@ def test_tempcompass_has_four_tasks_of_which_three_are_matched(tmp_path) -> None
 )
 def test_tempcompass_rules(tmp_path, task, text, score) -> None:
     tempcompass_files(tmp_path)
-    rows = {row.meta["task"]: row for row in BENCHMARKS["tempcompass"].read(tmp_path)}
+    rows = {row.meta["task"]: row for row in BENCHMARKS["tempcompass"]().read(tmp_path)}
     assert official("tempcompass", rows[task], text) == score
 
 
 def test_tempcompass_captions_need_a_judge_and_labels_may_be_letters(tmp_path) -> None:
     tempcompass_files(tmp_path)
-    (caption,) = BENCHMARKS["tempcompass_captioning"].read(tmp_path)
+    (caption,) = BENCHMARKS["tempcompass_captioning"]().read(tmp_path)
     assert caption.options == () and caption.answer == "A. dunking"
     assert official("tempcompass_captioning", caption, "A. dunking") is None
     hub = {"video_id": "7", "dim": "order", "answer": "Sentence B: It rises."}
     hub["question"] = "Which?\nSentence A: It falls.\nSentence B: It rises."
     put(tmp_path / "hub/caption_matching/test-0.parquet", [hub])
-    (row,) = BENCHMARKS["tempcompass"].read(tmp_path / "hub")
+    (row,) = BENCHMARKS["tempcompass"]().read(tmp_path / "hub")
     assert row.options == ("It falls.", "It rises.") and is_correct("sentence b", row)
     assert official("tempcompass", row, "B") == 1 and official("tempcompass", row, "A") == 0
 
@@ -239,10 +239,10 @@ def test_videoespresso(tmp_path, file) -> None:
     put(tmp_path / file, [published])
     clip = touch(tmp_path / "sets/one/clip.mkv")
     touch(tmp_path / "sets/two/clip.mkv")
-    (row,) = BENCHMARKS["videoespresso"].read(tmp_path)
+    (row,) = BENCHMARKS["videoespresso"]().read(tmp_path)
     assert row.video == clip and row.answer == "A dog" and row.options[0] == "Rain"
     assert "SECRET" not in row.model_dump_json()
-    prompt = BENCHMARKS["videoespresso"].official_prompt(row)
+    prompt = BENCHMARKS["videoespresso"]().official_prompt(row)
     assert prompt.startswith("Please finish the Causal Inference task. Question: Why does he run?.")
     assert "(A): Rain(B): A dog" in prompt
     assert official("videoespresso", row, "Based on the video, C") == 1  # its B, of "Based"
@@ -254,19 +254,19 @@ def test_video_holmes_leaves_out_absent_options(tmp_path) -> None:
     put(tmp_path / "test_Video-Holmes.json", [HOLMES, struct])
     put(tmp_path / "train_Video-Holmes.json", [HOLMES] * 3)
     clip = touch(tmp_path / "Benchmark/videos/dGS48Kcax5k.mp4")
-    rows = BENCHMARKS["video_holmes"].read(tmp_path)
+    rows = BENCHMARKS["video_holmes"]().read(tmp_path)
     assert [row.id for row in rows] == ["dGS48Kcax5k-1", "dGS48Kcax5k-2"]
     assert all(len(row.options) == 5 and row.answer == "Strangers" for row in rows)
     assert rows[0].video == clip and rows[0].meta["question_type"] == "SR"
     assert "Explanation" not in rows[0].model_dump_json()
     cropped = touch(tmp_path / "videos_cropped/dGS48Kcax5k.mp4")
-    assert BENCHMARKS["video_holmes"].read(tmp_path)[0].video == cropped
-    prompt = BENCHMARKS["video_holmes"].official_prompt(rows[1])
+    assert BENCHMARKS["video_holmes"]().read(tmp_path)[0].video == cropped
+    prompt = BENCHMARKS["video_holmes"]().official_prompt(rows[1])
     assert "A: Colleagues, B: Twins" in prompt and "None" not in prompt
     gap = {**HOLMES, "Options": {"A": "x", "C": "y"}, "Answer": "C"}
     put(tmp_path / "test_Video-Holmes.json", [gap])
     with pytest.raises(RowError, match="row 1: Options: letters A, C have a gap"):
-        BENCHMARKS["video_holmes"].read(tmp_path)
+        BENCHMARKS["video_holmes"]().read(tmp_path)
 
 
 def test_mmvu_keeps_open_questions_apart(tmp_path) -> None:
@@ -282,15 +282,15 @@ def test_mmvu_keeps_open_questions_apart(tmp_path) -> None:
     put(tmp_path / "validation.json", [MMVU, open_ended])
     clip = touch(tmp_path / "videos/Art/0.mp4")
     touch(tmp_path / "videos/Law/0.mp4")
-    (choice,) = BENCHMARKS["mmvu"].read(tmp_path)
-    (free,) = BENCHMARKS["mmvu_open"].read(tmp_path)
+    (choice,) = BENCHMARKS["mmvu"]().read(tmp_path)
+    (free,) = BENCHMARKS["mmvu_open"]().read(tmp_path)
     assert choice.video == free.video == clip
     assert choice.answer == "Oligopoly" and free.options == () and free.answer == "Dolly Zoom"
     # By the metadata's subject, not by the folder.
     assert choice.meta["discipline"] == "Humanities and Social Science"
     assert free.meta["discipline"] == "Engineering" and "SECRET" not in free.model_dump_json()
-    assert "A: Monopoly\nB: Oligopoly\n" in BENCHMARKS["mmvu"].official_prompt(choice)
-    assert BENCHMARKS["mmvu_open"].official_prompt(free).endswith("the final short answer.")
+    assert "A: Monopoly\nB: Oligopoly\n" in BENCHMARKS["mmvu"]().official_prompt(choice)
+    assert BENCHMARKS["mmvu_open"]().official_prompt(free).endswith("the final short answer.")
     for text in ("", "o", "zoom", "not a Dolly Zoom"):
         assert official("mmvu_open", free, text) == 1 and not is_correct(text, free)
     assert official("mmvu_open", free, "a tracking shot") is None  # a judge's
@@ -300,7 +300,7 @@ def test_tomato_answers_are_indices_and_vsi_numbers_are_graded(tmp_path) -> None
     tomato = {"id": 7, "question": "Which way?", "options": ["Left", "Right"], "answer": 1}
     tomato |= {"video_path": "object/1.mp4", "reason_type": "rotation", "demonstration_type": "o"}
     put(tmp_path / "t/test-0.parquet", [tomato])
-    (row,) = BENCHMARKS["tomato"].read(tmp_path / "t")
+    (row,) = BENCHMARKS["tomato"]().read(tmp_path / "t")
     assert row.answer == "Right" and row.id == "7"
     assert official("tomato", row, "no idea") == 0  # taken as A
     vsi = {"id": 1, "dataset": "scannet", "scene_name": "scene0"}
@@ -314,7 +314,7 @@ def test_tomato_answers_are_indices_and_vsi_numbers_are_graded(tmp_path) -> None
         ],
     )
     clip = touch(tmp_path / "v/scannet/scene0.mp4")
-    choice, number = BENCHMARKS["vsibench"].read(tmp_path / "v")
+    choice, number = BENCHMARKS["vsibench"]().read(tmp_path / "v")
     assert choice.video == number.video == clip
     assert (choice.meta["kind"], choice.answer) == ("object_rel_direction", "sofa")
     assert official("vsibench", choice, "b. sofa") == 1 and official("vsibench", choice, "(B)") == 0
@@ -324,10 +324,10 @@ def test_tomato_answers_are_indices_and_vsi_numbers_are_graded(tmp_path) -> None
 
 @pytest.mark.parametrize("name", list(BENCHMARKS))
 def test_a_folder_without_the_files_says_what_to_download(tmp_path, name) -> None:
-    hub = BENCHMARKS[name].hub
+    hub = BENCHMARKS[name]().hub
     assert hub is not None
     with pytest.raises(FileNotFoundError, match=f"download the data set {hub.repository}"):
-        BENCHMARKS[name].read(tmp_path)
+        BENCHMARKS[name]().read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -350,11 +350,11 @@ def test_a_row_that_does_not_fit_is_named(tmp_path, change, message) -> None:
         broken |= change
     file = put(tmp_path / "videomme.json", [VIDEOMME, broken])
     with pytest.raises(RowError, match=message) as caught:
-        BENCHMARKS["videomme"].read(tmp_path)
+        BENCHMARKS["videomme"]().read(tmp_path)
     assert str(file) in str(caught.value)
     file.write_text("[{")
     with pytest.raises(RowError, match="not JSON"):
-        BENCHMARKS["videomme"].read(tmp_path)
+        BENCHMARKS["videomme"]().read(tmp_path)
 
 
 def test_videos_are_found_at_any_depth_with_any_suffix(tmp_path) -> None:
@@ -405,5 +405,5 @@ def test_download_writes_what_read_reads(tmp_path, monkeypatch) -> None:
     hub = Hub(str(tmp_path / "hub/videomme"))
     (written,) = hub.download(tmp_path / "local")
     assert written.name == "questions-test.jsonl"
-    (row,) = BENCHMARKS["videomme"].read(tmp_path / "local")
+    (row,) = BENCHMARKS["videomme"]().read(tmp_path / "local")
     assert (row.answer, row.meta["domain"]) == ("Berries.", "Knowledge")

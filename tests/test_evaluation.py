@@ -17,7 +17,7 @@ from storm_vlm.cli.main import app
 from storm_vlm.data.prompt import option_letter
 from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.data.video import VideoError
-from storm_vlm.evaluation.controls import CONTROLS, without_evidence
+from storm_vlm.evaluation.controls import CONTROLS
 from storm_vlm.evaluation.exam import Exam, evaluate
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import Run
@@ -61,17 +61,17 @@ def test_controls_take_the_evidence_away(storm, reasoning_rows) -> None:
     row = reasoning_rows[0]
     clip = FRAMES.read(row)
     assert clip is not None
-    shown = {c: without_evidence(row, c, FRAMES, row.id).video for c in CONTROLS[:4]}
+    shown = {c: CONTROLS[c]().question(row, FRAMES, row.id).video for c in list(CONTROLS)[:4]}
     assert shown["text_only"] is None
     assert (shown["reversed_frames"].frames == clip.frames[::-1]).all()
     assert (shown["one_frame"].frames == clip.frames[-1]).all()
     shuffled = shown["shuffled_frames"].frames
     assert (shuffled != clip.frames).any()
     assert sorted(f.tobytes() for f in shuffled) == sorted(f.tobytes() for f in clip.frames)
-    again = without_evidence(row, "shuffled_frames", FRAMES, row.id).video
+    again = CONTROLS["shuffled_frames"]().question(row, FRAMES, row.id).video
     assert (again.frames == shuffled).all()  # drawn by the row's id
     plain = outcomes(evaluate(Latent(storm), reasoning_rows, FRAMES))
-    for control in CONTROLS[:4]:
+    for control in list(CONTROLS)[:4]:
         records = evaluate(Latent(storm), reasoning_rows, FRAMES, 8, control)
         assert [r.id for r in records] == [row.id for row in reasoning_rows]
         assert outcomes(records) != plain, control

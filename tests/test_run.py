@@ -12,7 +12,8 @@ from scripted_endpoint import serving
 
 from storm_vlm import StormPipeline
 from storm_vlm.data.row import read_rows, write_rows
-from storm_vlm.evaluation.benchmarks import find_benchmark
+from storm_vlm.errors import StormError
+from storm_vlm.evaluation.benchmarks import BENCHMARKS
 from storm_vlm.evaluation.exam import Exam
 from storm_vlm.evaluation.run_folder import RunError, read_records, read_run, summarize
 from storm_vlm.evaluation.runner import run
@@ -114,8 +115,10 @@ def test_what_does_not_apply_is_refused(rows_file, tmp_path) -> None:
         exam(rows_file, control="permuted_options")
     with pytest.raises(RunError, match="published order"):
         Exam(read_rows(rows_file), FRAMES, None, "permuted_options", "official").check(rows_file)
-    with pytest.raises(RunError, match="no benchmark is called 'nonsense'"):
-        find_benchmark("nonsense")
+    with pytest.raises(
+        StormError, match="benchmarks: there is no 'nonsense'; choose from videomme,"
+    ):
+        BENCHMARKS["nonsense"]
 
 
 def storm_evaluate(*arguments: object, launcher: tuple[str, ...] = ()) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, reduce
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -23,16 +24,15 @@ class Registry(Mapping[str, Part], Generic[Part]):
     Another package adds its own by an entry point of the group ``storm_vlm.<kind>``, or at run time::
 
         @GENERATORS.register("mine")
-        class Mine: ...
+        class Mine(Generator): ...
 
     Config validation, command-line help and docs read the names from here.
     """
 
-    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, builtin: Mapping[str, str] | None = None) -> None:
         """``kind``: a plural noun, e.g. "generators". ``builtin``: where ours are, name to "module:attribute"."""
         self.kind = kind
-        self._places: dict[str, str] | None = None
-        self._builtin = dict(builtin)
+        self._builtin = dict(builtin or {})
         self._parts: dict[str, Part] = {}
 
     def register(self, name: str) -> Callable[[Registered], Registered]:
@@ -46,42 +46,38 @@ class Registry(Mapping[str, Part], Generic[Part]):
 
         return add
 
+    def check(self, name: str) -> str:
+        """The name itself, for a pydantic ``AfterValidator``. Raises UnknownNameError."""
+        if name not in self:
+            names = ", ".join(self)
+            raise UnknownNameError(f"{self.kind}: there is no {name!r}; choose from {names}")
+        return name
+
     def __getitem__(self, name: str) -> Part:
-        """Raises UnknownNameError."""
-        if name not in self._parts:
-            if name not in self._where():
-                raise UnknownNameError(
-                    f"{self.kind}: there is no {name!r}; choose from {', '.join(self)}"
-                )
-            module, _, attribute = self._where()[name].partition(":")
-            found: Any = import_module(module)
-            for step in attribute.split("."):
-                found = getattr(found, step)
-            self._parts[name] = found
+        """Raises UnknownNameError, and StormError for a part that cannot be imported."""
+        if self.check(name) not in self._parts:
+            module, _, attributes = self._places[name].partition(":")
+            try:
+                part: Any = reduce(getattr, attributes.split("."), import_module(module))
+            except (ImportError, AttributeError) as error:
+                raise StormError(
+                    f"{self.kind}: {name!r} cannot be imported from {self._places[name]} ({error}): mend or remove "
+                    "the package that brings it"
+                ) from error
+            self._parts[name] = part
         return self._parts[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._parts or name in self._where()
+        return name in self._parts or name in self._places
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._where(), *self._parts]))
+        return iter(dict.fromkeys([*self._builtin, *self._parts, *self._places]))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    def check(self, name: str) -> str:
-        """The name itself, for a pydantic ``AfterValidator``. Raises UnknownNameError."""
-        if name not in self:
-            raise UnknownNameError(
-                f"{self.kind}: there is no {name!r}; choose from {', '.join(self)}"
-            )
-        return name
-
-    def _where(self) -> dict[str, str]:
-        """Ours first: no other package can take a name of ours away."""
-        if self._places is None:
-            others = {
-                point.name: point.value for point in entry_points(group=f"storm_vlm.{self.kind}")
-            }
-            self._places = others | self._builtin
-        return self._places
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        """Ours count before those of others: no other package can take a name of ours away."""
+        points = entry_points(group=f"storm_vlm.{self.kind}")
+        return {point.name: point.value for point in points} | self._builtin

@@ -12,6 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from storm_vlm.cli.analyze import print_reliance
+from storm_vlm.cli.names import names
+from storm_vlm.evaluation.benchmarks import BENCHMARKS
+from storm_vlm.evaluation.controls import CONTROLS
+from storm_vlm.inference.reasoners import REASONERS, build_reasoner, default_reasoner
 
 if TYPE_CHECKING:
     from storm_vlm.evaluation.exam import Exam
@@ -22,7 +26,10 @@ app = typer.Typer()
 bench = typer.Typer()
 console = Console()
 errors = Console(stderr=True)
-Name = Literal["latent", "direct", "cot", "grounded_cot", "tools"]
+BenchmarkName = Annotated[
+    str | None,
+    typer.Option(**names(BENCHMARKS, "Which one the folder holds:")),
+]
 
 
 @app.command()
@@ -34,17 +41,21 @@ def evaluate(
         Path,
         typer.Argument(help="A JSONL file of rows, or the folder of a published benchmark."),
     ],
-    benchmark: Annotated[str | None, typer.Option(help="Which one the folder holds.")] = None,
+    benchmark: BenchmarkName = None,
     reasoner: Annotated[
-        Name | None, typer.Option(help="Default: latent for a checkpoint with slots, else direct.")
+        str | None,
+        typer.Option(
+            **names(REASONERS, "Default: latent for a checkpoint with slots, else direct. Of:")
+        ),
     ] = None,
     base_url: Annotated[
         str | None, typer.Option(help="Of an OpenAI-compatible server, ending in /v1.")
     ] = None,
     control: Annotated[
-        Literal["text_only", "one_frame", "shuffled_frames", "reversed_frames", "permuted_options"]
-        | None,
-        typer.Option(help="Take away what a model that watches the video would need."),
+        str | None,
+        typer.Option(
+            **names(CONTROLS, "Take away what a model that watches the video would need:")
+        ),
     ] = None,
     prompt: Annotated[
         Literal["ours", "official"], typer.Option(help="official: the benchmark's own text.")
@@ -86,7 +97,6 @@ def evaluate(
     from storm_vlm.evaluation.runner import distributed, run
     from storm_vlm.inference.frames import Frames
     from storm_vlm.inference.pipeline import DEFAULT_FRAMES, StormPipeline
-    from storm_vlm.inference.reasoners import build_reasoner, default_reasoner
     from storm_vlm.inference.remote_chat import RemoteChat
 
     state = distributed()
@@ -173,7 +183,7 @@ def lmms_task(
         typer.Argument(help="A JSONL file of rows, or the folder of a published benchmark."),
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write, for lmms-eval's --include_path.")],
-    benchmark: Annotated[str | None, typer.Option(help="Which one the folder holds.")] = None,
+    benchmark: BenchmarkName = None,
     prompt: Annotated[Literal["ours", "official"], typer.Option(help="As for evaluate.")] = "ours",
 ) -> None:
     """Make rows or a benchmark a task of lmms-eval, with our scorer; it needs no hub."""

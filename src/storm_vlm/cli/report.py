@@ -14,6 +14,10 @@ from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from storm_vlm.cli.names import names
+from storm_vlm.errors import StormError
+from storm_vlm.evaluation.benchmarks import BENCHMARKS
+
 if TYPE_CHECKING:
     from storm_vlm.evaluation.cells import Table
 
@@ -103,13 +107,13 @@ def _printed(table: Table) -> RichTable:
 
 @app.command()
 def download(
-    benchmark: Annotated[str, typer.Argument(help="videomme, mvbench, tempcompass …")],
+    benchmark: Annotated[str, typer.Argument(**names(BENCHMARKS))],
     folder: Annotated[Path, typer.Argument(help="Where to; videos are to be unpacked there.")],
 ) -> None:
     """Fetch a benchmark's questions from the hub (not its videos)."""
-    from storm_vlm.evaluation.benchmarks import find_benchmark
-
-    hub = find_benchmark(benchmark).hub
+    hub = getattr(BENCHMARKS[benchmark], "hub", None)
+    if hub is None:
+        raise StormError(f"{benchmark} does not say where its questions are published")
     for written in hub.download(folder):
         console.print(f"wrote {written}")
     console.print(f"now unpack the videos of {hub.repository} into {folder}, at any depth")

@@ -2,43 +2,96 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from storm_vlm.data.collator import Question
-from storm_vlm.data.row import Row
-from storm_vlm.data.video import Clip
-from storm_vlm.inference.frames import Asked, Frames
+from storm_vlm.registry import Registry
 
-Control = Literal[
-    "text_only", "one_frame", "shuffled_frames", "reversed_frames", "permuted_options"
-]
-CONTROLS: tuple[Control, ...] = get_args(Control)
+if TYPE_CHECKING:
+    from storm_vlm.data.row import Row
+    from storm_vlm.data.video import Clip
+    from storm_vlm.inference.frames import Asked, Frames
 
 
-def permute_options(row: Row) -> Row:
-    """The same question with its options in another order, drawn by the row's id."""
-    order = random.Random(row.id).sample(row.options, len(row.options))
-    return row.model_copy(update={"options": tuple(order)})
+class Control:
+    """Changes the row, before it is posed and scored, or the question that is posed. Made without arguments."""
+
+    PERMUTES_OPTIONS: ClassVar[bool] = False  #: needs rows with options, in our own prompt
+
+    def row(self, row: Row) -> Row:
+        """The row as it is scored."""
+        return row
+
+    def question(self, question: Asked, frames: Frames, seed: str) -> Asked:
+        """The question as it is put. Raises VideoError."""
+        return question
 
 
-def without_evidence(asked: Asked, control: Control, frames: Frames, seed: str) -> Asked:
-    """The question without its video, with its last frame only, or with its frames in another order.
+CONTROLS: Registry[type[Control]] = Registry("controls")
 
-    The number of frames stays, and the times at which they are shown. Raises VideoError.
-    """
-    if control == "text_only":
-        return Question(None, asked.question, asked.options)
-    clip = frames.read(asked)
-    if clip is None or control == "permuted_options":
-        return asked
-    count = len(clip.frames)
-    order = {
-        "one_frame": np.full(count, count - 1),
-        "shuffled_frames": np.array(random.Random(seed).sample(range(count), count)),
-        "reversed_frames": np.arange(count)[::-1],
-    }[control]
-    shown = Clip(clip.frames[order], clip.timestamps, clip.path)
-    return Question(shown, asked.question, asked.options, asked.start, asked.end)
+
+@CONTROLS.register("text_only")
+class TextOnly(Control):
+    """Without the video."""
+
+    def question(self, question: Asked, frames: Frames, seed: str) -> Asked:
+        return _about(question, None)
+
+
+class _FrameOrder(Control):
+    """Other frames at the same times; their number stays."""
+
+    def question(self, question: Asked, frames: Frames, seed: str) -> Asked:
+        clip = frames.read(question)
+        if clip is None:
+            return question
+        order = self.order(len(clip.frames), seed)
+        return _about(question, dataclasses.replace(clip, frames=clip.frames[order]))
+
+    def order(self, count: int, seed: str) -> np.ndarray:
+        """The index of the frame that is shown at each of `count` times."""
+        raise NotImplementedError
+
+
+@CONTROLS.register("one_frame")
+class OneFrame(_FrameOrder):
+    """The last one all the time."""
+
+    def order(self, count: int, seed: str) -> np.ndarray:
+        return np.full(count, count - 1)
+
+
+@CONTROLS.register("shuffled_frames")
+class ShuffledFrames(_FrameOrder):
+    """In an order drawn by the seed, the row's id."""
+
+    def order(self, count: int, seed: str) -> np.ndarray:
+        return np.array(random.Random(seed).sample(range(count), count))
+
+
+@CONTROLS.register("reversed_frames")
+class ReversedFrames(_FrameOrder):
+    """The last one first."""
+
+    def order(self, count: int, seed: str) -> np.ndarray:
+        return np.arange(count)[::-1]
+
+
+@CONTROLS.register("permuted_options")
+class PermutedOptions(Control):
+    """The options in another order, drawn by the row's id."""
+
+    PERMUTES_OPTIONS = True
+
+    def row(self, row: Row) -> Row:
+        order = random.Random(row.id).sample(row.options, len(row.options))
+        return row.model_copy(update={"options": tuple(order)})
+
+
+def _about(question: Asked, clip: Clip | None) -> Asked:
+    from storm_vlm.data.collator import Question  # needs torch, which the controls' names do not
+
+    return Question(clip, question.question, question.options, question.start, question.end)

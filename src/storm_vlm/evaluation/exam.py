@@ -14,8 +14,8 @@ from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import VideoError
-from storm_vlm.evaluation.benchmarks import Benchmark, find_benchmark
-from storm_vlm.evaluation.controls import Control, permute_options, without_evidence
+from storm_vlm.evaluation.benchmarks import BENCHMARKS, Benchmark
+from storm_vlm.evaluation.controls import CONTROLS, Control
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import RunError
 from storm_vlm.inference.chat import RefusedError
@@ -31,7 +31,7 @@ class Exam:
     rows: Sequence[Row]
     frames: Frames
     benchmark: Benchmark | None = None
-    control: Control | None = None
+    control: str | None = None  #: a name in `CONTROLS`
     prompt: Literal["ours", "official"] = "ours"
 
     @classmethod
@@ -42,7 +42,7 @@ class Exam:
             RunError: a folder without a benchmark, an unknown one; a prompt or a control that does not apply.
             RowError, OSError: bad data.
         """
-        found = find_benchmark(benchmark) if benchmark else None
+        found = BENCHMARKS[benchmark]() if benchmark else None
         if found is None and source.is_dir():
             raise RunError(
                 f"{source} is a folder: name its benchmark (--benchmark), or give a file of rows"
@@ -56,18 +56,19 @@ class Exam:
         """Raises RunError for a prompt or a control that does not apply to these rows."""
         if not self.rows:
             raise RunError(f"{source} holds no row")
-        if self.prompt == "official" and self.control == "permuted_options":
+        permuted = self._control.PERMUTES_OPTIONS
+        if self.prompt == "official" and permuted:
             raise RunError(
                 "the official prompt has the published order of options: use --prompt ours"
             )
         if self.prompt == "official" and self.benchmark is None:
             raise RunError("a file of rows has no official prompt: name its benchmark")
-        if self.control == "permuted_options" and not any(row.options for row in self.rows):
+        if permuted and not any(row.options for row in self.rows):
             raise RunError(f"{source} has no options to permute")
 
     def shown(self, row: Row) -> Row:
         """The row as it is scored."""
-        return permute_options(row) if self.control == "permuted_options" else row
+        return self._control.row(row)
 
     def question(self, row: Row) -> Asked:
         """The row with our prompt, or the benchmark's text."""
@@ -77,10 +78,7 @@ class Exam:
 
     def asked(self, row: Row) -> Asked:
         """The question as it is put. Raises VideoError."""
-        question = self.question(row)
-        if self.control is None or self.control == "permuted_options":
-            return question
-        return without_evidence(question, self.control, self.frames, row.id)
+        return self._control.question(self.question(row), self.frames, row.id)
 
     def record(self, row: Row, reply: Reply | None, error: str | None) -> Record:
         """Scored."""
@@ -101,6 +99,10 @@ class Exam:
             official=official,
             error=error,
         )
+
+    @property
+    def _control(self) -> Control:
+        return CONTROLS[self.control]() if self.control else Control()
 
     def fingerprint(self) -> str:
         """Of the rows, wherever their videos lie."""
@@ -136,7 +138,7 @@ def evaluate(
     rows: Sequence[Row],
     frames: Frames,
     batch_size: int = 32,
-    control: Control | None = None,
+    control: str | None = None,
 ) -> list[Record]:
     """Records of a few rows, in memory. Raises VideoError for a clip that cannot be read."""
     exam = Exam(rows, frames, control=control)

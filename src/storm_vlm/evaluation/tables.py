@@ -9,27 +9,12 @@ from typing import Any
 
 import yaml
 
+from storm_vlm.evaluation.benchmarks import BENCHMARKS, GENERAL, REASONING
 from storm_vlm.evaluation.cells import Cell, Line, Table, estimated, percent, signed, span
 from storm_vlm.evaluation.compare import SHUFFLED, overall, survives_shuffling
 from storm_vlm.evaluation.records import Reliance
 from storm_vlm.evaluation.run_folder import Run, summarize
 
-TITLES = {
-    "videomme": "VideoMME",
-    "mvbench": "MVBench",
-    "tempcompass": "TempCompass",
-    "videoespresso": "VideoEspresso",
-    "video_holmes": "Video-Holmes",
-    "mmvu": "MMVU",
-    "mmvu_open": "MMVU, open",
-    "tvbench": "TVBench",
-    "tomato": "TOMATO",
-    "vsibench": "VSI-Bench",
-}
-LAYOUT = {
-    "Table 1: general video understanding": ("videomme", "mvbench", "tempcompass"),
-    "Table 2: video reasoning": ("videoespresso", "video_holmes", "mmvu"),
-}
 PHASES = ("decode", "vision", "prefill", "latent", "answer", "tool")
 PAPER_FILE = Path(__file__).with_name("paper_tables.yaml")
 
@@ -48,7 +33,7 @@ class Measured:
     @property
     def benchmarks(self) -> list[str]:
         measured = {benchmark for _, benchmark, _ in self.runs}
-        return [b for b in TITLES if b in measured] + sorted(measured - TITLES.keys())
+        return [b for b in BENCHMARKS if b in measured] + sorted(measured - BENCHMARKS.keys())
 
     def get(self, system: str, benchmark: str, control: str = "") -> dict[str, Any] | None:
         return self.summaries.get((system, benchmark, control))
@@ -70,8 +55,9 @@ def measure(runs: Sequence[Run]) -> Measured:
 def build_tables(measured: Measured, with_paper: bool = False) -> list[Table]:
     """The paper's Tables 1, 2 and 4 with our lines; gains, controls, latent reliance and categories."""
     paper = yaml.safe_load(PAPER_FILE.read_text(encoding="utf-8")) if with_paper else {}
-    tables = [_main(measured, title, names, paper) for title, names in LAYOUT.items()]
-    others = [b for b in measured.benchmarks if not any(b in names for names in LAYOUT.values())]
+    layout = {caption: _columns(caption) for caption in (GENERAL, REASONING)}
+    tables = [_main(measured, caption, names, paper) for caption, names in layout.items()]
+    others = [b for b in measured.benchmarks if not any(b in names for names in layout.values())]
     tables.append(_main(measured, "Other benchmarks", tuple(others), {}))
     tables += [_gains(measured), _controls(measured), _reliance(measured)]
     tables.append(_latency(measured, paper))
@@ -80,7 +66,12 @@ def build_tables(measured: Measured, with_paper: bool = False) -> list[Table]:
 
 
 def title(benchmark: str) -> str:
-    return TITLES.get(benchmark, benchmark)
+    return BENCHMARKS[benchmark].title if benchmark in BENCHMARKS else benchmark
+
+
+def _columns(caption: str) -> tuple[str, ...]:
+    """The benchmarks of one of the paper's tables."""
+    return tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.table == caption)
 
 
 def _name(system: str) -> Cell:

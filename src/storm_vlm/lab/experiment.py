@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 from storm_vlm.analysis.reliance import KINDS, tamper
 from storm_vlm.data.atomic_write import in_one_step
 from storm_vlm.data.row import Row, read_rows, write_rows
-from storm_vlm.evaluation.controls import Control
 from storm_vlm.evaluation.exam import evaluate
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.statistics import accuracy, mean_over_seeds, paired_difference
@@ -41,7 +40,7 @@ from storm_vlm.training.config import load_config
 from storm_vlm.training.train import train
 from storm_vlm.versions import commit, versions
 
-CONTROLS: tuple[Control, ...] = ("text_only", "one_frame", "shuffled_frames")
+CONTROLS: tuple[str, ...] = ("text_only", "one_frame", "shuffled_frames")
 MICRO_CONFIGS = Path(__file__).parent / "configs"
 LONGEST_ANSWER = 128  # tokens; a chain of thought has about 90
 DEEP_LAYERS = 6

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar
 
-from storm_vlm.data.row import Row
-from storm_vlm.evaluation.benchmarks.mmvu import MMVU
-from storm_vlm.evaluation.benchmarks.mvbench import MVBench, TVBench
-from storm_vlm.evaluation.benchmarks.published import Hub
-from storm_vlm.evaluation.benchmarks.tempcompass import TempCompass
-from storm_vlm.evaluation.benchmarks.tomato import Tomato
-from storm_vlm.evaluation.benchmarks.video_holmes import VideoHolmes
-from storm_vlm.evaluation.benchmarks.videoespresso import VideoEspresso
-from storm_vlm.evaluation.benchmarks.videomme import VideoMME
-from storm_vlm.evaluation.benchmarks.vsibench import VSIBench
-from storm_vlm.evaluation.run_folder import RunError
+from storm_vlm.registry import Registry
+
+if TYPE_CHECKING:
+    from storm_vlm.data.row import Row
+    from storm_vlm.evaluation.benchmarks.published import Hub
+
+GENERAL = "Table 1: general video understanding"
+REASONING = "Table 2: video reasoning"
 
 
-class Benchmark(Protocol):
-    """Where a benchmark differs from a file of rows."""
+class Benchmark(ABC):
+    """Where a benchmark differs from a file of rows. Made without arguments."""
 
-    name: str
-    groups: tuple[str, ...]  #: keys of `Row.meta` that accuracy is broken down by
+    name: ClassVar[str]  #: in the registry, too
+    title: ClassVar[str]  #: of its column in a report
+    table: ClassVar[str | None] = None  #: of the paper, that its column belongs to
+    groups: ClassVar[tuple[str, ...]] = ()  #: keys of `Row.meta` that accuracy is broken down by
+    hub: ClassVar[Hub]  #: where its questions are published; left out, they cannot be downloaded
 
-    @property
-    def hub(self) -> Hub:
-        """Where its questions are published."""
-        ...
-
+    @abstractmethod
     def read(self, folder: Path) -> list[Row]:
         """Rows (split "test", absolute video paths) from the published files in `folder`.
 
@@ -36,37 +33,31 @@ class Benchmark(Protocol):
             RowError: a published row that does not fit; names file, place and field.
             FileNotFoundError: the published file is not there; names what to download.
         """
-        ...
 
     def official_prompt(self, row: Row) -> str:
-        """The text that the benchmark's own harness asks with."""
-        ...
+        """The text that the benchmark's own harness asks with; without one, ours."""
+        from storm_vlm.data.prompt import question_text
+
+        return question_text(row.question, row.options)
 
     def official_score(self, text: str, row: Row) -> float | None:
-        """0 to 1 by the benchmark's own rule, quirks included; None where it needs a judge."""
-        ...
+        """0 to 1 by the benchmark's own rule, quirks included; None where there is none, or it needs a judge."""
+        return None
 
 
-_ALL: tuple[Benchmark, ...] = (
-    VideoMME(),
-    MVBench(),
-    TempCompass(),
-    TempCompass("tempcompass_captioning", ("captioning",)),
-    VideoEspresso(),
-    VideoHolmes(),
-    MMVU(),
-    MMVU("mmvu_open", "open-ended"),
-    TVBench(),
-    Tomato(),
-    VSIBench(),
+BENCHMARKS: Registry[type[Benchmark]] = Registry(
+    "benchmarks",
+    {
+        "videomme": f"{__name__}.videomme:VideoMME",
+        "mvbench": f"{__name__}.mvbench:MVBench",
+        "tempcompass": f"{__name__}.tempcompass:TempCompass",
+        "tempcompass_captioning": f"{__name__}.tempcompass:TempCompassCaptioning",
+        "videoespresso": f"{__name__}.videoespresso:VideoEspresso",
+        "video_holmes": f"{__name__}.video_holmes:VideoHolmes",
+        "mmvu": f"{__name__}.mmvu:MMVU",
+        "mmvu_open": f"{__name__}.mmvu:MMVUOpen",
+        "tvbench": f"{__name__}.mvbench:TVBench",
+        "tomato": f"{__name__}.tomato:Tomato",
+        "vsibench": f"{__name__}.vsibench:VSIBench",
+    },
 )
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
-
-
-def find_benchmark(name: str) -> Benchmark:
-    """The published benchmark of that name. Raises RunError, which names those there are."""
-    if name not in BENCHMARKS:
-        raise RunError(
-            f"no benchmark is called {name!r}: choose from {', '.join(sorted(BENCHMARKS))}"
-        )
-    return BENCHMARKS[name]

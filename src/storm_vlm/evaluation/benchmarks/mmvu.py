@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 from storm_vlm.data.row import Row
+from storm_vlm.evaluation.benchmarks import REASONING, Benchmark
 from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
 from storm_vlm.evaluation.scoring import mmvu_lmms_eval
 
@@ -22,26 +23,25 @@ _OF_SUBJECT = {
 }
 
 
-class MMVU:
-    groups: tuple[str, ...] = ("discipline", "subject")
+class MMVU(Benchmark):
+    name = "mmvu"
+    title = "MMVU"
+    table: ClassVar[str | None] = REASONING
+    groups = ("discipline", "subject")
     hub = Hub("yale-nlp/MMVU", split="validation")
-
-    def __init__(
-        self, name: str = "mmvu", kind: Literal["multiple-choice", "open-ended"] = "multiple-choice"
-    ) -> None:
-        self.name, self.kind = name, kind
+    KIND: ClassVar[str] = "multiple-choice"
 
     def read(self, folder: Path) -> list[Row]:
         """Rows of one kind. Rationale and textbook stay behind; the subject is the metadata's, not the folder's."""
         videos = Videos(folder)
 
         def convert(published: dict[str, Any], file: Path, number: int) -> Row | None:
-            if published["question_type"] != self.kind:
+            if published["question_type"] != self.KIND:
                 return None
             url = published.get("video_path") or published["video"]
             options: tuple[str, ...] = ()
             answer = published["answer"]
-            if self.kind == "multiple-choice":
+            if self.KIND == "multiple-choice":
                 options = bare([v for _, v in sorted(published["choices"].items()) if v])
                 answer = options[index_of(answer, options)]
             subject = published["metadata"]["subject"].replace("_", " ")
@@ -75,3 +75,12 @@ class MMVU:
     def official_score(self, text: str, row: Row) -> float | None:
         """lmms-eval's rule: MMVU's own script asks GPT-4o about every answer."""
         return mmvu_lmms_eval(text, row)
+
+
+class MMVUOpen(MMVU):
+    """The open questions."""
+
+    name = "mmvu_open"
+    title = "MMVU, open"
+    table = None
+    KIND = "open-ended"

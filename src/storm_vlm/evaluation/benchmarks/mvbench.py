@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.data.row import Row
+from storm_vlm.evaluation.benchmarks import GENERAL, Benchmark
 from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, lettered, read_published
 from storm_vlm.evaluation.scoring import mvbench_original, tvbench_lmms_eval
 
@@ -41,9 +42,11 @@ TVBENCH_TASKS = (
 )
 
 
-class MVBench:
+class MVBench(Benchmark):
     name = "mvbench"
-    groups: tuple[str, ...] = ("task",)
+    title = "MVBench"
+    table = GENERAL
+    groups = ("task",)
     hub = Hub("OpenGVLab/MVBench", tuple(FOLDERS), split="train", revision="video")
 
     def read(self, folder: Path) -> list[Row]:
@@ -80,9 +83,10 @@ class MVBench:
         return mvbench_original(text, row)
 
 
-class TVBench:
+class TVBench(Benchmark):
     name = "tvbench"
-    groups: tuple[str, ...] = ("task",)
+    title = "TVBench"
+    groups = ("task",)
     hub = Hub("FunAILab/TVBench", TVBENCH_TASKS, split="train")
 
     def read(self, folder: Path) -> list[Row]:

@@ -6,13 +6,13 @@ Three can be matched (5,536 questions, `tempcompass`); captions need a judge (2,
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from storm_vlm.data.row import Row
+from storm_vlm.evaluation.benchmarks import GENERAL, Benchmark
 from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, read_published
 from storm_vlm.evaluation.scoring import tempcompass
 
-MATCHED = ("multi-choice", "yes_no", "caption_matching")
 POST_PROMPTS = {
     "multi-choice": "\nPlease directly give the best option:",
     "yes_no": "\nPlease answer yes or no:",
@@ -21,21 +21,22 @@ POST_PROMPTS = {
 }
 
 
-class TempCompass:
+class TempCompass(Benchmark):
     """Yes or no, and which caption matches, are posed as options, so that one scorer serves all."""
 
-    groups: tuple[str, ...] = ("task", "dim")
-
-    def __init__(self, name: str = "tempcompass", tasks: tuple[str, ...] = MATCHED) -> None:
-        self.name, self.tasks = name, tasks
-        self.hub = Hub("lmms-lab/TempCompass", tasks)
+    name = "tempcompass"
+    title = "TempCompass"
+    table: ClassVar[str | None] = GENERAL
+    groups = ("task", "dim")
+    TASKS: ClassVar[tuple[str, ...]] = ("multi-choice", "yes_no", "caption_matching")
+    hub = Hub("lmms-lab/TempCompass", TASKS)
 
     def read(self, folder: Path) -> list[Row]:
         videos = Videos(folder)
 
         def convert(published: dict[str, Any], file: Path, number: int) -> list[Row]:
             names = (file.stem.removeprefix("questions-"), file.parent.name)
-            task = next((name for name in names if name in self.tasks), None)
+            task = next((name for name in names if name in self.TASKS), None)
             if task is None:
                 return []
             return [
@@ -54,6 +55,16 @@ class TempCompass:
         """None: what the rules cannot match goes to a judge, as every caption does."""
         lines = row.meta["published_question"].split("\n")[1:]
         return tempcompass(text, row.meta["task"], row.meta["published_answer"], lines)
+
+
+class TempCompassCaptioning(TempCompass):
+    """The captions."""
+
+    name = "tempcompass_captioning"
+    title = "TempCompass, captions"
+    table = None
+    TASKS = ("captioning",)
+    hub = Hub("lmms-lab/TempCompass", TASKS)
 
 
 def _flat(published: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

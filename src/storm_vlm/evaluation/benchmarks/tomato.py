@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.data.row import Row
+from storm_vlm.evaluation.benchmarks import Benchmark
 from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, read_published
 from storm_vlm.evaluation.scoring import tomato_lmms_eval
 
 
-class Tomato:
+class Tomato(Benchmark):
     name = "tomato"
-    groups: tuple[str, ...] = ("reason_type", "demonstration_type")
+    title = "TOMATO"
+    groups = ("reason_type", "demonstration_type")
     hub = Hub("lmms-eval/TOMATO")
 
     def read(self, folder: Path) -> list[Row]:

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.data.row import Row
+from storm_vlm.evaluation.benchmarks import REASONING, Benchmark
 from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
 from storm_vlm.evaluation.scoring import video_holmes_official
 
 
-class VideoHolmes:
+class VideoHolmes(Benchmark):
     name = "video_holmes"
-    groups: tuple[str, ...] = ("question_type",)
+    title = "Video-Holmes"
+    table = REASONING
+    groups = ("question_type",)
     hub = Hub("TencentARC/Video-Holmes", data_files="test_Video-Holmes.json", split="train")
 
     def read(self, folder: Path) -> list[Row]:

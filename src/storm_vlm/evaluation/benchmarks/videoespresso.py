@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.data.row import Row
+from storm_vlm.evaluation.benchmarks import REASONING, Benchmark
 from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
 from storm_vlm.evaluation.scoring import first_capital
 
 
-class VideoEspresso:
+class VideoEspresso(Benchmark):
     name = "videoespresso"
-    groups: tuple[str, ...] = ("task",)
+    title = "VideoEspresso"
+    table = REASONING
+    groups = ("task",)
     hub = Hub("hshjerry0315/VideoEspresso-Test", data_files="bench_hard.json", split="train")
 
     def read(self, folder: Path) -> list[Row]:

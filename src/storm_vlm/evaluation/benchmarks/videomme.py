@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.data.row import Row
+from storm_vlm.evaluation.benchmarks import GENERAL, Benchmark
 from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
 from storm_vlm.evaluation.scoring import videomme_lmms_eval
 
 
-class VideoMME:
+class VideoMME(Benchmark):
     name = "videomme"
-    groups: tuple[str, ...] = ("duration", "domain", "task_type")
+    title = "VideoMME"
+    table = GENERAL
+    groups = ("duration", "domain", "task_type")
     hub = Hub("lmms-lab/Video-MME")
 
     def read(self, folder: Path) -> list[Row]:

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.data.row import Row
+from storm_vlm.evaluation.benchmarks import Benchmark
 from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
 from storm_vlm.evaluation.scoring import vsi_choice, vsi_number
 
 
-class VSIBench:
+class VSIBench(Benchmark):
     name = "vsibench"
-    groups: tuple[str, ...] = ("kind", "question_type")
+    title = "VSI-Bench"
+    groups = ("kind", "question_type")
     hub = Hub("nyu-visionx/VSI-Bench", ("full",))
 
     def read(self, folder: Path) -> list[Row]:

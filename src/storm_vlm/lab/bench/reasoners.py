@@ -13,7 +13,7 @@ from typing import Any
 
 from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.row import read_rows
-from storm_vlm.evaluation.controls import CONTROLS, Control
+from storm_vlm.evaluation.controls import CONTROLS
 from storm_vlm.evaluation.exam import evaluate
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import Run, summarize
@@ -39,7 +39,7 @@ def bench_reasoners(results: Path, count: int, batch_size: int, bound: int) -> d
     with TemporaryDirectory() as folder:
         rows = read_rows(build_world(folder, "reasoning", "test", count))
         frames = Frames(storm.collator.videos.num_frames, Path(folder) / "frames")
-        arms: dict[str, tuple[Reasoner, Control | None]] = {
+        arms: dict[str, tuple[Reasoner, str | None]] = {
             FIRST: (build_reasoner("latent", storm, frames), None),
             "storm direct": (build_reasoner("direct", storm, frames), None),
             "backbone direct": (build_reasoner("direct", backbone, frames), None),
