@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor, get_cosine_schedule_with_warmup
 
 from storm_vlm import StormForConditionalGeneration, add_latent_tokens
-from storm_vlm.data.collator import StormCollator
+from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.model.latent import IGNORE_INDEX
 from storm_vlm.model.rollout import RolloutOutput, rollout
@@ -87,7 +87,9 @@ def train_stage(
     targets: list[Tensor | None] = [None] * len(rows)
     if stage.alignment_weight:
         targets = alignment_targets(model, processor, rows, budget, "whiten")
-    collator = StormCollator(processor, num_frames, budget, cache_bytes=2**30)
+    collator = StormCollator(
+        processor, num_frames, budget, VideoInputs(processor, num_frames, cache_bytes=2**30)
+    )
     loader = DataLoader(
         list(zip(rows, targets, strict=True)),  # type: ignore[arg-type]
         stage.batch_size,

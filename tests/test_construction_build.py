@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from storm_vlm.cli.main import app
 from storm_vlm.construction.build import Builder, Shard, collect, run
 from storm_vlm.construction.config import STEPS, BuildConfig
-from storm_vlm.construction.store import Store
 from storm_vlm.data.row import Row, read_rows, write_rows
+from storm_vlm.data.store import Store
 from storm_vlm.data.video import read_video
 from storm_vlm.lab.bench.construction import _Trial, bare_rows, kill_trials, stub_config
 from storm_vlm.lab.bench.stub import Call, StubTeacher, completion, send
@@ -268,17 +268,6 @@ def test_results_belong_to_what_a_video_shows_not_to_its_name(
     write_rows(tmp_path / "moved.jsonl", [one])
     assert run(tmp_path / "moved.jsonl", tmp_path / "out", settings)["teacher"]["calls_made"] == 0
     assert read_rows(tmp_path / "out" / "rows.jsonl")[0].video == one.video
-
-
-def test_a_file_is_in_the_store_whole_or_not_at_all(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    with pytest.raises(KeyboardInterrupt), store.place("thoughts", "ab", ".mp4") as unfinished:
-        unfinished.write_bytes(b"half of")
-        assert not store.files("thoughts", ".mp4")
-        raise KeyboardInterrupt
-    assert not store.files("thoughts", ".mp4") and not list((tmp_path / "unfinished").iterdir())
-    store.write("rows", "cd", b"whole")
-    assert (store.read("rows", "cd"), store.read("rows", "ab")) == (b"whole", None)
 
 
 def test_a_store_that_cannot_be_read_is_no_fault_of_a_row(source: Path, tmp_path: Path) -> None:

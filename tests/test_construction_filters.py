@@ -9,6 +9,7 @@ from storm_vlm.construction import filters
 from storm_vlm.construction.build import apply_filters
 from storm_vlm.construction.config import BuildConfig, FilterConfig
 from storm_vlm.construction.steps import Draft
+from storm_vlm.data.frame_hash import distances
 from storm_vlm.data.row import Row, ThoughtVideo
 from storm_vlm.data.video import read_video
 
@@ -58,8 +59,38 @@ def test_duplicates_survive_encoding_and_others_are_far(
     prints = [filters.fingerprint(read_video(row.video, 6).frames) for row in reasoning_rows[1:]]
     mine = filters.fingerprint(good)
     limit = DEFAULT.duplicate or 0
-    assert filters.duplicate(mine, prints) > 2 * limit and filters.duplicate(mine, []) == 1
-    assert filters.duplicate(filters.fingerprint(noisy), [*prints, mine]) < limit
+    earlier = filters.Duplicates(limit)
+    assert earlier.nearest(mine) == 1
+    for print_ in prints:
+        earlier.add(print_)
+    assert earlier.nearest(mine) > 2 * limit
+    earlier.add(mine)
+    assert earlier.nearest(mine) == 0 < earlier.nearest(filters.fingerprint(noisy)) < limit
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.2])
+def test_no_duplicate_is_overlooked_and_few_others_are_looked_at(limit: float) -> None:
+    """Against comparing all with all: prints of which every fourth has a near copy."""
+    random = np.random.default_rng(0)
+    prints: list[bytes] = []
+    for number in range(800):
+        bits = random.random(2560) < 0.3
+        if number % 4 == 3:
+            bits = np.unpackbits(np.frombuffer(prints[random.integers(number)], np.uint8)) > 0
+            flipped = random.choice(2560, int(0.9 * limit * bits.sum()), replace=False)
+            bits[flipped] ^= True
+        prints.append(np.packbits(bits).tobytes())
+    table = np.stack([np.frombuffer(p, np.uint8) for p in prints])
+    exact = distances(table, table)
+    earlier, compared = filters.Duplicates(limit), 0
+    for number, print_ in enumerate(prints):
+        nearest = exact[number, :number].min(initial=1)
+        found = earlier.nearest(print_.hex())
+        assert found == nearest or (found >= nearest >= limit)
+        bands = earlier._signature(table[number])
+        compared += len({place for band in bands for place in earlier._bands.get(band, ())})
+        earlier.add(print_.hex())
+    assert compared < 0.05 * len(prints) ** 2 / 2
 
 
 def test_rejects_keep_reason_score_and_threshold(reasoning_rows: list[Row]) -> None:

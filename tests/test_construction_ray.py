@@ -10,7 +10,7 @@ import psutil
 
 from storm_vlm.construction.build import run
 from storm_vlm.construction.ray_build import on_ray
-from storm_vlm.construction.store import Store
+from storm_vlm.data.store import Store
 from storm_vlm.lab.bench.construction import bare_rows, stub_config
 from storm_vlm.lab.bench.stub import StubTeacher
 

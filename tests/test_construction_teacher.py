@@ -15,8 +15,8 @@ import pytest
 
 from storm_vlm.construction.config import TeacherConfig
 from storm_vlm.construction.prompts import Keyframes, Plan, VideoPrompt
-from storm_vlm.construction.store import Store
 from storm_vlm.construction.teacher import BudgetReached, Teacher, Unanswered
+from storm_vlm.data.store import Store
 from storm_vlm.lab.bench.stub import StubTeacher, completion, send
 
 MESSAGES = [{"role": "user", "content": "which frames?"}]

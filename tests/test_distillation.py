@@ -16,7 +16,7 @@ from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.tokens import add_latent_tokens
 from storm_vlm.training import distillation
 from storm_vlm.training.config import Method
-from storm_vlm.training.distillation import Teacher, collate_with_teacher, teacher_collator
+from storm_vlm.training.distillation import DistillationCollator, SelfDistilledTeacher
 from storm_vlm.training.train import train
 
 K = 4
@@ -34,13 +34,15 @@ def test_a_teacher_is_a_slow_average_that_reads_the_thought_video(
 ) -> None:
     rows = reasoning_rows[:4]
     model.model.visual.requires_grad_(False)
-    reader = teacher_collator(processor, 2 * K, 0)
+    reader = StormCollator(processor, 2 * K, 0)
     method = Method(latent_budget=K, target_source="self_distilled", ema_decay=0.9)
-    teacher = Teacher(model, reader, rows, method)
-    batch = collate_with_teacher(StormCollator(processor, 6, K), reader, [(r, None) for r in rows])
+    teacher = SelfDistilledTeacher(model, reader, rows, method)
+    collate = DistillationCollator(StormCollator(processor, 6, K), reader)
+    batch = collate([(row, None) for row in rows])
     before = teacher.targets(batch["teacher"])
     assert before.shape == (4, K, model.config.text_config.hidden_size)
-    plain = Teacher(model, reader, rows, method.model_copy(update={"target_normalization": "none"}))
+    raw_method = method.model_copy(update={"target_normalization": "none"})
+    plain = SelfDistilledTeacher(model, reader, rows, raw_method)
     raw = plain.targets(batch["teacher"])
     assert not torch.allclose(raw, before, atol=0.1)
     torch.testing.assert_close(whiten_targets(raw, *teacher.whitening), before)
@@ -48,9 +50,7 @@ def test_a_teacher_is_a_slow_average_that_reads_the_thought_video(
         r.model_copy(update={"thought_video": rows[0].thought_video, "question": rows[0].question})
         for r in rows
     ]
-    swapped = collate_with_teacher(
-        StormCollator(processor, 6, K), reader, [(r, None) for r in other]
-    )
+    swapped = collate([(row, None) for row in other])
     same = teacher.targets(swapped["teacher"])
     assert torch.allclose(
         same, same[:1].expand_as(same), atol=1e-4
@@ -75,12 +75,11 @@ def test_a_teacher_whitens_anew_what_its_states_have_in_common(
 ) -> None:
     """A drift of all states is no content. Whitened as at first, it would be nearly all of every target."""
     monkeypatch.setattr(distillation, "WHITENED_EVERY", 10)
-    reader = teacher_collator(processor, 2 * K, 0)
+    reader = StormCollator(processor, 2 * K, 0)
     method = Method(latent_budget=K, target_source="self_distilled", ema_decay=0.0)
-    teacher = Teacher(model, reader, reasoning_rows, method)
-    batch = collate_with_teacher(
-        StormCollator(processor, 6, K), reader, [(row, None) for row in reasoning_rows]
-    )
+    teacher = SelfDistilledTeacher(model, reader, reasoning_rows, method)
+    collate = DistillationCollator(StormCollator(processor, 6, K), reader)
+    batch = collate([(row, None) for row in reasoning_rows])
 
     def in_common() -> float:
         targets = teacher.targets(batch["teacher"])

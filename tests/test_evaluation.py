@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from storm_vlm import StormPipeline
@@ -22,7 +23,7 @@ from storm_vlm.evaluation.exam import Exam, evaluate
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import accuracy
-from storm_vlm.inference.frames import Frames
+from storm_vlm.inference.frames import FrameCache, Frames
 from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.inference.reply import Reply
 from storm_vlm.lab.checkpoints import shipped
@@ -170,13 +171,13 @@ def test_latents_are_asked_for_in_the_benchmarks_words(storm, reasoning_rows) ->
     assert plain.sensitivity != found.sensitivity
 
 
-def test_latents_are_found_from_kept_frames(storm, reasoning_rows, tmp_path, monkeypatch) -> None:
+def test_latents_are_found_from_kept_frames(storm, reasoning_rows, tmp_path) -> None:
     rows = reasoning_rows[:3]
     expected = rolled_out(storm, rows)
-    kept = Frames(storm.collator.videos.num_frames, tmp_path)
-    monkeypatch.setattr(storm.collator.videos, "read", kept.window)
-    assert torch.equal(rolled_out(storm, rows), expected)
-    assert len(list(tmp_path.iterdir())) == 3
+    cached = StormPipeline(storm.model, storm.processor, read=FrameCache(tmp_path))
+    for _ in range(2):
+        assert torch.equal(rolled_out(cached, rows), expected)
+        assert len(list(tmp_path.glob("frames/*/*"))) == 3
 
 
 def storm_evaluate(*arguments: Any) -> Any:
@@ -204,10 +205,9 @@ def test_the_command_tells_and_keeps_latent_reliance(reasoning_file, tmp_path) -
     storm_evaluate(*arguments)
     assert json.loads((out / "reliance.json").read_text()) == found
     # Clips are read from the cache of frames, as the run's were: blank ones there are seen.
-    for file in frames.glob("*.npz"):
-        with np.load(file) as kept:
-            blank = {**kept, "frames": np.zeros_like(kept["frames"])}
-        np.savez(file, **blank)
+    for file in frames.glob("frames/*/*"):
+        kept = load_file(file)
+        save_file({**kept, "frames": np.zeros_like(kept["frames"])}, file)
     (out / "reliance.json").unlink()
     storm_evaluate(*arguments)
     blind = json.loads((out / "reliance.json").read_text())

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 from scripted_endpoint import serving
 
 from storm_vlm import StormPipeline
@@ -17,7 +18,7 @@ from storm_vlm.data.collator import Question
 from storm_vlm.data.video import read_video
 from storm_vlm.errors import StormError
 from storm_vlm.inference.chat import RefusedError, Turn
-from storm_vlm.inference.frames import Frames
+from storm_vlm.inference.frames import FrameCache, Frames
 from storm_vlm.inference.local_chat import LocalChat
 from storm_vlm.inference.reasoners import build_reasoner
 from storm_vlm.inference.reasoners.latent import Latent
@@ -255,16 +256,21 @@ def test_an_endpoint_that_refuses_is_told_from_one_that_is_not_there(rows) -> No
 
 
 def test_frames_are_kept_on_disk(rows, tmp_path: Path) -> None:
-    cached = Frames(6, tmp_path / "cache")
+    cached = Frames(6, FrameCache(tmp_path / "cache"))
     first, again, plain = cached.read(rows[0]), cached.read(rows[0]), FRAMES.read(rows[0])
     assert first is not None and again is not None and plain is not None
-    (file,) = (tmp_path / "cache").iterdir()
+    (file,) = (tmp_path / "cache").glob("frames/*/*")
     for clip in (first, again):
         np.testing.assert_array_equal(clip.frames, plain.frames)
         np.testing.assert_array_equal(clip.timestamps, plain.timestamps)
-    np.savez(file, frames=plain.frames[::-1], timestamps=plain.timestamps)
+    other = {"frames": plain.frames[::-1].copy(), "timestamps": plain.timestamps}
+    save_file(other, file)
     kept = cached.read(rows[0])
     assert kept is not None and (kept.frames == plain.frames[::-1]).all()  # it is what is read
+    for damage in (b"", file.read_bytes()[:-40], b"\xff" * 400):  # made again
+        file.write_bytes(damage)
+        kept = cached.read(rows[0])
+        assert kept is not None and (kept.frames == plain.frames).all()
     assert cached.window(rows[0].video, 2, 0.0, 1.0).timestamps.tolist() == [0.0, 1.0]
 
 

@@ -14,7 +14,7 @@ from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.rollout import rollout
 from storm_vlm.model.tokens import add_latent_tokens
 from storm_vlm.training.config import ConfigError, Method, TrainConfig
-from storm_vlm.training.feature_cache import Excerpt, KeptVideos, Store, made
+from storm_vlm.training.feature_cache import CachedVideoInputs, Excerpt, FeatureCache
 from storm_vlm.training.train import train
 
 K = 3
@@ -29,8 +29,8 @@ def model(backbone: str, processor):
 
 
 @pytest.fixture
-def kept(model, processor, reasoning_rows: list[Row], tmp_path: Path) -> KeptVideos:
-    return KeptVideos(model, processor, reasoning_rows[:3], 6, 0, tmp_path / "features")
+def kept(model, processor, reasoning_rows: list[Row], tmp_path: Path) -> CachedVideoInputs:
+    return CachedVideoInputs(model, processor, reasoning_rows[:3], 6, 0, tmp_path / "features")
 
 
 @pytest.mark.parametrize(("slots", "fed"), [(0, ""), (K, "states"), (K, "targets")])
@@ -48,7 +48,7 @@ def test_features_in_place_of_pixels_change_neither_answers_nor_gradients(
         return output.logits, [p.grad for p in model.parameters() if p.grad is not None]
 
     logits, gradients = run()
-    collator.videos = kept
+    collator = StormCollator(processor, 6, slots, kept)
     batch = collator(reasoning_rows[:3])
     assert "pixel_values_videos" not in batch and batch["video_features"].shape[1] == 128
     assert not bool(batch["attention_mask"].all())
@@ -63,8 +63,7 @@ def test_features_in_place_of_pixels_change_neither_answers_nor_gradients(
 def test_a_batch_without_all_its_features_is_refused(
     model, processor, kept, reasoning_rows
 ) -> None:
-    collator = StormCollator(processor, 6, K)
-    collator.videos = kept
+    collator = StormCollator(processor, 6, K, kept)
     batch = collator(reasoning_rows[:2])
     batch["video_features"] = batch["video_features"][1:]
     with pytest.raises(ValueError, match=r"\d+ video_features for \d+ video tokens"):
@@ -78,9 +77,9 @@ def test_a_second_run_asks_the_tower_for_new_clips_only(
     model.model.visual.register_forward_hook(lambda *_: asked.append(1))
     folder = tmp_path / "features"
 
-    def run(rows: list[Row], num_frames: int = 6) -> KeptVideos:
+    def run(rows: list[Row], num_frames: int = 6) -> CachedVideoInputs:
         asked.clear()
-        return KeptVideos(model, processor, rows, num_frames, 0, folder)
+        return CachedVideoInputs(model, processor, rows, num_frames, 0, folder)
 
     rows = reasoning_rows[:3]
     assert run([*rows, rows[0]]) and len(asked) == 3  # a clip that two rows ask about, once
@@ -92,10 +91,13 @@ def test_a_second_run_asks_the_tower_for_new_clips_only(
     assert len(asked) == 1
     run(rows, num_frames=4)
     assert len(asked) == 3
-    file = again.store.file(Excerpt(rows[0].video))
-    file.write_bytes(file.read_bytes()[:-40])  # damaged: made again
-    run(rows)
-    assert len(asked) == 1
+    cache = again.cache
+    file = cache.store.path("features", cache.key(Excerpt(rows[0].video)), ".safetensors")
+    whole = file.read_bytes()
+    for damage in (whole[:-40], b"", b"\xff" * 400):  # made again
+        file.write_bytes(damage)
+        run(rows)
+        assert len(asked) == 1 and file.read_bytes() == whole
     file.unlink()
     with pytest.raises(VideoError, match=r"no longer in .*start again"):
         again.get(rows[0].video)
@@ -105,18 +107,20 @@ def test_what_another_process_has_made_meanwhile_is_not_made_again(
     model, processor, reasoning_rows, tmp_path
 ) -> None:
     excerpts = [Excerpt(row.video) for row in reasoning_rows[:3]]
-    ours, theirs = (Store(tmp_path, model, processor, 6) for _ in range(2))
+    ours, theirs = (FeatureCache(tmp_path, "features", model, processor, 6) for _ in range(2))
     computed = []
 
     def compute(excerpt: Excerpt) -> dict[str, torch.Tensor]:
-        for other in excerpts:
-            theirs.write(other, {"it": torch.ones(1)})
-        computed.append(excerpt)
-        return {"it": torch.ones(1)}
+        if not computed:
+            computed.append(excerpt)
+            theirs.fill([e for e in excerpts if e != excerpt], lambda _: {"it": torch.ones(1)})
+            return {"it": torch.ones(1)}
+        raise AssertionError("made again")
 
-    found = dict(made(excerpts, compute, ours, "tensors"))
-    assert len(computed) == 1 and set(found) == set(excerpts)
-    assert all(torch.equal(tensors["it"], torch.ones(1)) for tensors in found.values())
+    ours.fill(excerpts, compute)
+    for excerpt in excerpts:
+        tensors = ours.read(excerpt)
+        assert tensors is not None and torch.equal(tensors["it"], torch.ones(1))
 
 
 def losses(folder: Path, backbone: str, rows: Path, **settings: object) -> list[float]:
@@ -133,7 +137,7 @@ def test_a_run_with_kept_features_has_the_losses_of_one_without(
     folder = tmp_path / "features"
     kept = losses(tmp_path / "kept", backbone, reasoning_file, vision_cache=str(folder))
     assert len(kept) == 4 and kept == pytest.approx(plain, rel=1e-4)
-    first = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    first = {file: file.stat().st_mtime_ns for file in folder.glob("features/*/*")}
 
     def never(*_: object) -> None:
         raise AssertionError("a video was read again")
@@ -141,7 +145,7 @@ def test_a_run_with_kept_features_has_the_losses_of_one_without(
     monkeypatch.setattr(VideoInputs, "process", never)
     again = losses(tmp_path / "again", backbone, reasoning_file, vision_cache=str(folder))
     assert again == kept and len(first) >= 12
-    assert first == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert first == {file: file.stat().st_mtime_ns for file in folder.glob("features/*/*")}
 
 
 def test_a_tower_that_trains_cannot_be_kept() -> None:

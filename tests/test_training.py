@@ -80,7 +80,7 @@ def test_targets_are_the_pooled_tokens_of_the_vision_tower(
         assert torch.allclose(target, pool_targets(tokens, K), atol=1e-5)
         # With two frames a slot and whole grids, slot k is the mean over grid k: step k of the world.
         assert torch.allclose(target, tokens.view(K, -1, tokens.shape[-1]).mean(1), atol=1e-5)
-    white = torch.stack(alignment_targets(model, processor, rows, K, "whiten"))  # type: ignore[arg-type]
+    white = torch.stack(list(alignment_targets(model, processor, rows, K, "whiten")))  # type: ignore[arg-type]
     assert torch.allclose(white.square().mean(-1), torch.ones(()), atol=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_the_same_frames_are_pooled_to_more_or_fewer_slots_or_not_at_all(
         found = alignment_targets(
             model, processor, reasoning_rows[:1], budget, "none", num_frames=frames
         )
-        return torch.stack(found)[0]  # type: ignore[arg-type]
+        return torch.stack(list(found))[0]  # type: ignore[arg-type]
 
     eight = targets(8, 16)
     assert torch.equal(eight, targets(8, Method(latent_budget=8).num_target_frames))
@@ -131,14 +131,21 @@ def test_targets_are_kept_on_disk_until_anything_they_depend_on_changes(
 
     def targets(budget: int = K) -> torch.Tensor:
         calls.clear()
-        return torch.stack(alignment_targets(model, processor, rows, budget, "none", cache=cache))  # type: ignore[arg-type]
+        return torch.stack(
+            list(alignment_targets(model, processor, rows, budget, "none", cache=cache))
+        )  # type: ignore[arg-type]
 
     first = targets()
-    assert calls and len(list(cache.iterdir())) == 3
+    assert calls and len(list(cache.glob("targets/*/*"))) == 3
     assert torch.equal(targets(), first) and not calls
-    file = sorted(cache.iterdir())[0]
-    file.write_bytes(file.read_bytes()[:-40])  # damaged: made again
-    assert torch.equal(targets(), first) and calls
+    (together,) = cache.glob("target_sets/*/*")
+    for file, damage in [
+        (f, d) for f in (together, *cache.glob("targets/*/*")) for d in (40, 999999)
+    ]:
+        for lie in (file.read_bytes()[:-damage], b"\xff" * 400):  # damaged: made again
+            file.write_bytes(lie)
+            together.unlink(missing_ok=file != together)
+            assert torch.equal(targets(), first) and bool(calls) == (file != together)
     targets(K + 1)
     assert calls
     with torch.no_grad():
@@ -403,7 +410,7 @@ def test_every_target_source_reads_what_it_says(model, processor, tmp_path) -> N
     def targets(source: TargetSource, of: list[Row] = longer) -> torch.Tensor:
         # One cache for all: some sources read the same file.
         found = alignment_targets(model, processor, of, 8, "none", source, tmp_path / "targets")
-        return torch.stack(found)  # type: ignore[arg-type]
+        return torch.stack(list(found))  # type: ignore[arg-type]
 
     collator = StormCollator(processor, 6, K)
     for short, long in zip(rows, longer, strict=True):  # the model sees the same of both

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from storm_vlm.data.atomic_write import in_one_step, write_json
+from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.row import Row
+from storm_vlm.data.store import Store, key_of
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.model.interventions import latent_states
 from storm_vlm.model.latent import pool_targets, target_whitening, whiten_targets
@@ -68,7 +67,7 @@ def extract(
 ) -> States:
     """States of all rows, from `folder` if they are there and were made from the same files, else computed.
 
-    Writes `states.safetensors` and what it was made from, `states.json`. `source` names the checkpoint.
+    Writes `states.json`, what they were made from, beside them. `source` names the checkpoint.
 
     Raises:
         ValueError: the checkpoint has no latent slots, or there are no rows.
@@ -76,18 +75,20 @@ def extract(
     """
     if pipeline.latent_mode == "off" or not rows:
         raise ValueError("an analysis needs rows, and a checkpoint with latent slots (storm train)")
-    file, made_from = folder / "states.safetensors", _made_from(pipeline, rows, source)
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
-    if (kept := _read(file, key)) is not None:
-        return kept
+    store = Store(folder)
+    made_from = _made_from(pipeline, rows, source, store)
+    key = key_of(**made_from)
+    kept = store.read("states", key, lambda path: load(path.read_bytes()), ".safetensors")
+    if kept is not None:
+        return _unpacked(kept)
     parts = [
         _batch_states(pipeline, rows[first : first + batch_size])
         for first in tqdm(range(0, len(rows), batch_size), "states", leave=False)
     ]
     joined: dict[str, Any] = {name: [p[name] for p in parts] for name in parts[0]}
     tensors = {name: torch.cat(found) for name, found in joined.items()}
-    with in_one_step(file) as unfinished:
-        save_file(tensors, unfinished, metadata={"key": key})
+    with store.place("states", key, ".safetensors") as unfinished:
+        save_file(tensors, unfinished)
     about = {"key": key, **made_from, "versions": versions(), "commit": commit()}
     about["shapes"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
     write_json(folder / "states.json", about)
@@ -162,39 +163,24 @@ def visual_tokens(pipeline: StormPipeline, inputs: Sequence[dict[str, Tensor]]) 
     return [t.unflatten(0, (int(grid[0]), -1)) for t, grid in zip(features, grids, strict=True)]
 
 
-def _made_from(pipeline: StormPipeline, rows: Sequence[Row], source: str) -> dict[str, Any]:
-    """Checkpoint and clips by name, size and time of change; rows by what they say."""
-    files = {row.video for row in rows}
-    files |= {row.thought_video.path for row in rows if row.thought_video}
-    said = "".join(row.model_dump_json() for row in rows)
-    clips = "".join(_stamp(Path(file)) for file in sorted(files))
+def _made_from(
+    pipeline: StormPipeline, rows: Sequence[Row], source: str, store: Store
+) -> dict[str, Any]:
+    """What decides the states: rows by what they say, clips and a checkpoint's files by content."""
+    clips = {row.video for row in rows} | {r.thought_video.path for r in rows if r.thought_video}
+    weights = sorted(file for file in Path(source).glob("*.*") if file.is_file())
     return {
         "checkpoint": source,
-        "weights": sorted(map(_stamp, Path(source).glob("*.*")))
-        if Path(source).is_dir()
-        else source,
+        "weights": {file.name: store.content(file) for file in weights},
         "rows": len(rows),
-        "rows_digest": hashlib.sha256(said.encode()).hexdigest()[:32],
-        "clips_digest": hashlib.sha256(clips.encode()).hexdigest()[:32],
+        "rows_digest": key_of(rows=[row.model_dump(mode="json") for row in rows]),
+        # a missing clip is reported when it is read
+        "clips_digest": key_of(clips=[store.content(c) for c in sorted(clips) if Path(c).exists()]),
         "latent_budget": pipeline.collator.latent_budget,
         "num_frames": pipeline.collator.videos.num_frames,
+        "pixels": json.loads(pipeline.processor.video_processor.to_json_string()),
         "dtype": str(pipeline.model.dtype),
     }
-
-
-def _stamp(file: Path) -> str:
-    about = file.stat() if file.exists() else None  # a missing clip is reported when it is read
-    return f"{file.name} {about.st_size} {about.st_mtime_ns}\n" if about else f"{file.name}\n"
-
-
-def _read(file: Path, key: str) -> States | None:
-    try:
-        with safe_open(file, "pt") as opened:
-            if opened.metadata().get("key") != key:
-                return None
-            return _unpacked({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError):  # absent, or damaged: made again
-        return None
 
 
 def _unpacked(tensors: dict[str, Tensor]) -> States:

@@ -86,8 +86,8 @@ def leaks(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write every match to this JSON file.")] = None,
     num_frames: Annotated[int, typer.Option(min=0, help="Of each clip; 0: names only.")] = 32,
-    cache: Annotated[Path, typer.Option(help="Where to keep the frames' hashes.")] = Path(
-        "runs/frame_hashes.sqlite"
+    cache: Annotated[Path, typer.Option(help="Folder to keep the frames' hashes in.")] = Path(
+        "runs/frame_hashes"
     ),
 ) -> None:
     """Training clips that are also evaluation clips, by name and by what the frames show."""

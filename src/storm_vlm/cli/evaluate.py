@@ -92,16 +92,18 @@ def evaluate(
     ] = False,
 ) -> None:
     """Accuracy with intervals on a file of rows or a benchmark; under `accelerate launch` on many GPUs."""
+    from storm_vlm.data.video import read_video
     from storm_vlm.evaluation.exam import Exam
     from storm_vlm.evaluation.run_folder import RunError
     from storm_vlm.evaluation.runner import distributed, run
-    from storm_vlm.inference.frames import Frames
+    from storm_vlm.inference.frames import FrameCache, Frames
     from storm_vlm.inference.pipeline import DEFAULT_FRAMES, StormPipeline
     from storm_vlm.inference.remote_chat import RemoteChat
 
     state = distributed()
     if state.num_processes > 1 and out is None:
         raise RunError("several processes meet in a folder: name one with --out")
+    read = read_video if frame_cache is None else FrameCache(frame_cache)
     if base_url is None:
         pipeline = StormPipeline.from_pretrained(
             checkpoint,
@@ -109,12 +111,13 @@ def evaluate(
             num_frames=num_frames,
             max_pixels=max_pixels,
             latent_mode=latent_mode,
+            read=read,
             trust_remote_code=trust_remote_code,
         )
         model, num_frames = pipeline, pipeline.collator.videos.num_frames
     else:
         pipeline, model = None, RemoteChat(base_url, checkpoint)
-    frames = Frames(num_frames or DEFAULT_FRAMES, frame_cache)
+    frames = Frames(num_frames or DEFAULT_FRAMES, read)
     name = reasoner or default_reasoner(model)
     found = build_reasoner(name, model, frames, max_new_tokens)
     exam = Exam.read(source, benchmark, limit, frames=frames, control=control, prompt=prompt)
@@ -125,7 +128,6 @@ def evaluate(
         return
     _tell(finished, max_errors)
     if pipeline and name == "latent" and control is None and reliance_rows:
-        pipeline.collator.videos.read = frames.window  # from the cache of frames, if there is one
         _tell_reliance(pipeline, exam, finished, reliance_rows, batch_size, out)
 
 

@@ -1,7 +1,7 @@
 """From rows to training rows: every row through the steps, and what came of it into three files.
 
 `rows.jsonl`, `rejects.jsonl` (with reason and score) and `summary.json`. Nothing is lost and nothing is done twice:
-see `store.py` and `teacher.py`. The files are a function of the source and the config alone, whatever happened
+see `data/store.py` and `teacher.py`. The files are a function of the source and the config alone, whatever happened
 on the way.
 """
 
@@ -21,13 +21,13 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from storm_vlm.construction.config import BuildConfig, FilterConfig
-from storm_vlm.construction.filters import LOW_IS_BAD, duplicate
+from storm_vlm.construction.filters import LOW_IS_BAD, Duplicates
 from storm_vlm.construction.generators import Rejected
 from storm_vlm.construction.steps import STEP_FUNCTIONS, Draft, Tools
-from storm_vlm.construction.store import Store, file_hash, key_of
 from storm_vlm.construction.teacher import BudgetReached, Unanswered
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.data.row import Row, portable, read_rows, write_rows
+from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.video import VideoError
 from storm_vlm.versions import commit, versions
 
@@ -59,14 +59,15 @@ class Builder:
 
     def __init__(self, config: BuildConfig, store: str | Path) -> None:
         self.config = config
-        self.store = Store(store)
+        self.store = Store(store, durable=True)
         self.tools = Tools(config, self.store)
 
     def key(self, row: Row) -> str:
         """The key of the row's result: its fields, its files by content, and what of the config decides."""
         fields = row.model_dump(mode="json", exclude={"video": True, "thought_video": {"path"}})
         thought = row.thought_video
-        files = [file_hash(row.video), file_hash(thought.path) if thought else ""]
+        content = self.store.content
+        files = [content(row.video), content(thought.path) if thought else ""]
         return key_of(row=fields, files=files, config=self.config.determining())
 
     def finished(self, row: Row) -> Draft | None:
@@ -75,8 +76,8 @@ class Builder:
             key = self.key(row)
         except OSError as error:
             return Draft(row=row, rejected="video", detail=str(error))
-        stored = self.store.read("rows", key)
-        return self._placed(Draft.model_validate_json(stored), row) if stored else None
+        draft = self.store.read("rows", key, lambda p: Draft.model_validate_json(p.read_bytes()))
+        return None if draft is None else self._placed(draft, row)
 
     def advance(self, draft: Draft, steps: Iterable[str]) -> Draft:
         """Through some steps. Raises `Unanswered` or `BudgetReached` if the teacher cannot be asked."""
@@ -215,7 +216,7 @@ def collect(
         "first_unfinished": next((id for id, draft in drafts if draft is None), None),
         **(account or {}),
         "config": config.model_dump(mode="json"),
-        "source": file_hash(source),
+        "source": builder.store.content(source),
         "versions": versions(),
         "commit": commit(),
     }
@@ -232,12 +233,12 @@ def apply_filters(
     """
     kept: list[Row] = []
     rejects: list[dict[str, Any]] = []
-    prints: list[str] = []
+    earlier = Duplicates(thresholds.duplicate or 0.0)
     limits = thresholds.model_dump()
     for draft in drafts:
         scores = dict(draft.scores)
         if draft.fingerprint and thresholds.duplicate is not None:
-            scores["duplicate"] = round(duplicate(draft.fingerprint, prints), 6)
+            scores["duplicate"] = round(earlier.nearest(draft.fingerprint), 6)
         reason, score = draft.rejected, None
         for name, value in scores.items() if reason is None else ():
             limit = limits[name]
@@ -249,8 +250,8 @@ def apply_filters(
             told |= {"threshold": limits.get(reason), "scores": scores}
             rejects.append({**told, "row": draft.row})
             continue
-        if draft.fingerprint:
-            prints.append(draft.fingerprint)
+        if draft.fingerprint and thresholds.duplicate is not None:
+            earlier.add(draft.fingerprint)
         kept.append(_with_scores(draft.row, scores))
     return kept, rejects
 

@@ -6,7 +6,8 @@ must reach; the others must not be exceeded. Thresholds are in `FilterConfig`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,15 +53,44 @@ def fingerprint(frames: np.ndarray) -> str:
     return frame_hashes(frames[_spread(frames, PRINTED)]).tobytes().hex()
 
 
-def duplicate(print_: str, earlier: Sequence[str]) -> float:
-    """The distance to the nearest earlier fingerprint (see `frame_hash.py`); 1 without any."""
-    if not earlier:
-        return 1.0
-    mine, others = (
-        np.frombuffer(bytes.fromhex("".join(prints)), np.uint8).reshape(len(prints), -1)
-        for prints in ([print_], earlier)
-    )
-    return float(distances(mine, others).min())
+class Duplicates:
+    """Fingerprints, and how near a new one comes to them.
+
+    Only prints that share a band of MinHashes are compared, so that a look takes no longer the more there are. Of
+    two prints closer than `limit`, one in 10^6 shares none.
+    """
+
+    BANDS = 32
+
+    def __init__(self, limit: float) -> None:
+        # Two prints agree in a permutation as often as they share bits, which is 1 - distance.
+        self._rows = max(1, int(math.log(0.35) / math.log1p(-min(max(limit, 0.02), 0.9))))
+        random, count = np.random.default_rng(0), self.BANDS * self._rows
+        self._ranks = random.random((8 * PRINTED * 64, count), np.float32).argsort(0).astype("u2")
+        self._bands: dict[tuple[int, bytes], list[int]] = {}
+        self._prints: list[np.ndarray] = []
+
+    def nearest(self, fingerprint: str) -> float:
+        """The distance (see `frame_hash.py`) to the nearest that may be a duplicate; 1 without any."""
+        mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
+        near = {place for band in self._signature(mine) for place in self._bands.get(band, ())}
+        if not near:
+            return 1.0
+        return float(distances(mine[None], np.stack([self._prints[i] for i in near])).min())
+
+    def add(self, fingerprint: str) -> None:
+        mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
+        for band in self._signature(mine):
+            self._bands.setdefault(band, []).append(len(self._prints))
+        self._prints.append(mine)
+
+    def _signature(self, mine: np.ndarray) -> list[tuple[int, bytes]]:
+        """The MinHashes of every band; none for a print without structure, which is like none."""
+        bits = np.unpackbits(mine).nonzero()[0]
+        if not len(bits):
+            return []
+        first = self._ranks[bits].min(0).reshape(self.BANDS, -1)
+        return [(number, part.tobytes()) for number, part in enumerate(first)]
 
 
 def off_topic(model: str) -> Callable[[np.ndarray, str], float]:

@@ -26,9 +26,9 @@ from storm_vlm.construction.prompts import (
     plan_messages,
     video_messages,
 )
-from storm_vlm.construction.store import Store, key_of
 from storm_vlm.construction.teacher import Asked, Teacher
 from storm_vlm.data.row import Row, ThoughtVideo
+from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.video import read_frames, read_video, write_video
 
 CRF = 12  # near-lossless: the codec should not decide what is learned

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from storm_vlm.construction.config import TeacherConfig
 from storm_vlm.construction.prompts import Messages, repair_message
-from storm_vlm.construction.store import Store, key_of
+from storm_vlm.data.store import Ledger, Store, key_of, read_json
 from storm_vlm.inference.client import connect
 
 if TYPE_CHECKING:
@@ -56,30 +56,50 @@ class Asked(Generic[Answer]):
 
 
 class Spent:
-    """Calls and tokens of all responses in the store, whoever asked for them: threads, shards, earlier runs."""
+    """Calls and tokens of all responses in the store, whoever asked for them: threads, shards, earlier runs.
+
+    The store is looked through once; then processes tell each other in `usage.log` what they have added.
+    """
 
     def __init__(self, store: Store) -> None:
-        self._store = store
         self._lock = threading.Lock()
-        self._usage: dict[str, tuple[int, int]] = {}  # tokens of prompt and completion, by key
+        self._ledger = Ledger(store.folder / "usage.log")
+        self._keys: set[str] = set()
+        self._prompt = self._completion = 0
+        told = self._ledger.news()
+        for path in store.files("teacher"):
+            usage = told.get(path.stem) or _usage(store.read("teacher", path.stem, read_json))
+            self._add(path.stem, usage)
+
+    def note(self, key: str, response: dict[str, Any]) -> None:
+        """A response that is now in the store."""
+        self._ledger.add(key, _usage(response))
 
     def totals(self, config: TeacherConfig) -> dict[str, float]:
         """With the responses that have come since the last time."""
         with self._lock:
-            for path in self._store.files("teacher"):
-                if path.stem not in self._usage:
-                    usage = json.loads(path.read_bytes()).get("usage") or {}
-                    used = usage.get("prompt_tokens"), usage.get("completion_tokens")
-                    self._usage[path.stem] = (used[0] or 0, used[1] or 0)
-            usages = list(self._usage.values())
-        asked, said = (sum(usage[i] for usage in usages) for i in range(2))
-        cost = (asked * config.price_in + said * config.price_out) / 1e6
-        return {
-            "calls": len(usages),
-            "prompt_tokens": asked,
-            "completion_tokens": said,
-            "cost": round(cost, 6),
-        }
+            for key, usage in self._ledger.news().items():
+                self._add(key, usage)
+            cost = (self._prompt * config.price_in + self._completion * config.price_out) / 1e6
+            return {
+                "calls": len(self._keys),
+                "prompt_tokens": self._prompt,
+                "completion_tokens": self._completion,
+                "cost": round(cost, 6),
+            }
+
+    def _add(self, key: str, usage: str) -> None:
+        if key not in self._keys:
+            self._keys.add(key)
+            prompt, completion = map(int, usage.split())
+            self._prompt += prompt
+            self._completion += completion
+
+
+def _usage(response: dict[str, Any] | None) -> str:
+    """Tokens of prompt and completion, as `usage.log` has them."""
+    usage = (response or {}).get("usage") or {}
+    return f"{usage.get('prompt_tokens') or 0} {usage.get('completion_tokens') or 0}"
 
 
 class Teacher:
@@ -135,14 +155,15 @@ class Teacher:
         elif self.config.response_format == "json_object":
             body["response_format"] = {"type": "json_object"}
         key = key_of(**body)
-        stored = self.store.read("teacher", key)
+        stored = self.store.read("teacher", key, read_json)
         if stored is not None:
-            return key, json.loads(stored)
+            return key, stored
         for _ in range(self.config.retries + 1):
             raw = self._call(body, key)
             response = _completion(raw)
             if response is not None:
                 self.store.write("teacher", key, raw)
+                self.spent.note(key, response)
                 return key, response
         raise Unanswered(f"{self.config.model} answers with what is no chat completion")
 

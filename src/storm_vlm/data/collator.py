@@ -5,7 +5,7 @@ tensor, because the latent segment comes between the two and holds no token of t
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from storm_vlm.data.prompt import LatentMode, answer_text, build_messages, render_prompt
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip, read_video, video_metadata
+from storm_vlm.model.latent import IGNORE_INDEX
 
-IGNORED_LABEL = -100
+Reader = Callable[[str, int, float | None, float | None], Clip]  # path, frames, start, end
+Example = Row | Mapping[str, Any] | tuple[Row, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,14 @@ class VideoInputs:
     """The stock processor's tensors for a clip, the most recently used kept in memory.
 
     ``cache_bytes`` bounds what is kept (0: nothing). Files are taken not to change. The tensors
-    are shared between calls: do not write to them.
+    are shared between calls: do not write to them. ``read`` is `read_video`, or what keeps its clips on disk.
     """
 
-    def __init__(self, processor: Any, num_frames: int, cache_bytes: int = 0) -> None:
-        self.processor, self.num_frames, self.cache_bytes = processor, num_frames, cache_bytes
-        # Or what reads the same and keeps it, such as `Frames.window`.
-        self.read: Callable[..., Clip] = read_video
+    def __init__(
+        self, processor: Any, num_frames: int, cache_bytes: int = 0, read: Reader = read_video
+    ) -> None:
+        self.processor, self.num_frames, self.read = processor, num_frames, read
+        self.cache_bytes = cache_bytes
         self._kept: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
         self._kept_bytes = 0
         # Unset, it means different things in different versions; True is what the model was trained with.
@@ -84,25 +87,37 @@ class VideoInputs:
 class StormCollator:
     """Builds training batches (call it) and prompts for ``generate`` (:meth:`collate_prompts`).
 
-    ``latent_budget`` is the model's K; 0 trains the baseline without a latent segment.
+    ``latent_budget`` is the model's K; 0 trains the baseline without a latent segment. ``videos``
+    reads the clips; by default a :class:`VideoInputs` that keeps none.
     """
 
     def __init__(
-        self, processor: Any, num_frames: int, latent_budget: int, cache_bytes: int = 0
+        self,
+        processor: Any,
+        num_frames: int,
+        latent_budget: int,
+        videos: VideoInputs | None = None,
     ) -> None:
         self.processor, self.latent_budget = processor, latent_budget
-        self.videos = VideoInputs(processor, num_frames, cache_bytes)
+        self.videos = videos or VideoInputs(processor, num_frames)
 
     def __call__(
-        self, rows: Sequence[Row], targets: Sequence[Tensor | None] | Tensor | None = None
+        self,
+        examples: Sequence[Example],
+        targets: Sequence[Tensor | None] | Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The prompts of :meth:`collate_prompts` plus what is to be learned.
 
+        Examples are rows, or mappings with a row's fields (as `datasets` yields them), so that this is
+        a ``DataCollator`` of transformers; or pairs of a row and its target.
         ``labels`` (B, A): answer and end-of-turn tokens, then -100. With ``targets``, one (K, D)
         per row or None where it has no thought video (paper eq. 4): ``targets`` (B, K, D) float32,
         zero where absent, and ``target_mask`` (B,) bool. ``targets`` is left out if none has one.
         Raises ``ValueError`` for targets that do not fit rows and budget, ``VideoError``.
         """
+        if targets is None and all(isinstance(example, tuple) for example in examples):
+            examples, targets = zip(*examples, strict=True)  # type: ignore[assignment]
+        rows = [row if isinstance(row, Row) else Row.model_validate(row) for row in examples]
         batch = self.collate_prompts(rows, "force" if self.latent_budget else "off")
         batch["labels"] = self._labels(rows)
         if targets is not None:
@@ -153,7 +168,7 @@ class StormCollator:
         end_of_turn = self.processor.tokenizer.eos_token
         texts = [answer_text(row) + end_of_turn for row in rows]
         tokens = self._tokenize(texts, padding_side="right")
-        return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORED_LABEL)
+        return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORE_INDEX)
 
     def _stack_targets(
         self, targets: Sequence[Tensor | None] | Tensor, num_rows: int

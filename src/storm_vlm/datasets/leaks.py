@@ -6,22 +6,21 @@ Video-R1's sources (CLEVRER, STAR, PerceptionTest …) overlap with those of MVB
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
 from storm_vlm.data.frame_hash import distances, frame_hashes
 from storm_vlm.data.row import Row
+from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.video import VideoError, read_video
 
 # LLaVA-Video names YouTube's files `ytb_ID`, ActivityNet `v_ID`; TempCompass derives `ID_reverse`, `ID_concat_N` and,
@@ -76,7 +75,7 @@ def find_leaks(
     By name: see :func:`names`. By frames: ``num_frames`` spread over each clip (0: names only), and at least two, and
     a tenth, of one clip's frames must look like frames of the other. That finds copies that are encoded again,
     resized, darkened, reversed, joined or cut, as long as enough of the longer one's frames fall into the cut (raise
-    ``num_frames`` for long videos); not mirrored or cropped ones. Hashes are kept in ``cache``, an SQLite file.
+    ``num_frames`` for long videos); not mirrored or cropped ones. Hashes are kept in the folder ``cache``.
     """
     ours, theirs = _rows_by_clip(train), _rows_by_clip(evaluation)
     why: dict[tuple[Clip, Clip], list[str]] = defaultdict(list)
@@ -91,7 +90,7 @@ def find_leaks(
     unreadable: dict[str, str] = {}
     alike: dict[tuple[Clip, Clip], tuple[float, float]] = {}
     if num_frames:
-        hashes = _hashes({**ours, **theirs}, cache, num_frames, unreadable)
+        hashes = _hashes({**ours, **theirs}, Store(cache), num_frames, unreadable)
         alike = _alike(
             {c: hashes[c] for c in ours if c in hashes},
             {c: hashes[c] for c in theirs if c in hashes},
@@ -121,43 +120,34 @@ def _rows_by_clip(rows: Iterable[Row]) -> dict[Clip, list[str]]:
 
 
 def _hashes(
-    clips: Iterable[Clip], cache: Path, num_frames: int, unreadable: dict[str, str]
+    clips: Iterable[Clip], store: Store, num_frames: int, unreadable: dict[str, str]
 ) -> dict[Clip, np.ndarray]:
     """uint8 (T, 64) for every clip that can be read."""
 
-    def key(clip: Clip) -> str:
-        path = os.path.realpath(clip[0])
-        state = os.stat(path) if os.path.isfile(path) else None
-        changed = (state.st_size, state.st_mtime_ns) if state else None
-        return hashlib.sha256(repr((1, path, changed, clip[1:], num_frames)).encode()).hexdigest()
-
-    def read(clip: Clip) -> np.ndarray | str:
+    def hashes(clip: Clip) -> np.ndarray | str:
+        path, start, end = clip
         try:
-            return frame_hashes(read_video(clip[0], num_frames, clip[1], clip[2], SIDE).frames)
-        except VideoError as error:
+            content = store.content(path) if os.path.isfile(path) else ""
+            key = key_of(clip=content, window=[start, end], frames=num_frames, side=SIDE)
+            if (kept := store.read("frame_hashes", key, load_file, ".safetensors")) is not None:
+                return kept["hashes"]
+            computed = frame_hashes(read_video(path, num_frames, start, end, SIDE).frames)
+        except (VideoError, OSError) as error:
             return str(error)
+        with store.place("frame_hashes", key, ".safetensors") as unfinished:
+            save_file({"hashes": computed}, unfinished)
+        return computed
 
-    found: dict[Clip, np.ndarray] = {}
-    keys = {clip: key(clip) for clip in clips}
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(cache)) as kept, ThreadPoolExecutor() as pool:
-        kept.execute("CREATE TABLE IF NOT EXISTS hashes (key TEXT PRIMARY KEY, bits BLOB)")
-        for clip, name in keys.items():
-            if row := kept.execute("SELECT bits FROM hashes WHERE key = ?", (name,)).fetchone():
-                found[clip] = np.frombuffer(row[0], np.uint8).reshape(-1, 64)
-        missing = [clip for clip in keys if clip not in found]
-        read_ones = tqdm(pool.map(read, missing), "clips", len(missing), leave=False)
-        for clip, result in zip(missing, read_ones, strict=True):
+    by_clip: dict[Clip, np.ndarray] = {}
+    clips = list(clips)
+    with ThreadPoolExecutor() as pool:
+        results = tqdm(pool.map(hashes, clips), "clips", len(clips), leave=False)
+        for clip, result in zip(clips, results, strict=True):
             if isinstance(result, str):
                 unreadable[clip[0]] = result
             else:
-                found[clip] = result
-                with kept:  # commits, so that an interrupted call goes on where it was
-                    kept.execute(
-                        "INSERT OR REPLACE INTO hashes VALUES (?, ?)",
-                        (keys[clip], result.tobytes()),
-                    )
-    return found
+                by_clip[clip] = result
+    return by_clip
 
 
 def _alike(

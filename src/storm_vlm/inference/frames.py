@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
-from storm_vlm.data.atomic_write import in_one_step
-from storm_vlm.data.collator import Question
+from storm_vlm.data.collator import Question, Reader
 from storm_vlm.data.row import Row
+from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.video import Clip, read_video
 
 Asked = Row | Question
+
+
+class FrameCache:
+    """`read_video` that keeps what it reads in a folder: decoding an hour of video takes longer than answering."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._store = Store(folder)
+
+    def __call__(self, path: str, num_frames: int, start: float | None, end: float | None) -> Clip:
+        """Raises VideoError."""
+        if not Path(path).is_file():
+            return read_video(path, num_frames, start, end)  # which says what is wrong
+        key = key_of(clip=self._store.content(path), window=[start, end], frames=num_frames)
+        arrays = self._store.read("frames", key, load_file, ".safetensors")
+        if arrays is None:
+            clip = read_video(path, num_frames, start, end)
+            arrays = {
+                "frames": np.ascontiguousarray(clip.frames),
+                "timestamps": clip.timestamps,
+            }
+            with self._store.place("frames", key, ".safetensors") as unfinished:
+                save_file(arrays, unfinished)
+        return Clip(arrays["frames"], arrays["timestamps"], path)
 
 
 @dataclass(frozen=True)
@@ -21,31 +44,10 @@ class Frames:
     """Reads `num_frames` of a question's window; all reasoners of a comparison share one."""
 
     num_frames: int
-    cache: Path | None = None  #: folder; decoding an hour of video takes longer than answering
+    window: Reader = read_video  #: or a `FrameCache`
 
     def read(self, asked: Asked) -> Clip | None:
         """None for a question without a video. Raises VideoError."""
         if asked.video is None or isinstance(asked.video, Clip):
             return asked.video
         return self.window(asked.video, self.num_frames, asked.start, asked.end)
-
-    def window(self, path: str, count: int, start: float | None, end: float | None) -> Clip:
-        """As `read_video`, from the cache if the same file was read so before. Raises VideoError."""
-        file = self.cache and self._file(self.cache, path, count, start, end)
-        if file is None:
-            return read_video(path, count, start, end)
-        if not file.exists():
-            clip = read_video(path, count, start, end)
-            with in_one_step(file) as unfinished:
-                np.savez(unfinished, frames=clip.frames, timestamps=clip.timestamps)
-        with np.load(file) as kept:
-            return Clip(kept["frames"], kept["timestamps"], path)
-
-    @staticmethod
-    def _file(folder: Path, path: str, *window: float | None) -> Path | None:
-        """Where these frames are kept, by the file's size and date; None for a file that is not there."""
-        if not Path(path).is_file():
-            return None
-        known = Path(path).stat()
-        key = repr((str(Path(path).absolute()), known.st_size, known.st_mtime_ns, window))
-        return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"

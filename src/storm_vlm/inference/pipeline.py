@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
-from storm_vlm.data.collator import Question, StormCollator
+from storm_vlm.data.collator import Question, Reader, StormCollator, VideoInputs
 from storm_vlm.data.prompt import LatentMode, parse_answer
 from storm_vlm.data.row import Row
-from storm_vlm.data.video import Clip
+from storm_vlm.data.video import Clip, read_video
 from storm_vlm.errors import StormError
 from storm_vlm.inference.timing import Phases
 from storm_vlm.model.modeling import StormForConditionalGeneration
@@ -45,7 +45,7 @@ class StormPipeline:
     """A model with its processor.
 
     `latent_mode` None is "force" for a checkpoint that has latent slots and "off" for one that has none,
-    such as a stock Qwen2.5-VL.
+    such as a stock Qwen2.5-VL. `cache_bytes` and `read` are those of `VideoInputs`.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class StormPipeline:
         num_frames: int | None = None,
         latent_mode: LatentMode | None = None,
         cache_bytes: int = 0,
+        read: Reader = read_video,
     ) -> None:
         config = model.config
         has_slots = getattr(config, "latent_start_token_id", None) is not None
@@ -67,7 +68,8 @@ class StormPipeline:
                 "train it first (storm train), or use latent_mode='off'"
             )
         frames = num_frames or getattr(config, "num_frames", None) or DEFAULT_FRAMES
-        self.collator = StormCollator(processor, frames, budget, cache_bytes)
+        videos = VideoInputs(processor, frames, cache_bytes, read)
+        self.collator = StormCollator(processor, frames, budget, videos)
 
     @classmethod
     def from_pretrained(
@@ -79,6 +81,8 @@ class StormPipeline:
         num_frames: int | None = None,
         max_pixels: int | None = None,
         latent_mode: LatentMode | None = None,
+        cache_bytes: int = 0,
+        read: Reader = read_video,
         trust_remote_code: bool = False,
     ) -> StormPipeline:
         """Load a checkpoint, ours or a stock one, from a folder or the hub.
@@ -89,6 +93,8 @@ class StormPipeline:
             dtype: a torch dtype; by default the checkpoint's.
             num_frames: frames sampled from a clip; by default what the checkpoint was trained with, else 32.
             max_pixels: of a frame; by default what the checkpoint's processor says.
+            cache_bytes: of processed clips that are kept in memory.
+            read: reads a clip's frames, such as a `FrameCache`.
 
         Raises:
             StormError: `max_pixels` for a processor that knows no such bound.
@@ -104,7 +110,7 @@ class StormPipeline:
                 raise StormError(f"{type(video).__name__} has one fixed size: leave max_pixels out")
             least = min(video.size["shortest_edge"], max_pixels)
             video.size = {"shortest_edge": least, "longest_edge": max_pixels}
-        return cls(model.to(device), processor, num_frames, latent_mode)
+        return cls(model.to(device), processor, num_frames, latent_mode, cache_bytes, read)
 
     def answer(
         self,

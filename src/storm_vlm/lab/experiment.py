@@ -111,8 +111,7 @@ def run_arm(
         for finished in output.glob("checkpoint-*"):
             shutil.rmtree(finished)
         checkpoint = output
-    pipeline = StormPipeline.from_pretrained(str(checkpoint), device="cpu")
-    pipeline.collator.videos.cache_bytes = 2**30
+    pipeline = StormPipeline.from_pretrained(str(checkpoint), device="cpu", cache_bytes=2**30)
     reasoner = Latent(pipeline, max_new_tokens=LONGEST_ANSWER)
     # Outcomes are for other machines, too: no path of this one.
     named = str(checkpoint.relative_to(folder)) if what.trained else checkpoint.name

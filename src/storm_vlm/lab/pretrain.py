@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
-from storm_vlm.data.collator import IGNORED_LABEL, VideoInputs, expand_video
+from storm_vlm.data.collator import VideoInputs, expand_video
 from storm_vlm.data.prompt import build_messages
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.evaluation.exam import evaluate
@@ -31,6 +31,7 @@ from storm_vlm.lab.world.backbone import micro_config, micro_processor
 from storm_vlm.lab.world.clips import HORIZON, NUM_FRAMES, build_world, sample_perception
 from storm_vlm.lab.world.questions import plan, sample_reasoning
 from storm_vlm.lab.world.simulator import REASONING
+from storm_vlm.model.latent import IGNORE_INDEX
 from storm_vlm.model.modeling import enable_latents
 from storm_vlm.versions import versions
 
@@ -133,7 +134,7 @@ class ConversationCollator:
         pad = self.processor.tokenizer.pad_token_id
         input_ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in encoded])
         labels = torch.tensor(
-            [known + [IGNORED_LABEL] * (length - len(known)) for _, known in encoded]
+            [known + [IGNORE_INDEX] * (length - len(known)) for _, known in encoded]
         )
         mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in encoded])
         return {
@@ -162,7 +163,7 @@ class ConversationCollator:
             answered = row.answer + tokenizer.eos_token
             answer = tokenizer(answered, add_special_tokens=False)["input_ids"]
             ids += prompt + answer
-            labels += [IGNORED_LABEL] * len(prompt) + answer
+            labels += [IGNORE_INDEX] * len(prompt) + answer
             written = text + answered
             messages.append({"role": "assistant", "content": row.answer})
         return ids, labels

@@ -49,9 +49,14 @@ def target_whitening(targets: Tensor, ridge: float = 0.003) -> tuple[Tensor, Ten
     rows = targets.float().flatten(0, -2)
     mean = rows.mean(0)
     rows = rows - mean
-    variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
+    return mean, whitening_matrix(rows.T @ rows / len(rows), ridge)
+
+
+def whitening_matrix(covariance: Tensor, ridge: float = 0.003) -> Tensor:
+    """(D, D) of the covariance (D, D): see `target_whitening`."""
+    variances, directions = torch.linalg.eigh(covariance)
     scales = (variances.clamp_min(0) + ridge * variances.sum()).clamp_min(1e-12).rsqrt()
-    return mean, directions * scales @ directions.T
+    return directions * scales @ directions.T
 
 
 def whiten_targets(targets: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:

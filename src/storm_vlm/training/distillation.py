@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from storm_vlm.data.collator import Question, StormCollator
 from storm_vlm.data.row import Row
 from storm_vlm.model.latent import pool_targets, target_whitening, whiten_targets
 from storm_vlm.model.rollout import read_prompt, unwrap
-from storm_vlm.training.config import Method
+from storm_vlm.training.config import ConfigError, Method
 
 FILE = "teacher.safetensors"
 WHITENING = ("whitening.mean", "whitening.matrix")  # their names in it
@@ -31,34 +32,34 @@ WHITENED_ON = 512  # rows, the first ones
 WHITENED_EVERY = 100  # optimizer steps
 
 
-def collate_with_teacher(
-    collator: StormCollator, teacher: StormCollator, items: Sequence[tuple[Row, None]]
-) -> dict[str, Any]:
-    """A training batch, and what the teacher reads (`teacher`). A row without a thought video is masked out."""
-    rows = [row for row, _ in items]
-    return {
-        **collator(rows),
-        "target_mask": torch.tensor([row.thought_video is not None for row in rows]),
-        "teacher": teacher.collate_prompts([_imagined(row) for row in rows], "off"),
-    }
-
-
-def teacher_collator(processor: Any, num_frames: int, cache_bytes: int) -> StormCollator:
-    """Reads as many frames of a thought video as other targets are made from."""
-    return StormCollator(processor, num_frames, 0, cache_bytes)
-
-
-def _imagined(row: Row) -> Row | Question:
+def thought_question(row: Row) -> Row | Question:
+    """The row's question about its thought video, if it has one."""
     return row if row.thought_video is None else Question(row.thought_video.path, row.question)
 
 
-class Teacher(TrainerCallback):
+@dataclass(frozen=True)
+class DistillationCollator:
+    """A training batch, and the teacher's prompts (`teacher`). A row without a thought video is masked out."""
+
+    student: StormCollator
+    teacher: StormCollator
+
+    def __call__(self, examples: Sequence[tuple[Row, None]]) -> dict[str, Any]:
+        rows = [row for row, _ in examples]
+        return {
+            **self.student(rows),
+            "target_mask": torch.tensor([row.thought_video is not None for row in rows]),
+            "teacher": self.teacher.collate_prompts([thought_question(r) for r in rows], "off"),
+        }
+
+
+class SelfDistilledTeacher(TrainerCallback):
     """An exponential moving average of a model, and the targets it makes.
 
     Weights that do not train are the model's own, not copies: with adapters, a teacher costs next to nothing.
 
     Raises:
-        ValueError: `rows` holds no thought video.
+        ConfigError: `rows` holds no thought video.
     """
 
     def __init__(
@@ -72,15 +73,16 @@ class Teacher(TrainerCallback):
         # In float32, or a bfloat16 average would never move.
         self.average = {n: p.float() for n, p in self.model.named_parameters() if n in trained}
         self.collator = collator
-        self.sample = [_imagined(row) for row in rows if row.thought_video is not None][
-            :WHITENED_ON
-        ]
+        with_thought = [row for row in rows if row.thought_video is not None][:WHITENED_ON]
+        self.sample = [thought_question(row) for row in with_thought]
         if not self.sample:
-            raise ValueError("no row has a thought video, which target_source self_distilled needs")
+            raise ConfigError(
+                "no row has a thought video, which target_source self_distilled needs: build them"
+            )
         self._whiten()
 
     def targets(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(B, K, D) float32 for the prompts of `collate_with_teacher`."""
+        """(B, K, D) float32 for the prompts of `DistillationCollator`."""
         raw = self._pooled(batch)
         return whiten_targets(raw, *self.whitening) if self.normalization == "whiten" else raw
 

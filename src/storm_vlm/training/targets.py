@@ -1,29 +1,104 @@
 """Alignment targets: what a slot is to resemble, K vectors a row, from the model's own vision tower.
 
 The paper takes a thought video's tokens; `TargetSource` also has lighter ones, which it leaves to future work, and
-controls. The vision tower is frozen by default, so a target never changes: see `tower.py`.
+controls. The vision tower is frozen by default, so a target never changes: see `feature_cache.py`. All targets of a
+run lie in one file, which its processes map into memory: what a batch does not need is on the disk alone.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from storm_vlm.data.collator import VideoInputs
 from storm_vlm.data.row import Row
+from storm_vlm.data.store import key_of
+from storm_vlm.errors import StormError
 from storm_vlm.model.latent import (
     TargetNormalization,
     pool_targets,
-    target_whitening,
     whiten_targets,
+    whitening_matrix,
 )
 from storm_vlm.training.config import FRAMES_PER_SLOT, TargetSource
-from storm_vlm.training.feature_cache import Excerpt, Store, Tensors, made, visual_tokens
+from storm_vlm.training.feature_cache import Excerpt, FeatureCache, Tensors, visual_tokens
+
+CHUNK = 1024  # excerpts that are in memory at a time
+
+
+class TargetError(StormError, ValueError):
+    """Rows that lack what their targets are to be made from."""
+
+
+class Targets(Sequence[Tensor | None]):
+    """A (K, D) float32 target for each row, or None.
+
+    Args:
+        pooled: (M, K, D) float32, one for each distinct excerpt; may be mapped into memory.
+        places: for each row the index of its excerpt, or None.
+        normalization: with `whiten`, over the rows that have a target.
+    """
+
+    def __init__(
+        self, pooled: np.ndarray, places: Sequence[int | None], normalization: TargetNormalization
+    ) -> None:
+        self._pooled, self._places = pooled, places
+        self._whitening = None
+        if normalization == "whiten":
+            self._whitening = whitening_of(pooled, [p for p in places if p is not None])
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def complete(self) -> bool:
+        """Whether no row lacks a target."""
+        return None not in self._places
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor | None]: ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = self._places[index]
+        if place is None:
+            return None
+        target = torch.from_numpy(np.array(self._pooled[place]))
+        return target if self._whitening is None else whiten_targets(target, *self._whitening)
+
+
+def whitening_of(pooled: np.ndarray, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`target_whitening` of pooled[places], with a chunk of it in memory at a time."""
+    weights = torch.from_numpy(np.bincount(places, minlength=len(pooled))).float()
+    num_slots, hidden = pooled.shape[1:]
+    chunks = range(0, len(pooled), CHUNK)
+
+    def chunk(first: int) -> tuple[Tensor, Tensor]:
+        """(m, K, D), and by how many rows each is wanted (m, 1, 1)."""
+        part = slice(first, first + CHUNK)
+        return torch.from_numpy(np.array(pooled[part])), weights[part, None, None]
+
+    count = float(weights.sum()) * num_slots
+    total = torch.zeros(hidden, dtype=torch.float64)
+    for first in chunks:
+        states, weight = chunk(first)
+        total += (states * weight).sum((0, 1))
+    mean = (total / count).float()
+    covariance = torch.zeros(hidden, hidden, dtype=torch.float64)
+    for first in chunks:
+        states, weight = chunk(first)
+        centred = ((states - mean) * weight.sqrt()).flatten(0, 1)
+        covariance += centred.T @ centred
+    return mean, whitening_matrix((covariance / count).float())
 
 
 def excerpts(rows: Sequence[Row], source: TargetSource) -> list[Excerpt | None]:
@@ -38,14 +113,14 @@ def excerpts(rows: Sequence[Row], source: TargetSource) -> list[Excerpt | None]:
             Excerpt(row.video, times=tuple(sorted(row.keyframes))) if row.keyframes else None
             for row in rows
         ]
-    found = [Excerpt(row.thought_video.path) if row.thought_video else None for row in rows]
-    if source == "shuffled":
-        places = [place for place, excerpt in enumerate(found) if excerpt is not None]
-        random.Random(0).shuffle(places)
-        donors = places[1:] + places[:1]  # one round through all of them
-        given = {place: found[donor] for place, donor in zip(places, donors, strict=True)}
-        found = [given.get(place) for place in range(len(rows))]
-    return found
+    own = [Excerpt(row.thought_video.path) if row.thought_video else None for row in rows]
+    if source != "shuffled":
+        return own
+    places = [place for place, excerpt in enumerate(own) if excerpt is not None]
+    random.Random(0).shuffle(places)
+    donors = places[1:] + places[:1]  # one round through all of them
+    donor_of = dict(zip(places, donors, strict=True))
+    return [own[donor_of[place]] if place in donor_of else None for place in range(len(rows))]
 
 
 def alignment_targets(
@@ -57,38 +132,68 @@ def alignment_targets(
     source: TargetSource = "thought_video",
     cache: Path | None = None,
     num_frames: int | None = None,
-) -> list[Tensor | None]:
+    main_first: AbstractContextManager[Any] | None = None,
+) -> Targets:
     """One (K, D) float32 target per row, None where a row has nothing of that source (paper sec. 3.3).
 
     Args:
-        cache: folder of the files; None keeps nothing.
+        cache: folder of the files; None keeps all in memory.
         num_frames: read from each clip; default two for each slot.
+        main_first: in it, of several processes the main one is first (`TrainingArguments.main_process_first()`).
 
     Raises:
         VideoError: a clip cannot be read.
-        ValueError: no row has a target.
+        TargetError: no row has a target.
     """
     num_frames = num_frames or FRAMES_PER_SLOT * budget
     wanted = excerpts(rows, source)
-    distinct = list(dict.fromkeys(excerpt for excerpt in wanted if excerpt is not None))
-    if not distinct:
+    place_of = {e: i for i, e in enumerate(dict.fromkeys(e for e in wanted if e is not None))}
+    if not place_of:
         needs = {"future": "an `end` before its video's", "keyframes": "keyframes"}
-        raise ValueError(
+        raise TargetError(
             f"no row has {needs.get(source, 'a thought video')}, which target_source {source!r} needs: build them "
             "first, or set alignment_weight to 0"
         )
     videos = VideoInputs(processor, num_frames)
-    store = None
-    if cache is not None:
-        rule = {"slots": budget, "pooling": "adaptive_avg_pool1d"}
-        store = Store(cache, model, processor, num_frames, **rule)
 
     def pooled(excerpt: Excerpt) -> Tensors:
         return {"target": pool_targets(visual_tokens(model, videos, excerpt)[0], budget)}
 
-    found = {e: tensors["target"] for e, tensors in made(distinct, pooled, store, "targets")}
-    stacked = torch.stack([found[excerpt] for excerpt in wanted if excerpt is not None])
-    if normalization == "whiten":
-        stacked = whiten_targets(stacked, *target_whitening(stacked))
-    each = iter(stacked)
-    return [None if excerpt is None else next(each) for excerpt in wanted]
+    if cache is None:
+        array = torch.stack([pooled(excerpt)["target"] for excerpt in place_of]).numpy()
+    else:
+        rule = {"slots": budget, "pooling": "adaptive_avg_pool1d"}
+        files = FeatureCache(cache, "targets", model, processor, num_frames, **rule)
+        array = _one_file(files, list(place_of), pooled, main_first or nullcontext())
+    return Targets(array, [None if e is None else place_of[e] for e in wanted], normalization)
+
+
+def _one_file(
+    files: FeatureCache,
+    excerpts: Sequence[Excerpt],
+    compute: Callable[[Excerpt], Tensors],
+    main_first: AbstractContextManager[Any],
+) -> np.ndarray:
+    """The excerpts' targets (M, K, D), mapped into memory; what is missing is computed by all processes together."""
+    store, kind = files.store, "target_sets"
+    key = key_of(targets=[files.key(excerpt) for excerpt in excerpts])
+
+    def mapped() -> np.ndarray | None:
+        return store.read(kind, key, lambda path: np.load(path, mmap_mode="r"), ".npy")
+
+    if mapped() is None:
+        files.fill(excerpts, compute)
+    with main_first:  # always: processes meet here
+        if (found := mapped()) is None:
+            with store.place(kind, key, ".npy") as unfinished, open(unfinished, "wb") as file:
+                for number, excerpt in enumerate(excerpts):
+                    target = (files.read(excerpt) or compute(excerpt))["target"].numpy()
+                    if number == 0:
+                        shape = (len(excerpts), *target.shape)
+                        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(file, header)
+                    file.write(target.astype("<f4").tobytes())
+            found = mapped()
+    if found is None:
+        raise OSError(f"{store.path(kind, key, '.npy')} cannot be read back: check the disk")
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments, set_seed
-from transformers.trainer_callback import ProgressCallback
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from storm_vlm.data.atomic_write import write_json, write_text
-from storm_vlm.data.collator import StormCollator
+from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.model.attention import SDPA_IN_PARTS
 from storm_vlm.model.modeling import StormForConditionalGeneration
@@ -23,12 +21,12 @@ from storm_vlm.model.rollout import unwrap
 from storm_vlm.model.tokens import add_latent_tokens, latent_tokens
 from storm_vlm.training.checkpoints import last_whole_checkpoint, set_torn_aside
 from storm_vlm.training.config import ConfigError, TrainConfig
-from storm_vlm.training.distillation import Teacher, collate_with_teacher, teacher_collator
-from storm_vlm.training.feature_cache import KeptVideos
+from storm_vlm.training.distillation import DistillationCollator, SelfDistilledTeacher
+from storm_vlm.training.feature_cache import CachedVideoInputs
 from storm_vlm.training.row_lengths import row_lengths
 from storm_vlm.training.sample_answers import SampleAnswers
 from storm_vlm.training.targets import alignment_targets
-from storm_vlm.training.trainer import LossBar, RowDataset, StormTrainer, collate_items
+from storm_vlm.training.trainer import RowDataset, StormTrainer
 from storm_vlm.versions import versions
 
 # The decoder's projections; the vision tower has layers of the same names.
@@ -65,11 +63,6 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
     set_seed(arguments.seed)  # adapters begin at random
     model, processor = load_model(config)
     trainer = build_trainer(config, arguments, model, processor, rows, validation)
-    if asked := validation[: config.eval_samples]:
-        trainer.samples = SampleAnswers(processor, asked, config.num_frames, output)
-    if not trainer.args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(LossBar)
     trainer.train(resume_from_checkpoint=_begin(config, output, trainer.args.should_save))
     _save(trainer, processor)
     return output
@@ -87,25 +80,21 @@ def build_trainer(
 
     Raises:
         ConfigError: adapters that PEFT refuses, or a teacher or Muon for a sharded model.
-        ValueError: no row has what targets are made from.
+        TargetError: no row has what targets are made from.
     """
-    method = config.method
-    targets, distilled = None, method.needs_targets and method.target_source == "self_distilled"
+    method, num_frames = config.method, config.num_frames
     cache_bytes = int(config.video_cache_gb * 2**30)
-    collator = StormCollator(processor, config.num_frames, method.latent_budget, cache_bytes)
     tower, home = model.model.visual, model.device  # the rest waits until the trainer places it
-    if config.vision_cache is not None:
+    if config.vision_cache is not None or method.needs_targets:
         tower.to(arguments.device)
-        collator.videos = KeptVideos(
-            model,
-            processor,
-            [*rows, *validation],
-            config.num_frames,
-            cache_bytes,
-            Path(config.vision_cache),
-        )
+    if config.vision_cache is None:
+        videos = VideoInputs(processor, num_frames, cache_bytes)
+    else:
+        clips = [*rows, *validation]
+        folder = config.vision_cache
+        videos = CachedVideoInputs(model, processor, clips, num_frames, cache_bytes, folder)
+    targets, distilled = None, method.target_source == "self_distilled"
     if method.needs_targets and not distilled:
-        tower.to(arguments.device)
         targets = alignment_targets(
             model,
             processor,
@@ -114,7 +103,8 @@ def build_trainer(
             method.target_normalization,
             method.target_source,
             Path(config.target_cache or Path(config.data).with_suffix(".targets")),
-            num_frames=method.num_target_frames,
+            method.num_target_frames,
+            arguments.main_process_first(local=False, desc="targets"),
         )
     tower.to(home)
     if config.lora is not None:
@@ -124,31 +114,31 @@ def build_trainer(
                 "vision_cache: lora trains the vision tower, too, which would never be asked: leave out one of them, "
                 "or lora.target_modules (by default, the decoder's)"
             )
-    reader = (
-        teacher_collator(processor, method.num_target_frames, cache_bytes) if distilled else None
-    )
-    trainer = StormTrainer(
+    collator: Any = StormCollator(processor, num_frames, method.latent_budget, videos)
+    teacher = None
+    if method.needs_targets and distilled:
+        frames = method.num_target_frames
+        reader = StormCollator(processor, frames, 0, VideoInputs(processor, frames, cache_bytes))
+        if config.quantization is None:
+            model.to(arguments.device)
+        teacher = SelfDistilledTeacher(model, reader, rows, method)
+        collator = DistillationCollator(collator, reader)
+    grouped = arguments.train_sampling_strategy == "group_by_length"
+    asked = validation[: config.eval_samples]
+    return StormTrainer(
         model=model,
         args=arguments,
         train_dataset=RowDataset(rows, targets),
         eval_dataset=RowDataset(validation),
-        data_collator=functools.partial(collate_items, collator)
-        if reader is None
-        else functools.partial(collate_with_teacher, collator, reader),
+        data_collator=collator,
         method=method,
         muon=config.muon,
+        teacher=teacher,
+        lengths=row_lengths(rows, processor, num_frames) if grouped else (),
+        samples=SampleAnswers(processor, asked, num_frames, Path(config.output_dir))
+        if asked
+        else None,
     )
-    if reader is not None:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise ConfigError(
-                "target_source self_distilled keeps a second model whole on every process: use DDP, with lora if it "
-                "does not fit"
-            )
-        trainer.teacher = Teacher(trainer.model, reader, rows, method)
-        trainer.add_callback(trainer.teacher)
-    if arguments.train_sampling_strategy == "group_by_length":
-        trainer.lengths = row_lengths(rows, processor, config.num_frames)
-    return trainer
 
 
 def load_model(config: TrainConfig) -> tuple[Any, Any]:

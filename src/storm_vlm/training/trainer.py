@@ -17,7 +17,6 @@ from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.row import Row
 from storm_vlm.model.latent import (
     IGNORE_INDEX,
@@ -31,34 +30,30 @@ from storm_vlm.model.rollout import RolloutOutput, head, rollout, unwrap
 from storm_vlm.model.tokens import latent_tokens
 from storm_vlm.training.checkpoints import seal
 from storm_vlm.training.config import ConfigError, Method
-from storm_vlm.training.distillation import Teacher
+from storm_vlm.training.distillation import SelfDistilledTeacher
 from storm_vlm.training.optimizer import muon_and_nadamw
 from storm_vlm.training.row_lengths import LengthSampler
+from storm_vlm.training.targets import Targets
 
-Item = tuple[Row, Tensor | None]
 
+class RowDataset(Dataset[tuple[Row, Tensor | None]]):
+    """Rows with their targets (K, D); the collator reads the videos."""
 
-class RowDataset(Dataset[Item]):
-    """Rows with their targets; the collator reads the videos."""
-
-    def __init__(self, rows: Sequence[Row], targets: Sequence[Tensor | None] | None = None) -> None:
-        self.rows = rows
-        self.targets = targets if targets is not None else [None] * len(rows)
-        # A teacher makes its targets from thought videos, later.
-        of = self.targets if targets is not None else [row.thought_video for row in rows]
-        self.all_have_targets = all(has is not None for has in of)
+    def __init__(
+        self, rows: Sequence[Row], targets: Targets | Sequence[Tensor | None] | None = None
+    ) -> None:
+        self.rows, self.targets = rows, targets
+        if isinstance(targets, Targets):
+            self.all_have_targets = targets.complete
+        else:  # a teacher makes its targets from thought videos, later
+            sources = [row.thought_video for row in rows] if targets is None else targets
+            self.all_have_targets = all(source is not None for source in sources)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Item:
-        return self.rows[index], self.targets[index]
-
-
-def collate_items(collator: StormCollator, items: Sequence[Item]) -> dict[str, Tensor]:
-    """Items of a `RowDataset` -> a training batch."""
-    rows, targets = zip(*items, strict=True)
-    return collator(rows, targets)
+    def __getitem__(self, index: int) -> tuple[Row, Tensor | None]:
+        return self.rows[index], None if self.targets is None else self.targets[index]
 
 
 class StormTrainer(Trainer):
@@ -66,18 +61,43 @@ class StormTrainer(Trainer):
 
     Whatever the number of processes and of accumulated batches, a step's loss is that of all its rows as one
     batch: every term is a sum over this process's share, divided by the count over all of them.
+
+    Args:
+        muon: settings of timm's Muon; None: the optimizer of the arguments.
+        teacher: makes a batch's targets; None: they come with the rows.
+        lengths: of the training rows, which are then grouped by them.
+        samples: (model, step) -> metrics, at evaluations.
+
+    Raises:
+        ConfigError: Muon, or a teacher, for a sharded model.
     """
 
     def __init__(
-        self, *args: Any, method: Method, muon: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        method: Method,
+        muon: dict[str, Any] | None = None,
+        teacher: SelfDistilledTeacher | None = None,
+        lengths: Sequence[int] = (),
+        samples: Callable[[Any, int], dict[str, float]] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.method, self.muon = method, muon
-        if muon is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        self.method, self.muon, self.teacher = method, muon, teacher
+        self.lengths, self.samples = list(lengths), samples
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if muon is not None and sharded:
             raise ConfigError("muon needs whole matrices, not shards: use DDP, or leave it out")
-        self.teacher: Teacher | None = None
-        self.lengths: list[int] = []  # of the training rows, for `group_by_length`
-        self.samples: Callable[[Any, int], dict[str, float]] | None = None  # asked at evaluations
+        if teacher is not None and sharded:
+            raise ConfigError(
+                "target_source self_distilled keeps a second model whole on every process: use DDP, with lora if it "
+                "does not fit"
+            )
+        if teacher is not None:
+            self.add_callback(teacher)
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LossBar)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's counts
         self._metrics: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._parts = 1  # in how many batches a step's loss is a sum

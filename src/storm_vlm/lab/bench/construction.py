@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from storm_vlm.construction.build import in_threads, run
 from storm_vlm.construction.config import BuildConfig
-from storm_vlm.construction.store import Store
 from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.row import read_rows, write_rows
+from storm_vlm.data.store import Store
 from storm_vlm.lab.bench.stub import StubTeacher
 from storm_vlm.lab.world.clips import build_world
 from storm_vlm.versions import commit, versions

@@ -18,7 +18,7 @@ from storm_vlm.evaluation.exam import evaluate
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import Run, summarize
 from storm_vlm.evaluation.statistics import paired_difference
-from storm_vlm.inference.frames import Frames
+from storm_vlm.inference.frames import FrameCache, Frames
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reasoners import Reasoner, build_reasoner
 from storm_vlm.lab.checkpoints import shipped
@@ -38,7 +38,7 @@ def bench_reasoners(results: Path, count: int, batch_size: int, bound: int) -> d
     backbone = StormPipeline.from_pretrained(str(shipped("backbone")), device="cpu")
     with TemporaryDirectory() as folder:
         rows = read_rows(build_world(folder, "reasoning", "test", count))
-        frames = Frames(storm.collator.videos.num_frames, Path(folder) / "frames")
+        frames = Frames(storm.collator.videos.num_frames, FrameCache(Path(folder) / "frames"))
         arms: dict[str, tuple[Reasoner, str | None]] = {
             FIRST: (build_reasoner("latent", storm, frames), None),
             "storm direct": (build_reasoner("direct", storm, frames), None),
