@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor
 
 from storm_vlm.data.collator import Question, Reader, StormCollator, VideoInputs
 from storm_vlm.data.prompt import LatentMode, parse_answer
@@ -17,6 +16,7 @@ from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip, read_video
 from storm_vlm.errors import StormError
 from storm_vlm.inference.timing import Phases
+from storm_vlm.model.checkpoint import load_processor
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.tokens import latent_tokens
 
@@ -103,7 +103,7 @@ class StormPipeline:
         model = StormForConditionalGeneration.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        processor = load_processor(path, trust_remote_code=trust_remote_code)
         if max_pixels is not None:
             video = processor.video_processor
             if video.size["shortest_edge"] is None:

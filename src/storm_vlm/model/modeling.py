@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import output_capturing
 
-from storm_vlm.errors import StormError
+from storm_vlm.model.adapters import adapted_config, merge_adapters
 from storm_vlm.model.backbones import BACKBONES, backbone
+from storm_vlm.model.checkpoint import ADAPTERS, CheckpointError, base_of, checkpoint_path
 from storm_vlm.model.generation import LatentRolloutMixin
-
-
-class CheckpointError(StormError, ValueError):
-    """A checkpoint lacks tensors of its model, or holds others."""
 
 
 class StormForConditionalGeneration(LatentRolloutMixin):
@@ -57,40 +56,54 @@ class StormForConditionalGeneration(LatentRolloutMixin):
             **kwargs: for the stock ``from_pretrained`` (``device_map``, ...).
 
         Raises:
-            CheckpointError: a tensor of the model is missing from the checkpoint or the other way round.
+            CheckpointError: there is no such folder, its weights are damaged, or a tensor of the model is missing
+                from the checkpoint or the other way round.
         """
-        if (Path(path) / "adapter_config.json").is_file():
-            kwargs |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
-            return _with_adapters(cls, path, kwargs)
-        load: Any = AutoModelForImageTextToText.from_pretrained
-        model, report = load(
-            path,
-            dtype="auto" if dtype is None else dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            **{**kwargs, "output_loading_info": True},
+        path = checkpoint_path(path)
+        kwargs["trust_remote_code"] = trust_remote_code
+        if (Path(path) / ADAPTERS).is_file():
+            model = _adapted(cls, Path(path), dtype, kwargs)
+        else:
+            method = next(base for base in cls.__mro__ if not issubclass(base, PreTrainedModel))
+            model = _enable(_stock(path, dtype, kwargs), method)
+        model.name_or_path = path  # the base of what will be trained on it
+        return model
+
+
+def _stock(path: str, dtype: Any, kwargs: dict[str, Any]) -> Any:
+    load: Any = AutoModelForImageTextToText.from_pretrained
+    wanted = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, report = load(path, dtype="auto" if dtype is None else dtype, **{**kwargs, **wanted})
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"the weights of {path} are damaged ({error}): copy or download them again"
+        ) from error
+    except (ImportError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    problems = [
+        f"{len(report[kind])} {kind}: {sorted(map(str, report[kind]))[:3]}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if report[kind]
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit {type(model).__name__} ({'; '.join(problems)}): "
+            "pass a complete checkpoint"
         )
-        problems = [
-            f"{len(report[kind])} {kind}: {sorted(map(str, report[kind]))[:3]}"
-            for kind in ("missing_keys", "unexpected_keys")
-            if report[kind]
-        ]
-        if problems:
-            raise CheckpointError(
-                f"{path} does not fit {type(model).__name__} ({'; '.join(problems)}): "
-                "pass a complete checkpoint"
-            )
-        method = next(base for base in cls.__mro__ if not issubclass(base, PreTrainedModel))
-        return _enable(model, method)
+    return model
 
 
-def _with_adapters(cls: Any, path: str, kwargs: dict[str, Any]) -> Any:
-    from peft import PeftConfig, PeftModel
-
-    settings = PeftConfig.from_pretrained(path)
-    model = cls.from_pretrained(settings.base_model_name_or_path, **kwargs)
-    model.config = AutoConfig.from_pretrained(path)  # the base's, and the latent tokens
-    return PeftModel.from_pretrained(model, path).merge_and_unload()
+def _adapted(cls: Any, folder: Path, dtype: Any, kwargs: dict[str, Any]) -> Any:
+    """The base is loaded as it was for training: in the same type of numbers, and rounded to the same few bits."""
+    config: Any = adapted_config(folder)
+    dtype = getattr(config, "dtype", None) if dtype is None else dtype
+    anew = hasattr(config, "quantization_config") and "quantization_config" not in kwargs
+    if anew:
+        bits = AutoQuantizationConfig.from_dict(config.quantization_config)
+        kwargs = {**kwargs, "quantization_config": bits}
+    base = cls.from_pretrained(base_of(folder), dtype=dtype, **kwargs)
+    return merge_adapters(base.dequantize() if anew else base, folder)
 
 
 def enable_latents(model: Any) -> Any:

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoProcessor, BitsAndBytesConfig, TrainingArguments, set_seed
+from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.row import Row, read_rows
+from storm_vlm.model.adapters import token_rows
 from storm_vlm.model.attention import SDPA_IN_PARTS
+from storm_vlm.model.checkpoint import load_processor
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.rollout import unwrap
-from storm_vlm.model.tokens import add_latent_tokens, latent_tokens
+from storm_vlm.model.tokens import add_latent_tokens
 from storm_vlm.training.checkpoints import last_whole_checkpoint, set_torn_aside
 from storm_vlm.training.config import ConfigError, TrainConfig
 from storm_vlm.training.distillation import DistillationCollator, SelfDistilledTeacher
@@ -154,7 +156,7 @@ def load_model(config: TrainConfig) -> tuple[Any, Any]:
         attn_implementation=attention,
         **extra,
     )
-    processor = AutoProcessor.from_pretrained(config.model)
+    processor = load_processor(config.model)
     if config.method.latent_budget:
         add_latent_tokens(model, processor, config.method.latent_budget)
         model.config.latent_pause = config.method.slot_input == "pause"
@@ -180,14 +182,22 @@ def add_adapters(model: Any, settings: dict[str, Any]) -> Any:
     """LoRA on a model whose latent tokens' embeddings are new, and so must train, too.
 
     Raises:
-        ConfigError: PEFT does not know a setting.
+        ConfigError: PEFT does not know a setting, or cannot do it.
     """
+    touches_tables = {"modules_to_save", "target_modules"} & set(settings)
+    if touches_tables and model.config.tie_word_embeddings:
+        settings = {"ensure_weight_tying": True, **settings}
     settings = {"target_modules": LORA_TARGETS, **settings}
     if getattr(model.config, "latent_start_token_id", None) is not None:
-        settings["trainable_token_indices"] = {"embed_tokens": list(latent_tokens(model.config))}
+        if "trainable_token_indices" in settings:
+            raise ConfigError(
+                "lora.trainable_token_indices: it is where the latent tokens stand: leave it out"
+            )
+        whole = settings.get("modules_to_save") or ()
+        settings["trainable_token_indices"] = token_rows(model, except_in=whole)
     try:
         return get_peft_model(model, LoraConfig(**settings))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {error}") from error
 
 

@@ -228,6 +228,8 @@ class StormTrainer(Trainer):
         self.args.save_total_limit = None  # older ones may go when this one is whole, not before
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                unwrap(self.model).config.save_pretrained(folder)  # adapters know no latent tokens
             if self.teacher is not None and self.args.should_save:
                 self.teacher.save(folder)
         except Exception as error:  # each writer has its own way to say that the disk is full
