@@ -1,6 +1,7 @@
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_model import VIDEO, left_pad, prompt, prompts, tiny_model, tiny_stock_model
@@ -65,6 +66,25 @@ def test_video_at_many_frame_rates(seconds: float) -> None:
     assert positions[:, 0].T.tolist() == [list(p) for p in expected]
     # generate goes on from the last position, cached decoding from length + delta: the same
     assert positions.max() + 1 == len(expected) + deltas[0, 0] == positions[0, 0, -1] + 1
+
+
+@pytest.mark.parametrize("rate", [10, 12, 15, 24, 25, 30, 30000 / 1001, 60])
+def test_the_borders_between_steps_are_those_of_float32(rate: float) -> None:
+    """Every ``step``-th frame of a file: the exact product is an integer in many a grid."""
+    for step in range(1, 61):
+        seconds = torch.tensor([2 / (rate / step)]).item()  # as the processor hands it over
+        positions, _, _ = ours([[("video", ((48, 2, 2), seconds))]])
+        # Qwen's published rule, literally: an integer range times a Python float, times 2
+        assert positions[0, 0].tolist() == (torch.arange(48) * seconds * 2).long().tolist()
+        products = np.arange(48, dtype=np.float32) * np.float32(seconds) * np.float32(2)
+        assert positions[0, 0].tolist() == np.floor(products).astype(int).tolist()
+
+
+def test_a_border_where_float64_differs() -> None:
+    """3 frames a second, every fifth: the fourth grid begins after exactly 10 s, at step 20."""
+    seconds = torch.tensor([2 / (3 / 5)]).item()
+    positions, _, _ = ours([[("video", ((4, 2, 2), seconds))]])
+    assert positions[0, 0, 3] == 20 and int(3 * seconds * 2) == 19
 
 
 def test_mixed_images_and_videos_with_left_padding() -> None:

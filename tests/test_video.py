@@ -10,7 +10,10 @@ import pytest
 import torch
 from av.codec import Codec
 from av.error import FFmpegError
+from av.stream import Disposition
 from av.video.stream import VideoStream
+from PIL import Image
+from spelled import number
 from tiny import tiny_processor
 
 from storm_vlm.data.decode import VideoSource
@@ -26,8 +29,9 @@ from storm_vlm.data.video import (
 
 def test_an_address_is_never_opened() -> None:
     for read in (video_shape, lambda name: read_video(name, 2)):
-        with pytest.raises(VideoError, match="no such video file"):
-            read("http://127.0.0.1:9/clip.mp4")
+        for name in ("http://127.0.0.1:9/clip.mp4", "file:///clip.mp4"):
+            with pytest.raises(VideoError, match="addresses are not read; download"):
+                read(name)
 
 
 def can_encode(codec: str) -> bool:
@@ -49,6 +53,9 @@ FORMATS = [
     pytest.param("mp4", AV1, {"g": "7", "preset": "12"}, marks=av1),
     ("avi", "mpeg4", {"g": "7", "flags": "+qscale", "global_quality": "118"}),
 ]
+VIDEOS = Path(__file__).with_name("videos")
+SIGNS = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)]
+SIGNS += [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
 UNEVEN = [0, 3, 4, 5, 20, 21, 22, 23, 60, 61, 90, 91, 92, 93, 94, 130, 131, 132, 133, 150]
 
 
@@ -61,6 +68,7 @@ def encode(
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
     matrix: list[int] | None = None,
+    left: int = 255,
 ) -> str:
     """A video whose frame i appears at ticks[i] / rate s, grey 5 + 4 (i mod 60), white on top."""
     with av.open(str(path), "w", options=container_options or {}) as container:
@@ -74,6 +82,7 @@ def encode(
         for index, tick in enumerate(ticks):
             pixels = np.full((size[1], size[0], 3), 5 + 4 * (index % 60), np.uint8)
             pixels[: size[1] // 8] = 255
+            pixels[: size[1] // 8, : size[0] // 2] = left
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = tick, Fraction(1, rate)
             container.mux(stream.encode(frame))
@@ -159,18 +168,21 @@ def test_timestamps_count_from_the_start_of_the_file(tmp_path):
     assert shown_indices(negative) == list(range(5, 20))
 
 
-# Quarter turns clockwise on display, as phones write them: x' = a x + c y, y' = b x + d y.
-TURNS = {0: (1, 0, 0, 1), 1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}
-
-
-@pytest.mark.parametrize("quarters", TURNS)
-def test_rotation_is_applied(tmp_path, quarters):
-    a, b, c, d = (65536 * value for value in TURNS[quarters])
-    path = encode(tmp_path / "v.mp4", [0, 1], matrix=[a, b, 0, c, d, 0, 0, 0, 1 << 30])
+@pytest.mark.parametrize("matrix", SIGNS)
+def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path, matrix):
+    """A display matrix sends (x, y) to (ax + cy, bx + dy); the frame is white on top, grey on its left."""
+    a, b, c, d = matrix
+    entries = [65536 * value for value in (a, b)] + [0] + [65536 * value for value in (c, d)]
+    path = encode(tmp_path / "v.mp4", [0, 1], matrix=[*entries, 0, 0, 0, 1 << 30], left=180)
+    with av.open(path) as container:
+        plain = next(container.decode(video=0)).to_ndarray(format="rgb24")
     frame = read_video(path, 1).frames[0]
-    assert frame.shape == ((64, 48, 3) if quarters % 2 else (48, 64, 3))
-    white = [frame[:4], frame[:, -4:], frame[-4:], frame[:, :4]]  # top, right, bottom, left
-    assert [bool(side.min() > 200) for side in white] == [i == quarters for i in range(4)]
+    height, width = plain.shape[:2]
+    for x, y in ((0, 0), (width - 1, 0), (0, height - 1), (20, 10)):
+        left = a * x + c * y + (a + c < 0) * ((width if a else height) - 1)
+        top = b * x + d * y + (b + d < 0) * ((width if b else height) - 1)
+        assert (frame[top, left] == plain[y, x]).all()
+    assert frame.shape[:2] == ((width, height) if b else (height, width))
 
 
 def test_max_side_shrinks_only(tmp_path):
@@ -229,6 +241,74 @@ def test_what_is_no_video_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(VideoError, match=name):
         read_video(tmp_path / name, 4)
+
+
+def test_names_are_read_as_people_type_them(tmp_path, monkeypatch):
+    path = encode(tmp_path / "12:30 caf\u00e9.mp4", [0, 1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [path, "12:30 caf\u00e9.mp4", "12:30 cafe\u0301.mp4", "~/12:30 caf\u00e9.mp4"]
+    assert [len(read_video(name, 9).frames) for name in names] == [2] * 4
+    with pytest.raises(VideoError, match=r"~/gone\.mp4: no such video file"):
+        read_video("~/gone.mp4", 4)
+
+
+def test_a_picture_is_told_apart_from_a_video(tmp_path):
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+        for read in (video_shape, lambda path: read_video(path, 2)):
+            with pytest.raises(VideoError, match=r"is a picture .*; make a clip of it"):
+                read(tmp_path / name)
+
+
+# 100 frames at 25 a second, with B-frames, in containers that do not say when a frame is shown
+@pytest.mark.parametrize("path", sorted(VIDEOS.iterdir()), ids=lambda path: path.name)
+def test_frames_without_presentation_times(path):
+    clip = read_video(path, 500)
+    assert [number(frame) for frame in clip.frames] == list(range(100))
+    np.testing.assert_allclose(np.diff(clip.timestamps), 0.04, atol=2e-3)
+    for start, end, count in ((1.3, 2.7, 16), (3.5, None, 2), (None, 0.4, 50)):
+        window = read_video(path, count, start, end)
+        shown = np.searchsorted(clip.timestamps, window.timestamps + 1e-4) - 1
+        assert [number(frame) for frame in window.frames] == shown.tolist()
+        assert (start or 0) - 0.05 < window.timestamps[0] <= (start or 0) + 0.09
+
+
+def test_joined_recordings_go_on(tmp_path):
+    one = Path(encode(tmp_path / "one.ts", list(range(20)), options={"g": "7", "bf": "2"}))
+    path = tmp_path / "two.ts"
+    path.write_bytes(one.read_bytes() * 2)
+    clip = read_video(path, 99)
+    assert shown_indices(clip) == [*range(20), *range(20)]
+    np.testing.assert_allclose(clip.timestamps, np.arange(40) / 10, atol=1e-3)
+    assert shown_indices(read_video(path, 3, 2.5, 2.7)) == [5, 6, 7]
+    assert shown_indices(read_video(path, 3, 1.0, 1.2)) == [10, 11, 12]
+
+
+def test_the_default_track_is_shown(tmp_path):
+    path = tmp_path / "v.mkv"
+    with av.open(str(path), "w") as container:
+        streams = []
+        for size in (64, 32):
+            stream = container.add_stream("libx264", rate=10)
+            assert isinstance(stream, VideoStream)
+            stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
+            streams.append(stream)
+        streams[0].disposition, streams[1].disposition = Disposition(0), Disposition.default
+        for stream in streams:
+            pixels = np.zeros((stream.height, stream.width, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        for stream in streams:
+            container.mux(stream.encode())
+    assert read_video(path, 1).frames.shape == (1, 32, 32, 3)
+
+
+def test_huge_frames_are_scaled_down(tmp_path, monkeypatch):
+    path = encode(tmp_path / "v.mp4", [0, 1], size=(96, 64))
+    monkeypatch.setattr("storm_vlm.data.video.MAX_PIXELS", 96 * 64)
+    assert read_video(path, 2).frames.shape == (2, 64, 96, 3)
+    monkeypatch.setattr("storm_vlm.data.video.MAX_PIXELS", 48 * 32)
+    assert read_video(path, 2).frames.shape == (2, 32, 48, 3)
 
 
 def test_play_lists_are_not_followed(tmp_path):
@@ -312,8 +392,9 @@ def test_windows_that_make_no_sense_are_refused(tmp_path):
     for start, end in ((1.0, 1.0), (1.0, 0.5), (-1.0, 1.0), (None, 0.0), (float("nan"), None)):
         with pytest.raises(VideoError, match="start"):
             read_video(path, 4, start, end)
-    with pytest.raises(VideoError, match=r"starts at 2\.5 s but the video ends at 2\.00 s"):
-        read_video(path, 4, 2.5)
+    for start in (2.5, 1.7e18):  # nanoseconds, that is
+        with pytest.raises(VideoError, match=r"starts at .* s but the video ends at 2\.00 s"):
+            read_video(path, 4, start)
     with pytest.raises(ValueError, match="at least 1"):
         read_video(path, 0)
 

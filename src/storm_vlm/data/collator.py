@@ -14,7 +14,7 @@ from torch import Tensor
 
 from storm_vlm.data.prompt import LatentMode, answer_text, build_messages, render_prompt
 from storm_vlm.data.row import Row
-from storm_vlm.data.video import Clip, read_video, video_metadata
+from storm_vlm.data.video import Clip, read_video, require_proportions, video_metadata
 from storm_vlm.model.latent import IGNORE_INDEX
 
 Reader = Callable[[str, int, float | None, float | None], Clip]  # path, frames, start, end
@@ -72,12 +72,17 @@ class VideoInputs:
         return self.process(self.read(path, self.num_frames, start, end))
 
     def process(self, clip: Clip) -> dict[str, Tensor]:
-        """pixel_values_videos (patches, values), video_grid_thw (1, 3), second_per_grid_ts (1,)."""
+        """pixel_values_videos (patches, values), video_grid_thw (1, 3), second_per_grid_ts (1,).
+
+        Raises ``VideoError`` for a clip that is too thin.
+        """
+        require_proportions(clip.path, *clip.frames.shape[1:3])
         outputs = self.processor(
             text=[self.processor.video_token],
             videos=[clip.frames],
             video_metadata=[video_metadata(clip)],
             do_sample_frames=False,
+            input_data_format="channels_last",  # it would take a height of 1 or 3 for channels
             return_tensors="pt",
         )
         names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")

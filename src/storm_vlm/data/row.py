@@ -1,7 +1,7 @@
 """The training and evaluation row (paper section 3.2), one JSON object per line.
 
 A file is self-contained: a relative path in it means "relative to the folder of this file", so a
-data set can be moved or packed as one folder.
+data set can be moved or packed as one folder. Addresses ("https://…") are not read.
 """
 
 import json
@@ -95,7 +95,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
             first = line_of_id[row.id]
             raise RowError(f"{path}:{number}: id: {row.id!r} is taken by line {first}; rename one")
         line_of_id[row.id] = number
-        rows.append(_with_paths(row, lambda name: os.path.normpath(folder / name)))
+        rows.append(_with_paths(row, lambda name: _absolute(name, folder)))
     return rows
 
 
@@ -119,6 +119,11 @@ def portable(row: Row, folder: Path) -> Row:
         return Path(name).relative_to(folder).as_posix() if inside else name
 
     return _with_paths(row, shorten)
+
+
+def _absolute(name: str, folder: Path) -> str:
+    """An address stays one, for the error to come to name it."""
+    return name if "://" in name else os.path.normpath(folder / os.path.expanduser(name))
 
 
 def _with_paths(row: Row, change: Callable[[str], str]) -> Row:

@@ -21,23 +21,20 @@ from av.error import FFmpegError
 from av.video.stream import VideoStream
 
 from storm_vlm.data.atomic_write import in_one_step
-from storm_vlm.data.decode import EPSILON, VideoError, VideoSource
+from storm_vlm.data.decode import (
+    EPSILON,
+    PlayedSource,
+    UntimedPackets,
+    VideoError,
+    VideoSource,
+    unreadable,
+)
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
 
-__all__ = [
-    "Clip",
-    "VideoError",
-    "read_frames",
-    "read_future",
-    "read_video",
-    "video_metadata",
-    "video_shape",
-    "write_video",
-]
-
 _DEFAULT_FPS = 24.0  # what transformers assumes for frames that come without metadata
+MAX_PIXELS = 4096 * 2304  # of a frame; larger ones are scaled down. Qwen2.5-VL sees at most 602,112
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,8 @@ def read_video(
     Both ends of the window are instants (a single frame: its middle). Time is presentation time,
     so a frame held long in a variable-rate file may be taken more than once; where the window
     shows no more than ``num_frames`` frames, each is taken once. A window may reach past the end
-    of the video, not start there. ``max_side`` bounds the longer side in pixels. Memory holds the
-    sampled frames only. Raises :class:`VideoError`.
+    of the video, not start there. ``max_side`` bounds the longer side in pixels; beyond 4096 x 2304
+    pixels a frame is scaled down in any case. Memory holds the sampled frames only. Raises :class:`VideoError`.
     """
     path = os.fspath(path)
     if num_frames < 1 or (max_side is not None and max_side < 1):
@@ -141,38 +138,66 @@ def read_frames(
     return _read(os.fspath(path), shown, max_side)
 
 
+def require_proportions(path: str, height: int, width: int) -> None:
+    """Raise :class:`VideoError` for a clip thinner than Qwen2.5-VL's processor takes."""
+    if max(height, width) > 200 * min(height, width):
+        raise VideoError(
+            f"{path}: {width} x {height} pixels are more than 200 to 1; crop or pad it"
+        )
+
+
 def video_shape(path: str | os.PathLike[str]) -> tuple[int, int, int]:
     """Frames (0: not said), height and width in pixels, as the file's header has them. Raises :class:`VideoError`."""
     path = os.fspath(path)
     try:
         with VideoSource(path) as source:
-            return source.stream.frames, source.stream.height, source.stream.width
+            shape = source.stream.frames, source.stream.height, source.stream.width
     except (FFmpegError, OSError) as error:
-        raise VideoError(f"{path}: cannot be opened ({error}); check the path") from error
+        raise unreadable(path, error) from error
+    require_proportions(path, *shape[1:])
+    return shape
 
 
 def _read(
     path: str, choose: Callable[[VideoSource], list[float]], max_side: int | None = None
 ) -> Clip:
     """The frames that start at the chosen times."""
-    frames: list[np.ndarray] = []
     try:
-        with VideoSource(path) as source:
-            wanted = choose(source)
-            width, height = 0, 0
-            for frame in source.frames_at(wanted):
-                if not frames:
-                    longest = max(frame.width, frame.height)
-                    scale = min(1.0, (max_side or longest) / longest)
-                    width = max(1, round(frame.width * scale))
-                    height = max(1, round(frame.height * scale))
-                pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
-                frames.append(np.rot90(pixels, round(frame.rotation / 90)))
-    except (FFmpegError, OSError) as error:
-        raise VideoError(
-            f"{path}: cannot be read as a video ({error}); convert it to MP4 or drop its row"
-        ) from error
-    return Clip(np.stack(frames), np.array(wanted), path)
+        try:
+            return _sample(VideoSource(path), choose, max_side)
+        except UntimedPackets:
+            return _sample(PlayedSource(path), choose, max_side)
+    except (FFmpegError, OSError, UntimedPackets) as error:
+        raise unreadable(path, error) from error
+
+
+def _sample(
+    source: VideoSource, choose: Callable[[VideoSource], list[float]], max_side: int | None
+) -> Clip:
+    pixels = np.empty(0)
+    with source:
+        times = choose(source)
+        for index, frame in enumerate(source.frames_at(times)):
+            if not index:
+                longest, area = max(frame.width, frame.height), frame.width * frame.height
+                scale = min(1.0, (max_side or longest) / longest, (MAX_PIXELS / area) ** 0.5)
+                width, height = (max(1, round(n * scale)) for n in (frame.width, frame.height))
+            shown = _upright(frame, frame.to_ndarray(format="rgb24", width=width, height=height))
+            if not index:
+                pixels = np.empty((len(times), *shown.shape), np.uint8)
+            pixels[index] = shown
+    return Clip(pixels, np.array(times), source.path)
+
+
+def _upright(frame: av.VideoFrame, pixels: np.ndarray) -> np.ndarray:
+    """Pixels (H, W, 3) turned and mirrored as the frame's display matrix has it: (x, y) -> (ax + cy, bx + dy)."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(float)
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def write_video(

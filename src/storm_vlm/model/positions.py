@@ -1,9 +1,15 @@
 """M-RoPE positions by the rule Qwen2.5-VL was trained with.
 
-The released weights were trained so: every block starts at the largest position so far plus one, and the temporal
-index is ``floor(grid index * seconds per grid * tokens per second)``. vLLM follows the same rule. transformers 5
-lets the text after a video resume at ``start + max(height, width)``, so the question overlaps the temporal axis of a
-long video (and 5.17 truncates the seconds per temporal grid to an integer).
+transformers 5 lets the text after a video resume at ``start + max(height, width)``, so the question
+overlaps the temporal axis of a long video (and 5.17 truncates the seconds per temporal grid to an
+integer). The released weights were trained with: every block starts at the largest position so far
+plus one, and the temporal index is ``floor(grid index * seconds per grid * tokens per second)``.
+
+The product is taken in float32, as in the code published with the weights (``get_rope_index`` of
+transformers 4.49, ``rope2d.py`` of Qwen's finetuning code: an integer range times a float). vLLM
+follows the same rule in float64, and starts from seconds rounded to float32. Where the exact product is
+an integer, that falls below it more often: at round rates a third of all clips differ by one step
+in some grid, and float32 is the nearer one.
 """
 
 from __future__ import annotations
@@ -112,7 +118,7 @@ def _blocks(
         grid, seconds = next(grids[kind], (None, 0.0))
         if grid is None:
             break
-        # float32, as in training
+        # in float32, see above
         time = torch.arange(grid[0]) * torch.tensor(float(seconds)) * tokens_per_second
         sides = (torch.arange(side // merge_size) for side in grid[1:])
         block = torch.stack(torch.meshgrid(time.long(), *sides, indexing="ij")).flatten(1)
