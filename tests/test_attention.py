@@ -74,3 +74,20 @@ def test_the_prompts_keys_are_kept_once() -> None:
     for one, other in zip(outputs[:8], outputs[8:], strict=True):
         torch.testing.assert_close(one, other)
     assert kept[1] < kept[0] / 4
+
+
+def test_dropout_drops_weights_and_keeps_their_sum_on_average() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 2, 1, 8, generator=generator)
+    keys = torch.randn(1, 2, 4000, 8, generator=generator) / 10
+    ones = torch.ones_like(keys)
+    layer = PartsLayer(keys, ones)
+    parts = layer.update(keys[:, :, :500], ones[:, :, :500])
+    torch.manual_seed(0)
+    full, half, none = (
+        sdpa_in_parts(torch.nn.Module(), query, *parts, None, dropout=share)[0]
+        for share in (0.0, 0.5, 1.0)
+    )
+    torch.testing.assert_close(full, torch.ones_like(full))
+    torch.testing.assert_close(half, full, atol=0.1, rtol=0)
+    assert not torch.allclose(half, full, atol=1e-4) and not none.any()

@@ -227,7 +227,67 @@ def test_override_feeds_other_states_and_still_reports_the_models_own() -> None:
         torch.testing.assert_close(output.latent_states[i], states, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("how", [{"do_sample": True, "temperature": 2.0}, {"num_beams": 2}])
+def test_override_belongs_to_its_prompt_whatever_the_number_of_sequences(how: Any) -> None:
+    model, rows = exact_model(), prompts()
+    other = torch.randn(3, BUDGET, 64, generator=torch.Generator().manual_seed(0)).double()
+    torch.manual_seed(0)
+    beams = "num_beams" in how
+    options = {"num_return_sequences": 2, "output_latent_states": not beams, **how}
+    if beams:  # logits are of beams that change places: their score is compared
+        options |= {"output_scores": True, "length_penalty": 0.0}
+    batch = left_pad(rows)
+    output = generate(model, batch, latent_override=other, **options)
+    for i in range(6):
+        replay = without_eos(output.sequences[i, batch["input_ids"].shape[1] :].tolist())
+        _, logits, _ = naive(model, rows[i // 2], replay, override=other[i // 2])
+        if beams:
+            chosen = logits.log_softmax(-1)[torch.arange(len(replay)), replay]
+            expected = float(chosen[BUDGET + 1 :].sum())
+            assert float(output.sequences_scores[i]) == pytest.approx(expected, abs=1e-4)
+        else:
+            got = torch.stack([step[i] for step in output.logits])[: len(replay)]
+            torch.testing.assert_close(got, logits.to(got), atol=1e-5, rtol=0)
+
+
+def test_pause_slots_feed_the_pads_own_embedding() -> None:
+    model, row = exact_model(), prompts()[0]
+    pads = model.get_input_embeddings().weight[TOKENS.pad].expand(1, BUDGET, -1)
+    expected = generate(model, row, latent_override=pads)
+    model.config.latent_pause = True
+    output = generate(model, row)
+    assert torch.equal(output.sequences, expected.sequences)
+    torch.testing.assert_close(output.latent_states, expected.latent_states, atol=1e-9, rtol=0)
+
+
 # ---------------------------------------------------------------- bounds
+
+
+def test_a_segment_that_the_length_cut_was_not_ended_by_the_budget() -> None:
+    for length, counts in ((BUDGET - 1, BUDGET - 1), (BUDGET, BUDGET)):
+        output = generate(tiny_model(), left_pad(prompts()), max_new_tokens=length)
+        assert output.latent_counts.tolist() == [counts] * 3
+        assert not output.forced_end.any()
+
+
+@pytest.mark.parametrize("mode", ["auto", "force"])
+def test_a_prompt_that_opened_the_segment_opens_no_second_one(mode: str) -> None:
+    batch, wish = left_pad(prompts()), Always([TOKENS.start], 1e4)
+    output = generate(tiny_model(), batch, wish, latent_mode=mode, max_new_tokens=2 * NEW)
+    new = output.sequences[:, batch["input_ids"].shape[1] :]
+    assert not (new == TOKENS.start).any() and output.latent_counts.tolist() == [BUDGET] * 3
+
+
+def test_an_old_start_in_the_prompt_neither_opens_a_segment_nor_bars_one() -> None:
+    model, row = exact_model(), prompts(force=False)[0]
+    row["input_ids"][0, 1] = TOKENS.start
+    quiet = generate(model, row)
+    assert quiet.latent_counts.tolist() == [0]
+    output = generate(model, row, Always([TOKENS.start], 1e4))
+    new = output.sequences[0, row["input_ids"].shape[1] :].tolist()
+    assert new[: BUDGET + 2] == [TOKENS.start, *[TOKENS.pad] * BUDGET, TOKENS.end]
+    _, _, states = naive(model, row, without_eos(new))
+    torch.testing.assert_close(output.latent_states[0], states, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("budget", [0, 1, 4, 8, 16])

@@ -107,6 +107,14 @@ def test_mixed_images_and_videos_with_left_padding() -> None:
         assert deltas[i, 0] == positions[:, i].max() + 1 - keep.sum()
 
 
+def test_without_a_clock_a_grid_lasts_a_second() -> None:
+    row = prompt(3, 4, (8, 4, 4), 1.0)
+    model, names = tiny_model().model, ("input_ids", "mm_token_type_ids", "video_grid_thw")
+    positions, _ = model.get_rope_index(**{name: row[name] for name in names})
+    expected = reference([("text", 4), ("video", ((8, 4, 4), 1.0)), ("text", 6)])
+    assert positions[:, 0].T.tolist() == [list(p) for p in expected]
+
+
 def test_grids_that_do_not_fit_the_tokens_are_named() -> None:
     with pytest.raises(ValueError, match="video_grid_thw"):
         rope_index(

@@ -98,6 +98,22 @@ def test_given_slot_inputs_are_fed_where_asked() -> None:
         assert_same(teacher_forced, i, forced)
         assert_same(per_slot, i, naive(model, row, labels, BUDGET, given[i], pick[i]))
         assert_same(per_row, i, naive(model, row, labels, BUDGET) if i == 2 else forced)
+    # credit belongs to the model's own states, also where another was fed
+    for output in (per_slot, per_row):
+        assert torch.equal(torch.cat(output.fed, 1), output.states)
+    assert teacher_forced.fed == rollout(model, batch, BUDGET, detach_feedback=True).fed == ()
+
+
+def test_credit_arrives_at_own_states_only_where_they_were_fed() -> None:
+    model, batch = exact_model(), training_batch()
+    given = torch.randn(3, BUDGET, 64, generator=torch.Generator().manual_seed(0)).double()
+    pick = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    output = rollout(model, batch, BUDGET, given, pick)
+    for state in output.fed:
+        state.retain_grad()
+    answer_loss(output.logits, batch["labels"]).backward()
+    credit = torch.cat([state.grad for state in output.fed], 1)
+    assert torch.equal(credit.abs().sum(-1) > 0, ~pick)
 
 
 @torch.no_grad()
@@ -259,6 +275,20 @@ def test_peft_wrapped_model_rolls_out_with_its_adapters() -> None:
     assert (adapted.logits - plain.logits).abs().max() > 0.1
     merged = rollout(wrapped.merge_and_unload(), batch, BUDGET)
     torch.testing.assert_close(adapted.logits, merged.logits, atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_video_features_stand_for_the_tower() -> None:
+    model, batch = exact_model(), training_batch()
+    expected = rollout(model, batch, BUDGET)
+    video = batch.pop("pixel_values_videos").double(), batch["video_grid_thw"]
+    features = torch.cat(model.model.get_video_features(*video).pooler_output)
+    assert torch.equal(
+        rollout(model, {**batch, "video_features": features}, BUDGET).logits, expected.logits
+    )
+    for wrong in (features[1:], torch.cat([features, features[:1]])):
+        with pytest.raises(ValueError, match=f"{len(wrong)} video_features for {len(features)}"):
+            rollout(model, {**batch, "video_features": wrong}, BUDGET)
 
 
 def test_mistakes_are_named() -> None:
