@@ -23,9 +23,10 @@ from storm_vlm.data.collator import Question, StormCollator
 from storm_vlm.data.video import Clip
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.model.attention import SDPA_IN_PARTS
+from storm_vlm.model.backbones import unwrap
 from storm_vlm.model.latent import alignment_loss, answer_loss, storm_loss
 from storm_vlm.model.modeling import enable_latents
-from storm_vlm.model.rollout import rollout, unwrap
+from storm_vlm.model.rollout import rollout
 from storm_vlm.training.planning import PlanRequest, Step, plan, plan_config, video_grid
 
 GRID, BUDGET, TEXT, HIDDEN = (8, 8, 12), 4, 100, 128

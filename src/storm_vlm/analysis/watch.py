@@ -18,7 +18,8 @@ from storm_vlm.data.row import Row
 from storm_vlm.data.video import read_video
 from storm_vlm.evaluation.statistics import Estimate, estimate
 from storm_vlm.inference.pipeline import StormPipeline
-from storm_vlm.model.rollout import head, unwrap
+from storm_vlm.model.backbones import unwrap
+from storm_vlm.model.rollout import head
 from storm_vlm.training.targets import FRAMES_PER_SLOT
 
 SIDE = 32  # pixels of an imagined frame

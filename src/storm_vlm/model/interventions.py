@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storm_vlm.model.rollout import embed, head, read_prompt, unwrap
+from storm_vlm.model.backbones import unwrap
+from storm_vlm.model.rollout import embed, head, read_prompt
 from storm_vlm.model.tokens import latent_tokens
 
 

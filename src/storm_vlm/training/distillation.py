@@ -22,8 +22,9 @@ from transformers import TrainerCallback
 
 from storm_vlm.data.collator import Question, StormCollator
 from storm_vlm.data.row import Row
+from storm_vlm.model.backbones import unwrap
 from storm_vlm.model.latent import pool_targets, target_whitening, whiten_targets
-from storm_vlm.model.rollout import read_prompt, unwrap
+from storm_vlm.model.rollout import read_prompt
 from storm_vlm.training.config import ConfigError, Method
 
 FILE = "teacher.safetensors"

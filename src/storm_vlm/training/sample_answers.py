@@ -13,7 +13,7 @@ from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row
 from storm_vlm.inference.pipeline import StormPipeline
-from storm_vlm.model.rollout import unwrap
+from storm_vlm.model.backbones import unwrap
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.model.adapters import token_rows
 from storm_vlm.model.attention import SDPA_IN_PARTS
+from storm_vlm.model.backbones import unwrap
 from storm_vlm.model.checkpoint import load_processor
 from storm_vlm.model.modeling import StormForConditionalGeneration
-from storm_vlm.model.rollout import unwrap
 from storm_vlm.model.tokens import add_latent_tokens
 from storm_vlm.training.checkpoints import last_whole_checkpoint, set_torn_aside
 from storm_vlm.training.config import ConfigError, TrainConfig

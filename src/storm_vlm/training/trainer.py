@@ -18,6 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from storm_vlm.data.row import Row
+from storm_vlm.model.backbones import unwrap
 from storm_vlm.model.latent import (
     IGNORE_INDEX,
     alignment_loss,
@@ -26,7 +27,7 @@ from storm_vlm.model.latent import (
     storm_loss,
 )
 from storm_vlm.model.modeling import StormForConditionalGeneration
-from storm_vlm.model.rollout import RolloutOutput, head, rollout, unwrap
+from storm_vlm.model.rollout import RolloutOutput, head, rollout
 from storm_vlm.model.tokens import latent_tokens
 from storm_vlm.training.checkpoints import seal
 from storm_vlm.training.config import ConfigError, Method
