@@ -165,3 +165,4 @@ def test_text_only_prompts_count_from_zero() -> None:
     ids = prompts()[0]["input_ids"][:, :3]
     positions, deltas = tiny_model().model.get_rope_index(ids)
     assert positions.tolist() == [[[0, 1, 2]]] * 3 and deltas.tolist() == [[0]]
+    assert positions.dtype == deltas.dtype == torch.long

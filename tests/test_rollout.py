@@ -299,5 +299,8 @@ def test_mistakes_are_named() -> None:
         rollout(model, batch, BUDGET, torch.zeros(3, BUDGET + 1, 64))
     with pytest.raises(ValueError, match="slot_inputs"):
         rollout(model, batch, BUDGET, torch.zeros(3, 1, 64), torch.ones(3).bool())
-    with pytest.raises(ValueError, match="left"):
-        rollout(model, {**batch, "attention_mask": batch["attention_mask"].flip(1)}, BUDGET)
+    last = torch.ones_like(batch["attention_mask"])
+    last[0, -1] = 0
+    for mask in (batch["attention_mask"].flip(1), last):
+        with pytest.raises(ValueError, match="left"):
+            rollout(model, {**batch, "attention_mask": mask}, BUDGET)
