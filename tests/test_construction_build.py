@@ -19,6 +19,7 @@ from storm_vlm.construction.config import STEPS, BuildConfig
 from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.data.store import Store
 from storm_vlm.data.video import read_video
+from storm_vlm.errors import StormError
 from storm_vlm.lab.bench.construction import _Trial, bare_rows, kill_trials, stub_config
 from storm_vlm.lab.bench.stub import Call, StubTeacher, completion, send
 from storm_vlm.lab.world.clips import build_world
@@ -104,7 +105,7 @@ def test_rows_of_a_test_split_are_refused_before_anybody_is_paid(
     source: Path, teacher: StubTeacher, tmp_path: Path
 ) -> None:
     rows = edited(source, tmp_path / "test.jsonl", split="test")
-    with pytest.raises(ValueError, match="10 rows are of another split than train"):
+    with pytest.raises(StormError, match="10 rows are of another split than train"):
         run(rows, tmp_path / "out", config(teacher=told(teacher)))
     assert not teacher.calls
     with pytest.raises(ValueError, match="splits"):
@@ -175,7 +176,7 @@ def test_shards_make_the_rows_of_one_run(
     assert collect(source, tmp_path / "many", settings)["unfinished"] == 0
     for name in ("rows.jsonl", "rejects.jsonl"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
-    with pytest.raises(ValueError, match="a shard is i/n"):
+    with pytest.raises(StormError, match="a shard is i/n"):
         Shard.parse("4/3")
 
 

@@ -120,7 +120,11 @@ def test_thresholds_do_not_decide_what_is_stored() -> None:
         return plain.determining() != changed.determining()
 
     assert not decides(filters={"blank": 0.5}, workers=3, teacher={"timeout": 5, "base_url": "u"})
-    assert decides(seed=1) and decides(teacher={"model": "m"}) and decides(wan={"steps": 4})
+    assert (
+        decides(seed=1)
+        and decides(teacher={"model": "m"})
+        and decides(generator_config={"steps": 4})
+    )
     assert not decides(teacher={"temperature": 1.0})  # there is no teacher
     assert decides(steps=["keyframes"]) and decides(show_answer=False)
 

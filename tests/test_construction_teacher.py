@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from storm_vlm.construction.config import TeacherConfig
-from storm_vlm.construction.prompts import Keyframes, Plan, VideoPrompt
-from storm_vlm.construction.teacher import BudgetReached, Teacher, Unanswered
+from storm_vlm.construction.prompts import Keyframes, ReasoningPlan, VideoPrompt
+from storm_vlm.construction.teacher import BudgetReached, TeacherClient, Unanswered
 from storm_vlm.data.store import Store
+from storm_vlm.errors import StormError
 from storm_vlm.lab.bench.stub import StubTeacher, completion, send
 
 MESSAGES = [{"role": "user", "content": "which frames?"}]
@@ -75,12 +76,12 @@ def slow(handler: BaseHTTPRequestHandler) -> None:
     send(handler, 200, completion(GOOD))
 
 
-def make(server: StubTeacher, folder: Path, **options: Any) -> Teacher:
+def make(server: StubTeacher, folder: Path, **options: Any) -> TeacherClient:
     config = {"model": "m", "base_url": server.url, "timeout": 20, "retries": 2, **options}
-    return Teacher(TeacherConfig.model_validate(config), Store(folder))
+    return TeacherClient(TeacherConfig.model_validate(config), Store(folder))
 
 
-def ask(teacher: Teacher, messages: list[dict[str, Any]] = MESSAGES) -> Any:
+def ask(teacher: TeacherClient, messages: list[dict[str, Any]] = MESSAGES) -> Any:
     return teacher.ask(messages, Keyframes, candidates=8, most=4)
 
 
@@ -152,7 +153,7 @@ def test_a_refusal_is_not_argued_with(tmp_path: Path) -> None:
 
 
 def test_a_wrong_key_stops_everything(tmp_path: Path) -> None:
-    with BadTeacher(status(401)) as server, pytest.raises(ValueError, match="refuses the request"):
+    with BadTeacher(status(401)) as server, pytest.raises(StormError, match="refuses the request"):
         ask(make(server, tmp_path))
 
 
@@ -160,8 +161,8 @@ def test_no_key_is_needed_but_for_the_default_endpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(ValueError, match="set OPENAI_API_KEY"):
-        ask(Teacher(TeacherConfig.model_validate({"model": "m"}), Store(tmp_path)))
+    with pytest.raises(StormError, match="set OPENAI_API_KEY"):
+        ask(TeacherClient(TeacherConfig.model_validate({"model": "m"}), Store(tmp_path)))
 
 
 def test_the_cost_is_told_and_bounded_over_runs(tmp_path: Path) -> None:
@@ -224,4 +225,4 @@ def test_what_a_video_prompt_may_say() -> None:
         assert not valid("word " * 90 + letter + " ends")
     assert valid("word " * 90 + "A man walks; I see vitamin pills.")
     with pytest.raises(ValueError, match="words"):
-        Plan.model_validate({"plan": "no"})
+        ReasoningPlan.model_validate({"plan": "no"})

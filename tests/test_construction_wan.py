@@ -13,10 +13,11 @@ from tiny_wan import save_tiny_wan
 
 from storm_vlm.construction.build import run
 from storm_vlm.construction.config import BuildConfig
-from storm_vlm.construction.generators import Rejected, Request
-from storm_vlm.construction.wan import Wan, fit, load
+from storm_vlm.construction.generators.wan import Wan, WanConfig, fit, load
+from storm_vlm.construction.types import Rejected, Request
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import read_video
+from storm_vlm.errors import StormError
 from storm_vlm.lab.bench.construction import bare_rows
 from storm_vlm.lab.bench.stub import StubTeacher
 
@@ -41,8 +42,7 @@ def request_(reasoning_rows: list[Row]) -> Request:
 
 
 def generator(model: str, seed: int = 0, **changes: Any) -> Wan:
-    settings = {"wan": {"model": model, **SMALL, **changes}, "seed": seed}
-    return Wan(BuildConfig.model_validate(settings))
+    return Wan(WanConfig.model_validate({"model": model, **SMALL, **changes}), seed)
 
 
 def stock(model: str, first: np.ndarray, last: np.ndarray | None, **changes: Any) -> np.ndarray:
@@ -52,7 +52,7 @@ def stock(model: str, first: np.ndarray, last: np.ndarray | None, **changes: Any
     images = [None if frame is None else Image.fromarray(frame) for frame in (first, last)]
     resized = [image and image.resize((48, 48), Image.Resampling.LANCZOS) for image in images]
     arguments = {
-        "negative_prompt": BuildConfig.model_validate({}).wan.negative_prompt,
+        "negative_prompt": WanConfig.model_validate({}).negative_prompt,
         "height": 48,
         "width": 48,
         "num_frames": 9,
@@ -96,7 +96,7 @@ def test_from_the_first_keyframe_to_the_last(flf: str, wan: str, request_: Reque
     with pytest.raises(Rejected, match="two keyframes"):
         one = Request(request_.row, frames[:1], PROMPT)
         generator(flf, conditioning="first_last").determined_by(one)
-    with pytest.raises(ValueError, match="FLF2V"):
+    with pytest.raises(StormError, match="FLF2V"):
         generator(wan, conditioning="first_last").imagine(request_)
 
 
@@ -114,7 +114,7 @@ def test_a_lora_is_loaded(wan: str, request_: Request, tmp_path: Path) -> None:
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    pipe = load(generator(wan).config.model_dump())
+    pipe = load(generator(wan).config)
     pipe.transformer.add_adapter(
         LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
     )
@@ -126,7 +126,7 @@ def test_a_lora_is_loaded(wan: str, request_: Request, tmp_path: Path) -> None:
 
 
 def test_precision_is_the_model_card_s(wan: str) -> None:
-    pipe = load(generator(wan, dtype="bfloat16").config.model_dump())
+    pipe = load(generator(wan, dtype="bfloat16").config)
     assert pipe.vae.dtype == pipe.image_encoder.dtype == torch.float32
     assert pipe.transformer.dtype == pipe.text_encoder.dtype == torch.bfloat16
 
@@ -147,7 +147,7 @@ def test_a_frame_keeps_its_shape(shape: tuple[int, int], area: int, size: tuple[
 
 def test_a_number_of_frames_that_wan_would_round_is_refused() -> None:
     with pytest.raises(ValueError, match="4n \\+ 1"):
-        BuildConfig.model_validate({"wan": {"num_frames": 80}})
+        BuildConfig.model_validate({"generator": "wan", "generator_config": {"num_frames": 80}})
 
 
 def test_rows_with_wan_from_end_to_end(wan: str, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_rows_with_wan_from_end_to_end(wan: str, tmp_path: Path) -> None:
         config = BuildConfig.model_validate(
             {
                 "teacher": {"model": "stub", "base_url": teacher.url},
-                "wan": {"model": wan, **SMALL},
+                "generator_config": {"model": wan, **SMALL},
                 "filters": {"blank": None, "frozen": None, "flicker": None, "mismatch": None},
             }
         )
@@ -180,5 +180,5 @@ def test_rows_with_wan_from_end_to_end(wan: str, tmp_path: Path) -> None:
 
 def test_without_words_nothing_is_generated(tmp_path: Path) -> None:
     source = bare_rows(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"name a teacher\.model"):
+    with pytest.raises(StormError, match=r"name a teacher\.model"):
         run(source, tmp_path / "out", BuildConfig.model_validate({}))

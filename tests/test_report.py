@@ -308,7 +308,7 @@ def test_commands(tmp_path) -> None:
     assert sorted(file.name for file in out.iterdir()) == ["report.csv", "report.html", "report.md"]
     assert "STORM (7B)" in said.output and "Gain over direct" in said.output
     said = cli.invoke(app, ["download", "imagenet", str(tmp_path)])
-    assert isinstance(said.exception, ValueError) and "choose from mmvu" in str(said.exception)
+    assert isinstance(said.exception, ValueError) and "choose from videomme" in str(said.exception)
 
 
 def test_intervals_of_runs_are_over_videos(tmp_path) -> None:

@@ -37,7 +37,7 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file o
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="key=value, e.g. generator=future keyframes=4 wan.steps=4 filters.blank=0.05"
+        help="key=value, e.g. keyframes=4 generator=wan generator_config.steps=4 filters.blank=0.05"
     ),
 ]
 

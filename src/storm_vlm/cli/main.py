@@ -19,6 +19,7 @@ from storm_vlm.cli.analyze import app as analysis_app
 from storm_vlm.cli.datasets import app as formats
 from storm_vlm.cli.lab import app as reproduce_app
 from storm_vlm.cli.report import app as report_app
+from storm_vlm.errors import StormError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Latent video reasoning with STORM."
@@ -236,7 +237,7 @@ def main() -> None:
     logging.getLogger("storm_vlm").setLevel(logging.INFO)  # what was chosen, and why
     try:
         app()
-    except (OSError, ValueError) as error:
+    except (OSError, StormError, ValueError) as error:
         if os.environ.get("STORM_DEBUG"):
             raise
         errors.print(f"[red]storm:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)

@@ -22,13 +22,14 @@ from tqdm.auto import tqdm
 
 from storm_vlm.construction.config import BuildConfig, FilterConfig
 from storm_vlm.construction.filters import LOW_IS_BAD, Duplicates
-from storm_vlm.construction.generators import Rejected
-from storm_vlm.construction.steps import STEP_FUNCTIONS, Draft, Tools
+from storm_vlm.construction.steps import STEP_FUNCTIONS, Draft, Resources
 from storm_vlm.construction.teacher import BudgetReached, Unanswered
+from storm_vlm.construction.types import Rejected
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.data.row import Row, portable, read_rows, write_rows
 from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.video import VideoError
+from storm_vlm.errors import StormError
 from storm_vlm.versions import commit, versions
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Shard:
         number, _, count = text.partition("/")
         if number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count):
             return cls(int(number), int(count))
-        raise ValueError(f"a shard is i/n with i from 1 to n, got {text!r}")
+        raise StormError(f"a shard is i/n with i from 1 to n, got {text!r}")
 
     def holds(self, row: Row) -> bool:
         digest = hashlib.sha256(row.id.encode()).digest()
@@ -60,7 +61,7 @@ class Builder:
     def __init__(self, config: BuildConfig, store: str | Path) -> None:
         self.config = config
         self.store = Store(store, durable=True)
-        self.tools = Tools(config, self.store)
+        self.resources = Resources(config, self.store)
 
     def key(self, row: Row) -> str:
         """The key of the row's result: its fields, its files by content, and what of the config decides."""
@@ -84,7 +85,7 @@ class Builder:
         for step in steps:
             if draft.rejected is None:
                 try:
-                    draft = STEP_FUNCTIONS[step](self.tools, draft)  # type: ignore[index]
+                    draft = STEP_FUNCTIONS[step](self.resources, draft)  # type: ignore[index]
                 except Rejected as reject:
                     draft = draft.model_copy(
                         update={"rejected": reject.reason, "detail": reject.detail}
@@ -99,7 +100,7 @@ class Builder:
 
     def spent(self) -> dict[str, Any]:
         """Time, and what the store holds of what costs."""
-        teacher = self.tools.teacher
+        teacher = self.resources.teacher
         videos = len(self.store.files("thoughts", ".mp4"))
         totals = {"teacher": teacher.spent.totals(teacher.config)} if teacher else {}
         return {"time": time.perf_counter(), "thought_videos": videos, **totals}
@@ -129,11 +130,11 @@ class Builder:
 
 
 def load_rows(source: str | Path, config: BuildConfig) -> list[Row]:
-    """Raises ``ValueError`` for rows of a split that must not be built from, before anybody is paid."""
+    """Raises StormError for rows of a split that must not be built from, before anybody is paid."""
     rows = read_rows(source)
     refused = [row for row in rows if row.split not in config.splits]
     if refused:
-        raise ValueError(
+        raise StormError(
             f"{source}: {len(refused)} rows are of another split than {'/'.join(config.splits)} (the first: "
             f"{refused[0].id!r}, {refused[0].split}); the teacher is told answers, so leave them out"
         )
@@ -160,7 +161,7 @@ def run(
         work: how rows are worked off; by default in threads of this process (see also `ray_build.py`).
 
     Raises:
-        ValueError: rows of a test split, a missing key or package, an endpoint that refuses.
+        StormError: rows of a test split, a missing key or package, an endpoint that refuses.
     """
     rows = load_rows(source, config)
     builder = Builder(config, store or Path(out) / "store")

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from storm_vlm.configs import Settings
+from storm_vlm.construction.generators import GENERATORS
 
-Step = Literal["keyframes", "plans", "prompts", "thoughts", "filter"]
-STEPS: tuple[Step, ...] = get_args(Step)
+StepName = Literal["keyframes", "plans", "prompts", "thoughts", "filter"]
+STEPS: tuple[StepName, ...] = get_args(StepName)
 
 
 class TeacherConfig(Settings):
@@ -40,40 +49,6 @@ class TeacherConfig(Settings):
         return self
 
 
-class WanConfig(Settings):
-    """Wan 2.1 image to video, with the values of its model card; the paper states none."""
-
-    model: str = Field("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", description="Folder or hub name.")
-    revision: str | None = None
-    device: str = Field("cuda", description="cpu for a tiny model only.")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16",
-        description="Of transformer and text encoder; VAE and image encoder keep float32.",
-    )
-    area: int = Field(480 * 832, ge=256, description="Pixels of a frame; 720*1280 for 720P models.")
-    num_frames: int = Field(81, ge=5, description="4n + 1; at 16 frames a second.")
-    steps: int = Field(40, ge=1, description="Of denoising; 4 with a step-distilled LoRA.")
-    guidance: float = Field(5.0, description="1 with a step-distilled LoRA: no second pass.")
-    flow_shift: float | None = Field(None, description="Of the scheduler; None: the checkpoint's.")
-    negative_prompt: str = "camera shake, still picture, subtitles, text overlay, blurred, deformed"
-    conditioning: Literal["first", "first_last", "chain"] = Field(
-        "first",
-        description="`first` keyframe, as in the paper; `first_last` (FLF2V checkpoints) ends at the last one; "
-        "`chain` joins segments, each from one keyframe to the next.",
-    )
-    lora: str | None = Field(None, description="Folder, file or hub name of a step-distilled LoRA.")
-    lora_file: str | None = Field(None, description="Its file, where a hub name holds several.")
-    offload: Literal["none", "model", "group"] = Field(
-        "none", description="`model`: whole parts wait in main memory; `group`: single blocks do."
-    )
-
-    @model_validator(mode="after")
-    def _frames_fit(self) -> WanConfig:
-        if self.num_frames % 4 != 1:
-            raise ValueError(f"num_frames must be 4n + 1 (33, 49, 81), got {self.num_frames}")
-        return self
-
-
 class FilterConfig(Settings):
     """Thresholds of `filters.py`; null switches one off. A row is rejected on the wrong side of one."""
 
@@ -88,8 +63,11 @@ class FilterConfig(Settings):
 class BuildConfig(Settings):
     """One run. What decides a row's result is part of its key in the store; the rest may change freely."""
 
-    steps: tuple[Step, ...] = STEPS
-    generator: Literal["wan", "future", "keyframes", "world"] = "wan"
+    steps: tuple[StepName, ...] = STEPS
+    generator: Annotated[str, AfterValidator(GENERATORS.check)] = "wan"
+    generator_config: SerializeAsAny[BaseModel] = Field(
+        {}, validate_default=True, description="Settings of the generator: its own `Config`."
+    )
     splits: tuple[Literal["train", "validation"], ...] = Field(
         ("train",), description="Rows of other splits are refused: the teacher is told answers."
     )
@@ -99,12 +77,17 @@ class BuildConfig(Settings):
     keyframes: int = Field(4, ge=1, le=8, description="K at most; the paper does not say.")
     show_answer: bool = Field(True, description="Tell the teacher the correct answer (appendix B).")
     seed: int = 0
-    future_seconds: float = Field(4.0, gt=0, description="Of `future`, from the row's end on.")
     off_topic_model: str | None = Field(None, description="Folder or hub name, CLIP or SigLIP.")
     teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig.model_validate({}))
-    wan: WanConfig = Field(default_factory=lambda: WanConfig.model_validate({}))
     filters: FilterConfig = Field(default_factory=lambda: FilterConfig.model_validate({}))
     workers: int = Field(8, ge=1, description="Rows in work at a time.")
+
+    @field_validator("generator_config", mode="plain")
+    @classmethod
+    def _of_the_generator(cls, value: Any, info: ValidationInfo) -> BaseModel:
+        if "generator" not in info.data:  # its own fault is reported
+            return Settings()
+        return GENERATORS[info.data["generator"]].Config.model_validate(value)
 
     def determining(self) -> dict[str, Any]:
         """All that a row's result depends on, besides the row. Thresholds do not: scores are kept."""
@@ -120,6 +103,4 @@ class BuildConfig(Settings):
         unused: dict[str, Any] = {"workers": True, "filters": True, "splits": True, "teacher": free}
         if not self.teacher.model:
             unused["teacher"] = True
-        if self.generator != "wan":
-            unused["wan"] = True
         return self.model_dump(mode="json", exclude=unused)

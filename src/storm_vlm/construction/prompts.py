@@ -58,10 +58,10 @@ class Keyframes(BaseModel):
         return self
 
 
-class Plan(BaseModel):
+class ReasoningPlan(BaseModel):
     """The teacher's reasoning in words."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", title="Plan")  # as in the keys of stored answers
     plan: str
 
     @model_validator(mode="after")

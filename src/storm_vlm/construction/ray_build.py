@@ -16,6 +16,7 @@ from storm_vlm.construction.config import BuildConfig
 from storm_vlm.construction.steps import Draft
 from storm_vlm.construction.teacher import BudgetReached, Unanswered
 from storm_vlm.data.row import Row
+from storm_vlm.errors import StormError
 
 PREPARING = ("keyframes", "plans", "prompts")
 Item = dict[
@@ -31,7 +32,7 @@ def on_ray(address: str) -> Callable[[Builder, list[Row]], Counter[str]]:
             import ray
             import ray.data
         except ImportError as error:
-            raise ValueError("--ray needs Ray: pip install 'storm-vlm[ray]'") from error
+            raise StormError("--ray needs Ray: pip install 'storm-vlm[ray]'") from error
         ray.init(
             address=None if address == "local" else address,
             ignore_reinit_error=True,
@@ -52,7 +53,7 @@ def _flow(builder: Builder, rows: list[Row]) -> Counter[str]:
         return Counter()
     config, told = builder.config, (builder.config.model_dump_json(), str(builder.store.folder))
     ray.data.DataContext.get_current().enable_progress_bars = False
-    on_gpu = config.generator == "wan" and config.wan.device.startswith("cuda")
+    on_gpu = builder.resources.generator.on_gpu
     resources: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": 0.25}
     gpus = int(ray.cluster_resources().get("GPU", 1)) if on_gpu else 1
     items = [{"row": row.model_dump_json(), "draft": "", "state": "going"} for row in rows]

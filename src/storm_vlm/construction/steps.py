@@ -16,20 +16,22 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from storm_vlm.construction import filters
-from storm_vlm.construction.config import BuildConfig, Step
-from storm_vlm.construction.generators import GENERATORS, Generator, Rejected, Request
+from storm_vlm.construction.config import BuildConfig, StepName
+from storm_vlm.construction.generators import GENERATORS
 from storm_vlm.construction.prompts import (
     Keyframes,
-    Plan,
+    ReasoningPlan,
     VideoPrompt,
     keyframe_messages,
     plan_messages,
     video_messages,
 )
-from storm_vlm.construction.teacher import Asked, Teacher
+from storm_vlm.construction.teacher import TeacherClient, TeacherReply
+from storm_vlm.construction.types import Rejected, Request
 from storm_vlm.data.row import Row, ThoughtVideo
 from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.video import read_frames, read_video, write_video
+from storm_vlm.errors import StormError
 
 CRF = 12  # near-lossless: the codec should not decide what is learned
 JUDGED = 32  # frames of a thought video that the filters look at
@@ -53,14 +55,14 @@ class Draft(BaseModel):
         return self.model_copy(update={"row": self.row.model_copy(update={**fields, "meta": meta})})
 
 
-class Tools:
+class Resources:
     """What the steps work with. Made once per process; models are loaded when they are needed."""
 
     def __init__(self, config: BuildConfig, store: Store) -> None:
         self.config = config
         self.store = store
-        self.teacher = Teacher(config.teacher, store) if config.teacher.model else None
-        self.generator: Generator = GENERATORS[config.generator](config)
+        self.teacher = TeacherClient(config.teacher, store) if config.teacher.model else None
+        self.generator = GENERATORS[config.generator](config.generator_config, config.seed)
         self._lock = threading.Lock()
         self._off_topic: Callable[[np.ndarray, str], float] | None = None
 
@@ -74,75 +76,75 @@ class Tools:
             return self._off_topic(frames, text)
 
 
-def select_keyframes(tools: Tools, draft: Draft) -> Draft:
+def select_keyframes(resources: Resources, draft: Draft) -> Draft:
     """Times of at most K frames that matter: the teacher's choice, else spread evenly."""
-    row, config = draft.row, tools.config
-    if row.keyframes or tools.keeps_thought_video(row):
+    row, config = draft.row, resources.config
+    if row.keyframes or resources.keeps_thought_video(row):
         return draft
     clip = read_video(row.video, config.candidates, row.start, row.end, config.max_side)
     times = [float(time) for time in clip.timestamps]
     note: dict[str, Any] = {"status": "uniform", "candidates": len(times)}
-    if tools.teacher:
+    if resources.teacher:
         shown, detail = config.show_answer, config.teacher.detail
         most = config.keyframes
         messages = keyframe_messages(row, list(clip.frames), times, most, shown, detail)
-        asked = tools.teacher.ask(messages, Keyframes, candidates=len(times), most=most)
-        note |= asked.provenance(config.teacher) | {"answer_shown": shown}
-        if asked.value:
-            chosen = tuple(times[i] for i in asked.value.selected)
+        reply = resources.teacher.ask(messages, Keyframes, candidates=len(times), most=most)
+        note |= reply.provenance(config.teacher) | {"answer_shown": shown}
+        if reply.value:
+            chosen = tuple(times[i] for i in reply.value.selected)
             return draft.noted("keyframes", note, keyframes=chosen)
         note["status"] += ", uniform"
     spread = np.linspace(0, len(times) - 1, min(config.keyframes, len(times))).round().astype(int)
     return draft.noted("keyframes", note, keyframes=tuple(times[i] for i in spread))
 
 
-def write_plan(tools: Tools, draft: Draft) -> Draft:
+def write_plan(resources: Resources, draft: Draft) -> Draft:
     """The teacher's reasoning from the keyframes to the answer."""
-    row, config = draft.row, tools.config
-    if row.plan or not tools.teacher or tools.keeps_thought_video(row):
+    row, config = draft.row, resources.config
+    if row.plan or not resources.teacher or resources.keeps_thought_video(row):
         return draft
     frames = _keyframes(row, config.max_side)
     messages = plan_messages(row, frames, row.keyframes, config.show_answer, config.teacher.detail)
-    asked = tools.teacher.ask(messages, Plan)
-    note = asked.provenance(config.teacher) | {"answer_shown": config.show_answer}
-    return draft.noted("plan", note, plan=_needed("plan", asked).plan.strip())
+    reply = resources.teacher.ask(messages, ReasoningPlan)
+    note = reply.provenance(config.teacher) | {"answer_shown": config.show_answer}
+    return draft.noted("plan", note, plan=_needed("plan", reply).plan.strip())
 
 
-def write_video_prompt(tools: Tools, draft: Draft) -> Draft:
+def write_video_prompt(resources: Resources, draft: Draft) -> Draft:
     """The plan as something to be seen, if the generator wants words."""
-    row, config = draft.row, tools.config
-    if row.meta.get("video_prompt") or tools.keeps_thought_video(row):
+    row, config = draft.row, resources.config
+    if row.meta.get("video_prompt") or resources.keeps_thought_video(row):
         return draft
-    if "thoughts" in config.steps and not tools.generator.needs_prompt:
+    if "thoughts" in config.steps and not resources.generator.needs_prompt:
         return draft  # asked for alone, prompts are for a generator of somebody else's
-    if not tools.teacher or not row.plan:
-        what = "plan" if tools.teacher else "teacher"
-        raise ValueError(
+    if not resources.teacher or not row.plan:
+        what = "plan" if resources.teacher else "teacher"
+        raise StormError(
             f"{row.id}: {config.generator} needs a prompt and there is no {what} to make one from: name a "
             "teacher.model and run the step plans, or give rows meta.video_prompt"
         )
     (frame,) = _keyframes(row, config.max_side, first=True)
     messages = video_messages(row, frame, row.keyframes[0], config.teacher.detail)
-    asked = tools.teacher.ask(messages, VideoPrompt)
-    text = " ".join(_needed("prompt", asked).prompt.split())
-    note = asked.provenance(config.teacher)
+    reply = resources.teacher.ask(messages, VideoPrompt)
+    text = " ".join(_needed("prompt", reply).prompt.split())
+    note = reply.provenance(config.teacher)
     return draft.noted("prompt", note, meta={**row.meta, "video_prompt": text})
 
 
-def imagine(tools: Tools, draft: Draft) -> Draft:
+def imagine(resources: Resources, draft: Draft) -> Draft:
     """The thought video, made unless the store has it, and all that led to it as its provenance."""
-    row, generator, store = draft.row, tools.generator, tools.store
-    if tools.keeps_thought_video(row):
+    row, generator, store = draft.row, resources.generator, resources.store
+    if resources.keeps_thought_video(row):
         return draft
     if not row.keyframes:
-        raise ValueError(f"{row.id}: has no keyframes; run the step keyframes first")
+        raise StormError(f"{row.id}: has no keyframes; run the step keyframes first")
     meta = dict(row.meta)
     prompt = str(meta.pop("video_prompt", ""))
     given = {"keyframes": row.keyframes, "plan": row.plan, "prompt": prompt}
     notes = {step: {"status": "given"} for step, value in given.items() if value}
     notes |= meta.pop("construction", {})
     request = Request(row, _keyframes(row), prompt)
-    decided = {"seed": tools.config.seed, "settings": generator.settings()}
+    decided = {"seed": resources.config.seed, "settings": generator.settings()}
     key = key_of(generator=generator.name, **decided, **generator.determined_by(request))
     path = store.path("thoughts", key, ".mp4")
     if not path.exists():
@@ -162,11 +164,11 @@ def imagine(tools: Tools, draft: Draft) -> Draft:
     )
 
 
-def judge(tools: Tools, draft: Draft) -> Draft:
+def judge(resources: Resources, draft: Draft) -> Draft:
     """Scores of the thought video; thresholds are applied when results are collected."""
     row = draft.row
     if row.thought_video is None:
-        raise ValueError(f"{row.id}: has no thought video to judge; run the step thoughts first")
+        raise StormError(f"{row.id}: has no thought video to judge; run the step thoughts first")
     frames = read_video(row.thought_video.path, JUDGED).frames
     scores = {
         "blank": filters.blank(frames),
@@ -176,14 +178,14 @@ def judge(tools: Tools, draft: Draft) -> Draft:
     if row.thought_video.source in ("generated", "keyframes") and row.keyframes:
         (first,) = _keyframes(row, first=True)
         scores["mismatch"] = filters.mismatch(frames, first)
-    if tools.config.off_topic_model:
+    if resources.config.off_topic_model:
         text = str(row.thought_video.provenance.get("prompt") or row.question)
-        scores["off_topic"] = tools.off_topic(frames, text)
+        scores["off_topic"] = resources.off_topic(frames, text)
     rounded = {name: round(score, 6) for name, score in scores.items()}
     return draft.model_copy(update={"scores": rounded, "fingerprint": filters.fingerprint(frames)})
 
 
-STEP_FUNCTIONS: dict[Step, Callable[[Tools, Draft], Draft]] = {
+STEP_FUNCTIONS: dict[StepName, Callable[[Resources, Draft], Draft]] = {
     "keyframes": select_keyframes,
     "plans": write_plan,
     "prompts": write_video_prompt,
@@ -192,10 +194,10 @@ STEP_FUNCTIONS: dict[Step, Callable[[Tools, Draft], Draft]] = {
 }
 
 
-def _needed(step: str, asked: Asked[Any]) -> Any:
-    if asked.value is None:
-        raise Rejected(f"{step}_{asked.status}", "the teacher gave nothing that could be used")
-    return asked.value
+def _needed(step: str, reply: TeacherReply[Any]) -> Any:
+    if reply.value is None:
+        raise Rejected(f"{step}_{reply.status}", "the teacher gave nothing that could be used")
+    return reply.value
 
 
 def _keyframes(

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from storm_vlm.construction.config import TeacherConfig
 from storm_vlm.construction.prompts import Messages, repair_message
 from storm_vlm.data.store import Ledger, Store, key_of, read_json
+from storm_vlm.errors import StormError
 from storm_vlm.inference.client import connect
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class BudgetReached(Exception):
 
 
 @dataclass(frozen=True)
-class Asked(Generic[Answer]):
-    """What came of a question.
+class TeacherReply(Generic[Answer]):
+    """What the teacher answers.
 
     ``status``: `ok`, `repaired`, `refused` or `invalid`; ``value`` is None for the last two. ``keys`` names the
     responses in the store, one for each turn.
@@ -102,7 +103,7 @@ def _usage(response: dict[str, Any] | None) -> str:
     return f"{usage.get('prompt_tokens') or 0} {usage.get('completion_tokens') or 0}"
 
 
-class Teacher:
+class TeacherClient:
     """Safe to use from many threads."""
 
     def __init__(self, config: TeacherConfig, store: Store) -> None:
@@ -112,25 +113,25 @@ class Teacher:
         self._client: OpenAI | None = None
         self.spent = Spent(store)
 
-    def ask(self, messages: Messages, kind: type[Answer], **context: Any) -> Asked[Answer]:
+    def ask(self, messages: Messages, kind: type[Answer], **context: Any) -> TeacherReply[Answer]:
         """An answer that is valid as `kind`, after `repairs` at most.
 
         Raises:
             Unanswered: no response to be had.
             BudgetReached: before a call, never between a call and its storing.
-            ValueError: the endpoint refuses requests (a wrong key, model or option): nothing will work.
+            StormError: the endpoint refuses requests (a wrong key, model or option): nothing will work.
         """
         keys: list[str] = []
         for turn in range(self.config.repairs + 1):
             try:
                 key, response = self._respond(messages, kind)
             except _Filtered:
-                return Asked(None, "refused", tuple(keys))
+                return TeacherReply(None, "refused", tuple(keys))
             keys.append(key)
             message = response["choices"][0]["message"]
             text = message.get("content") or ""
             if message.get("refusal"):
-                return Asked(None, "refused", tuple(keys))
+                return TeacherReply(None, "refused", tuple(keys))
             try:
                 value = kind.model_validate_json(_json_part(text), context=context)
             except ValidationError as error:
@@ -138,8 +139,8 @@ class Teacher:
                 said = {"role": "assistant", "content": text}
                 messages = [*messages, said, repair_message(fault)]
             else:
-                return Asked(value, "repaired" if turn else "ok", tuple(keys))
-        return Asked(None, "invalid", tuple(keys))
+                return TeacherReply(value, "repaired" if turn else "ok", tuple(keys))
+        return TeacherReply(None, "invalid", tuple(keys))
 
     def _respond(self, messages: Messages, kind: type[BaseModel]) -> tuple[str, dict[str, Any]]:
         """The key and the JSON of a chat completion, from the store if it is there."""
@@ -150,7 +151,8 @@ class Teacher:
             "max_tokens": self.config.max_tokens,
         }
         if self.config.response_format == "json_schema":
-            schema = {"name": kind.__name__, "strict": True, "schema": kind.model_json_schema()}
+            schema = kind.model_json_schema()
+            schema = {"name": schema["title"], "strict": True, "schema": schema}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         elif self.config.response_format == "json_object":
             body["response_format"] = {"type": "json_object"}
@@ -196,7 +198,7 @@ class Teacher:
             if "content" in str(error.code or ""):  # content_filter, content_policy_violation
                 raise _Filtered from error
             where = self.config.base_url or "the teacher's endpoint"
-            raise ValueError(f"{where} refuses the request: {error}") from error
+            raise StormError(f"{where} refuses the request: {error}") from error
 
 
 def _completion(raw: bytes) -> dict[str, Any] | None:

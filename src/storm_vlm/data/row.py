@@ -17,6 +17,7 @@ from storm_vlm.errors import StormError
 
 Split = Literal["train", "validation", "test", "ood"]
 Seconds = Annotated[float, Field(ge=0)]
+ThoughtSource = Literal["oracle", "generated", "future", "keyframes"]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
 
 
@@ -35,7 +36,7 @@ class ThoughtVideo(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: NonEmpty
-    source: Literal["oracle", "generated", "future", "keyframes"]
+    source: ThoughtSource
     generator: str
     provenance: dict[str, Any] = {}
 

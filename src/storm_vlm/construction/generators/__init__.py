@@ -1,0 +1,20 @@
+"""Where thought videos come from: a video model, the real future, the keyframes, or the micro world's simulator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from storm_vlm.registry import Registry
+
+if TYPE_CHECKING:
+    from storm_vlm.construction.types import Generator
+
+GENERATORS: Registry[type[Generator]] = Registry(
+    "generators",
+    {
+        "wan": f"{__name__}.wan:Wan",
+        "future": f"{__name__}.future:Future",
+        "keyframes": f"{__name__}.slides:Slides",
+        "world": "storm_vlm.lab.world.generator:World",
+    },
+)
