@@ -10,7 +10,7 @@ from tiny import tiny_processor
 from storm_vlm.data.collator import Question, StormCollator, VideoInputs
 from storm_vlm.data.prompt import build_messages, render_prompt
 from storm_vlm.data.row import Row
-from storm_vlm.data.video import VideoError, read_video, video_metadata, write_video
+from storm_vlm.data.video import Clip, VideoError, read_video, video_metadata, write_video
 
 NUM_FRAMES, BUDGET, HIDDEN = 6, 4, 8
 VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
@@ -185,3 +185,19 @@ def test_without_a_cache_nothing_is_kept(processor, tmp_path):
     path.unlink()
     with pytest.raises(VideoError):
         videos.get(str(path))
+
+
+@pytest.mark.parametrize("height", [1, 3])
+def test_a_height_is_not_taken_for_channels(processor, height):
+    frames = np.zeros((4, height, 96, 3), np.uint8)
+    frames[..., 0] = 255  # red: taken for channels, rows would be red, black and black
+    clip = Clip(frames, np.arange(4) / 4, "thin.mp4")
+    patches = VideoInputs(processor, 4).process(clip)["pixel_values_videos"]
+    channels = patches.unflatten(1, (3, -1))
+    assert (channels.std((0, 2)) < 1e-4).all() and channels[0, 0, 0] > channels[0, 2, 0]
+
+
+def test_a_clip_too_thin_for_the_model_is_named(processor):
+    clip = Clip(np.zeros((4, 2, 402, 3), np.uint8), np.arange(4) / 4, "thin.mp4")
+    with pytest.raises(VideoError, match=r"thin\.mp4: 402 x 2 pixels are more than 200 to 1; crop"):
+        VideoInputs(processor, 4).process(clip)

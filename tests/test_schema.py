@@ -145,3 +145,11 @@ def test_rows_are_frozen_and_infinity_is_refused():
     with pytest.raises(ValidationError, match="end"):
         row(end=float("inf"))
     assert ThoughtVideo(path="a", source="oracle", generator="g").provenance == {}
+
+
+def test_home_and_addresses_are_no_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    names = ["~/a.mp4", "https://example.org/a.mp4", "file:///a.mp4"]
+    rows = [{**FULL, "id": name, "video": name} for name in names]
+    read = read_rows(write_lines(tmp_path / "rows.jsonl", *rows))
+    assert [row.video for row in read] == ["/home/me/a.mp4", *names[1:]]

@@ -34,39 +34,33 @@ AV1 = "-c:v libsvtav1 -preset 12 -g 12"
 UNEVEN = "-vf setpts=N+3*floor(N/5)+floor(N/7) -fps_mode passthrough"
 # name of the file -> what ffmpeg writes it with; after a "|", a second call that copies the first one's file
 CASES = {
-    **{
-        f"h264.{s}": BFRAMES
-        for s in ("mp4", "mov", "mkv", "ts", "m2ts", "flv", "avi", "asf", "mpg", "vob", "3gp")
-    },
-    **{f"h264_no_b.{s}": f"{H264} -bf 0" for s in ("mp4", "mkv", "ts", "flv", "avi", "asf", "mpg")},
-    **{f"h264_pyramid.{s}": PYRAMID for s in ("mp4", "mkv", "ts", "avi", "asf", "mpg", "flv")},
-    **{f"hevc.{s}": HEVC for s in ("mp4", "mkv", "ts")},
-    **{f"mpeg4.{s}": MPEG4 for s in ("mp4", "mkv", "ts", "avi", "asf", "mpg")},
-    **{f"mpeg4_no_b.{s}": "-c:v mpeg4 -q:v 2 -g 9" for s in ("avi", "asf", "mp4")},
-    **{f"xvid.{s}": XVID for s in ("mp4", "avi", "mkv")},
-    **{f"mpeg2.{s}": MPEG2 for s in ("mpg", "vob", "ts", "mkv", "avi", "mp4")},
-    **{f"mpeg1.{s}": MPEG1 for s in ("mpg", "avi", "ts")},
-    "mpeg2_interlaced.ts": f"{MPEG2} -flags +ilme+ildct",
+    **{f"h264.{s}": BFRAMES for s in ("mp4", "mov", "mkv", "ts", "flv", "avi", "asf", "mpg")},
+    **{f"h264_no_b.{s}": f"{H264} -bf 0" for s in ("avi", "asf", "mpg")},
+    **{f"h264_pyramid.{s}": PYRAMID for s in ("mp4", "mkv", "ts", "avi")},
     "h264_interlaced.ts": f"{BFRAMES} -flags +ilme+ildct",
     "h264_refresh.mp4": "-c:v libx264 -x264-params intra-refresh=1:keyint=12 -pix_fmt yuv420p",
-    **{f"vp8.{s}": VP8 for s in ("webm", "mkv", "avi")},
+    **{f"hevc.{s}": HEVC for s in ("mp4", "mkv", "ts")},
+    **{f"mpeg4.{s}": MPEG4 for s in ("mp4", "ts", "avi", "mpg")},
+    "mpeg4_no_b.avi": "-c:v mpeg4 -q:v 2 -g 9",
+    **{f"xvid.{s}": XVID for s in ("mp4", "avi", "mkv")},
+    **{f"mpeg2.{s}": MPEG2 for s in ("vob", "ts", "mkv", "avi")},
+    "mpeg2_interlaced.ts": f"{MPEG2} -flags +ilme+ildct",
+    **{f"mpeg1.{s}": MPEG1 for s in ("mpg", "avi", "ts")},
+    "vp8.webm": VP8,
     "vp8_altref.webm": f"{VP8} {ALTREF}",
     **{f"vp9.{s}": VP9 for s in ("webm", "mp4")},
     "vp9_altref.webm": f"{VP9} {ALTREF}",
     **{f"av1.{s}": AV1 for s in ("mp4", "webm")},
-    **{f"theora.{s}": "-c:v libtheora -q:v 9 -g 9" for s in ("ogv", "mkv")},
-    **{f"wmv.{s}": "-c:v wmv2 -q:v 2 -g 9" for s in ("wmv", "avi")},
+    "theora.ogv": "-c:v libtheora -q:v 9 -g 9",
+    "wmv.wmv": "-c:v wmv2 -q:v 2 -g 9",
     "msmpeg4.avi": "-c:v msmpeg4 -q:v 2 -g 9",
     "flv1.flv": "-c:v flv -q:v 2 -g 9",
-    "h263p.avi": "-c:v h263p -q:v 2 -g 9",
-    **{f"mjpeg.{s}": "-c:v mjpeg -q:v 2" for s in ("avi", "mov", "mkv")},
+    **{f"mjpeg.{s}": "-c:v mjpeg -q:v 2" for s in ("avi", "mov")},
     "pictures.gif": "",
-    "ffv1.mkv": "-c:v ffv1",
     "raw.avi": "-c:v rawvideo -pix_fmt yuv420p",
     "prores.mov": "-c:v prores",
-    "qtrle.mov": "-c:v qtrle -g 9",
     # structures
-    **{f"uneven.{s}": f"{UNEVEN} {BFRAMES}" for s in ("mp4", "mkv", "ts", "flv", "asf")},
+    **{f"uneven.{s}": f"{UNEVEN} {BFRAMES}" for s in ("mp4", "mkv", "ts", "asf")},
     "uneven.webm": f"{UNEVEN} {VP9}",
     "uneven.gif": UNEVEN,
     "fragments.mp4": f"{BFRAMES} -movflags frag_keyframe+empty_moov",
@@ -74,18 +68,15 @@ CASES = {
     "negative.mp4": f"{BFRAMES} -movflags negative_cts_offsets",
     "live.webm": f"{VP9} -live 1",
     "live.mkv": f"{BFRAMES} -live 1",
-    **{f"late.{s}": f"{BFRAMES} -output_ts_offset 5.3" for s in ("mp4", "mkv", "ts", "mpg")},
+    **{f"late.{s}": f"{BFRAMES} -output_ts_offset 5.3" for s in ("mp4", "ts", "mpg")},
     "hours.ts": f"{BFRAMES} -output_ts_offset 36000",
     "around.ts": f"{BFRAMES} -output_ts_offset 95442.3",  # the clock has 33 bits
-    "around_mpeg2.ts": f"{MPEG2} -output_ts_offset 95442.3",
     **{f"cut.{s}": f"{BFRAMES} | -ss 0.5 -i {{}} -c copy" for s in ("mp4", "mkv", "ts", "mov")},
     "cut_pyramid.mp4": f"{PYRAMID} | -ss 0.7 -i {{}} -c copy",
     "reordered_no_more.mp4": f"{BFRAMES} -f avi | -i {{}} -c copy",
     "unpacked.mp4": f"{XVID} -f avi | -i {{}} -c copy -bsf:v mpeg4_unpack_bframes",
-    "one.mp4": f"{BFRAMES} -frames:v 1",
     "one.avi": f"{BFRAMES} -frames:v 1",
     "two.mpg": f"{MPEG2} -frames:v 2",
-    "sound.mp4": f"-f lavfi -i sine=d=3 {BFRAMES} -c:a aac",
     "sound.avi": f"-f lavfi -i sine=d=3 {XVID} -c:a mp2",
     "sound.ts": f"-f lavfi -i sine=d=3 {BFRAMES} -c:a mp2",
     "sound.mpg": f"-f lavfi -i sine=d=3 {MPEG2} -c:a mp2",
@@ -106,11 +97,13 @@ JOINED = {  # files one after the other
 }
 
 
-def ffmpeg(arguments: str, *outputs: str | Path, **options) -> subprocess.CompletedProcess:
+def ffmpeg(arguments: str, *outputs: str | Path) -> subprocess.CompletedProcess:
     command = ["ffmpeg", "-hide_banner", "-nostdin", "-y", *shlex.split(arguments)]
-    return subprocess.run(
-        [*command, *map(str, outputs)], check=True, capture_output=True, **options
-    )
+    run = subprocess.run([*command, *map(str, outputs)], capture_output=True)
+    if b"Unknown encoder" in run.stderr:
+        pytest.skip("this ffmpeg lacks the encoder")
+    run.check_returncode()
+    return run
 
 
 @pytest.fixture(scope="module")
