@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import run_storm
 
 from storm_vlm import StormPipeline
 from storm_vlm.analysis.analyze import _decoder, analyze
@@ -35,7 +35,6 @@ from storm_vlm.analysis.watch import (
     thought_frames,
     train_decoder,
 )
-from storm_vlm.cli.main import app
 from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world, sample_several
@@ -329,7 +328,7 @@ def test_the_command_writes_a_page_that_asks_for_nothing(several, reasoning_file
     out, record = tmp_path / "out", tmp_path / "reliance.json"
     arguments = ["analyze", str(shipped("storm")), str(several), "--limit", "6", "--out", str(out)]
     arguments += ["--retrieval-rows", str(several), "--decoder-rows", str(reasoning_file)]
-    result = CliRunner().invoke(app, [*arguments, "--results", str(record)])
+    result = run_storm(*arguments, "--results", record)
     assert result.exit_code == 0, result.output
     assert "latents move" in result.output and "no slots at all" in result.output
     page = (out / "report.html").read_text()

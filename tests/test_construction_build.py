@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command_line import run_storm
 
-from storm_vlm.cli.main import app
 from storm_vlm.construction.build import Builder, Shard, collect, run
 from storm_vlm.construction.config import STEPS, BuildConfig
 from storm_vlm.data.row import Row, read_rows, write_rows
@@ -188,7 +187,7 @@ def test_max_cost_stops_cleanly_and_more_money_goes_on(
     command += ["generator=keyframes"]  # 0.001 a call, 20 calls in all
 
     def storm(*more: str) -> Any:
-        return CliRunner().invoke(app, [*command, *more])
+        return run_storm(*command, *more)
 
     first = storm("--max-cost", "0.0085")
     assert first.exit_code == 3 and "stopped at max_cost" in first.output
@@ -247,10 +246,10 @@ def test_a_broken_video_is_a_reject(source: Path, tmp_path: Path) -> None:
 
 def test_nothing_kept_is_no_success(source: Path, tmp_path: Path) -> None:
     command = ["build", "--source", str(source), "--out", str(tmp_path), "generator=keyframes"]
-    strict = CliRunner().invoke(app, [*command, "filters.blank=2"])
+    strict = run_storm(*command, "filters.blank=2")
     assert strict.exit_code == 5 and "every row was rejected" in strict.output
     assert len(lines(tmp_path / "rejects.jsonl")) == 10
-    assert CliRunner().invoke(app, command).exit_code == 0
+    assert run_storm(*command).exit_code == 0
 
 
 def test_results_belong_to_what_a_video_shows_not_to_its_name(

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import run_storm
 from safetensors.numpy import load_file, save_file
-from typer.testing import CliRunner
 
 from storm_vlm import StormPipeline
 from storm_vlm.analysis.reliance import latent_reliance, rolled_out
 from storm_vlm.analysis.sampled_reliance import sampled_reliance
-from storm_vlm.cli.main import app
 from storm_vlm.data.prompt import option_letter
 from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.data.video import VideoError
@@ -181,7 +180,7 @@ def test_latents_are_found_from_kept_frames(storm, reasoning_rows, tmp_path) -> 
 
 
 def storm_evaluate(*arguments: Any) -> Any:
-    done = CliRunner().invoke(app, ["evaluate", str(shipped("storm")), *map(str, arguments)])
+    done = run_storm("evaluate", shipped("storm"), *arguments)
     assert done.exit_code == 0, done.output
     return done
 

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from command_line import run_storm
 from tiny import tiny_processor
-from typer.testing import CliRunner
 
 from storm_vlm.cli import datasets as commands
-from storm_vlm.cli.main import app
 from storm_vlm.data.prompt import answer_text, build_messages, render_prompt
 from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.datasets.convert import EXPORTERS, IMPORTERS, export_rows, import_rows, rejects_file
@@ -364,14 +363,14 @@ def test_the_command_prints_what_became_of_the_rows(tmp_path):
     source, out = tmp_path / "r1.json", tmp_path / "out/rows.jsonl"
     source.write_text(json.dumps([R1, R1 | {"options": []}, R1 | {"data_type": "image"}]))
     arguments = ["import", "video-r1", str(source), str(out), "--videos", str(tmp_path)]
-    result = CliRunner().invoke(app, arguments)
+    result = run_storm(*arguments)
     assert result.exit_code == 0
     for said in ("image row", "multiple choice without options", "rows.rejects.jsonl"):
         assert said in result.output
     assert len(read_rows(out)) == 1
     source.write_text(json.dumps([R1 | {"data_type": "image"}]))
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code != 0 and "no row was written" in str(result.exception)
+    result = run_storm(*arguments)
+    assert result.exit_code != 0 and "no row was written" in result.stderr
 
 
 def test_the_command_offers_every_format():

@@ -10,10 +10,9 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from command_line import run_storm
 from PIL import Image
-from typer.testing import CliRunner
 
-from storm_vlm.cli.main import app
 from storm_vlm.data.row import Row, ThoughtVideo, write_rows
 from storm_vlm.data.video import read_video
 from storm_vlm.datasets.gallery import write_gallery
@@ -113,9 +112,7 @@ def test_a_window_plays_alone_and_a_missing_video_is_named(tmp_path):
 
 
 def test_the_command(folder, tmp_path):
-    result = CliRunner().invoke(
-        app, ["gallery", str(folder), "--limit", "1", "--out", str(tmp_path / "p.html")]
-    )
+    result = run_storm("gallery", folder, "--limit", 1, "--out", tmp_path / "p.html")
     assert result.exit_code == 0 and Page(tmp_path / "p.html").text.count("thought video") == 1
     (folder / "rows.jsonl").rename(folder / "x.jsonl")
     (folder / "y.jsonl").touch()

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command_line import run_storm
 
-from storm_vlm.cli.main import app
 from storm_vlm.data.frame_hash import distances, frame_hashes
 from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.data.video import read_video, write_video
@@ -150,7 +149,7 @@ def test_the_command_reports_and_removes(tmp_path, reasoning_file, reasoning_row
     arguments = ["leaks", str(reasoning_file), str(tmp_path / "eval.jsonl")]
     arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "leaks.json")]
     arguments += ["--remove", str(tmp_path / "clean.jsonl")]
-    result = CliRunner().invoke(app, arguments)
+    result = run_storm(*arguments)
     assert result.exit_code == 0, result.output
     assert "1 of 12" in result.output and "cannot be read" in result.output
     told = json.loads((tmp_path / "leaks.json").read_text())

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import run_storm
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_processor
 from tiny_model import labels_for, left_pad, prompt, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLVideoProcessor
-from typer.testing import CliRunner
 
-from storm_vlm.cli.main import app
 from storm_vlm.data.collator import Question, StormCollator
 from storm_vlm.data.video import Clip
+from storm_vlm.errors import StormError
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.model.attention import SDPA_IN_PARTS
 from storm_vlm.model.backbones import unwrap
 from storm_vlm.model.latent import alignment_loss, answer_loss, storm_loss
 from storm_vlm.model.modeling import enable_latents
 from storm_vlm.model.rollout import rollout
-from storm_vlm.training.planning import PlanRequest, Step, plan, plan_config, video_grid
+from storm_vlm.training.plan_request import PlanRequest
+from storm_vlm.training.planning import Step, plan, plan_config, video_grid
 
 GRID, BUDGET, TEXT, HIDDEN = (8, 8, 12), 4, 100, 128
 # 16 frames of that grid, and the prompt of tiny_model.prompt: three tokens, two around the video, TEXT
@@ -41,6 +42,12 @@ REQUEST = PlanRequest(
     latent_budget=BUDGET,
     dtype="fp32",
 )
+
+
+def replace(request: PlanRequest, **changes: Any) -> PlanRequest:
+    return PlanRequest(**(request.model_dump() | changes))
+
+
 KINDS = ("SFT", "Stage I", "Stage II")
 LORA = ("q_proj", "v_proj", "down_proj")
 
@@ -309,9 +316,9 @@ def test_accumulation_and_devices() -> None:
 
 
 def test_what_cannot_be_planned_says_why() -> None:
-    with pytest.raises(ValueError, match="no layer named nothing"):
+    with pytest.raises(StormError, match="no layer named nothing"):
         planned(replace(REQUEST, lora_rank=8, lora_targets=("nothing",)), "SFT")
-    with pytest.raises(ValueError, match="not for 'qwen2_5_vl_text'"):
+    with pytest.raises(StormError, match="not for 'qwen2_5_vl_text'"):
         plan_config(config().get_text_config(), tiny_processor().video_processor, REQUEST)
     assert list(plan(str(shipped("backbone")), replace(REQUEST, latent_budget=0)).steps) == ["SFT"]
 
@@ -320,11 +327,11 @@ def test_the_command_needs_only_configs(tmp_path: Path) -> None:
     for name in ("config.json", "processor_config.json"):
         shutil.copy(shipped("backbone") / name, tmp_path)
     options = ["--num-frames", "6", "--width", "64", "--height", "64", "--dtype", "fp32"]
-    result = CliRunner().invoke(app, ["plan", str(tmp_path), *options, "--json"])
+    result = run_storm("plan", tmp_path, *options, "--json")
     assert result.exit_code == 0, result.output
     request = PlanRequest(num_frames=6, width=64, height=64, dtype="fp32")
     assert json.loads(result.stdout) == json.loads(json.dumps(asdict(plan(str(tmp_path), request))))
-    shown = CliRunner().invoke(app, ["plan", *options, "--lora-rank", "4", "--tflops", "1"])
+    shown = run_storm("plan", *options, "--lora-rank", 4, "--tflops", 1)
     assert shown.exit_code == 0, shown.output
     for text in ("48 visual tokens", "Stage II", "kv cache", "seconds"):
         assert text in shown.stdout

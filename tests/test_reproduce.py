@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import run_storm
 
 from storm_vlm.analysis.reliance import KINDS
-from storm_vlm.cli.main import app
 from storm_vlm.lab.arms import ARMS, COMPARISONS
 from storm_vlm.lab.experiment import Size, read_results
 from storm_vlm.lab.reproduce.findings import sentences
@@ -220,8 +219,6 @@ def test_the_verb_hands_its_options_on(tmp_path: Path) -> None:
     _belongs(tmp_path / "results" / "outcomes", TINY)
     for options, plan in (([], FULL), (["--fast"], FAST), (["--steps", "70"], FULL)):
         size = replace(plan.size, steps=70 if "--steps" in options else plan.size.steps)
-        result = CliRunner().invoke(app, ["reproduce", str(tmp_path), *options])
-        assert isinstance(result.exception, ValueError)
-        assert f"steps={size.steps}" in str(result.exception) and str(tmp_path) in str(
-            result.exception
-        )
+        result = run_storm("reproduce", tmp_path, *options)
+        assert result.exit_code == 1 and str(tmp_path) in result.stderr
+        assert f"steps={size.steps}" in result.stderr

@@ -51,45 +51,44 @@ _Loader.add_implicit_resolver(
 
 
 def parse_config(
-    kind: type[Config],
-    path: str | Path | None,
-    overrides: Iterable[str] | Mapping[str, Any] | None = None,
+    kind: type[Config], path: str | Path | None, *overrides: Iterable[str] | Mapping[str, Any]
 ) -> Config:
     """Read a YAML file, then change it. Without a path, the overrides are all there is.
 
     Args:
         kind: The config's class.
         path: Of the file.
-        overrides: `key=value` as people type it, the value read by the field's type; or a mapping of keys to values.
-            Dots in a key are nesting: `training.max_steps=10`.
+        overrides: One after the other: `key=value` as people type it, the value read by the field's type; or a
+            mapping of keys to values. Dots in a key are nesting: `training.max_steps=10`.
 
     Raises:
         ConfigError: unreadable, an unknown key, or a value of the wrong kind.
     """
     raw = _read(Path(path)) if path else {}
-    if not isinstance(overrides, Mapping):
-        overrides = dict(_parse_override(kind, text) for text in overrides or ())
-    for key, value in overrides.items():
-        *parents, last = key.split(".")
-        place = raw
-        for parent in parents:
-            place[parent] = {} if place.get(parent) is None else place[parent]
-            place = place[parent]
-            if not isinstance(place, dict):
-                raise ConfigError(f"{parent} is {place!r}: it has no part, so {key} cannot be set")
-        place[last] = value
-    return validate(kind, raw, str(path or "config"))
-
-
-def validate(kind: type[Config], values: Mapping[str, Any], name: str) -> Config:
-    """A config of these values; `name` is what an error calls it. Raises ConfigError."""
+    for change in overrides:
+        if isinstance(change, Mapping):
+            values = list(change.items())
+        else:
+            values = [_parse_override(kind, text) for text in change]
+        for key, value in values:
+            _set(raw, key, value)
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(raw)
     except ValidationError as error:
         faults = [
             _fault(kind, fault["loc"], fault["type"], fault["msg"]) for fault in error.errors()
         ]
-        raise ConfigError(f"{name}: {'; '.join(faults)}") from error
+        raise ConfigError(f"{path or 'config'}: {'; '.join(faults)}") from error
+
+
+def _set(place: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        place[parent] = {} if place.get(parent) is None else place[parent]
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise ConfigError(f"{parent} is {place!r}: it has no part, so {key} cannot be set")
+    place[last] = value
 
 
 def _fault(kind: type[BaseModel], place: tuple[int | str, ...], type_: str, message: str) -> str:

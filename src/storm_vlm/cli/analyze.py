@@ -5,44 +5,49 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from cyclopts import Parameter, validators
+from cyclopts.types import PositiveInt
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from storm_vlm.cli.terminal import console, show
+
 if TYPE_CHECKING:
     from storm_vlm.evaluation.records import Reliance
 
-app = typer.Typer()
-console = Console()
+AtLeastTwo = Parameter(validator=validators.Number(gte=2))
 
 
-@app.command()
 def analyze(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub name of a STORM checkpoint.")],
-    rows: Annotated[Path, typer.Argument(help="A JSONL file of rows that it was not trained on.")],
-    out: Annotated[Path, typer.Option(help="Folder for the page, its figures and the states.")],
-    limit: Annotated[int | None, typer.Option(min=2, help="Only the first rows.")] = None,
-    retrieval_rows: Annotated[
-        Path | None, typer.Option(help="Rows with several questions a video; default: ROWS.")
-    ] = None,
-    decoder_rows: Annotated[
-        Path | None,
-        typer.Option(
-            help="Training rows with thought videos; default: half of the videos of ROWS."
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    results: Annotated[
-        Path | None, typer.Option(help="JSON file for the reliance table, for the record.")
-    ] = None,
+    checkpoint: str,
+    rows: Path,
+    /,
+    *,
+    out: Path,
+    limit: Annotated[int | None, AtLeastTwo] = None,
+    retrieval_rows: Path | None = None,
+    decoder_rows: Path | None = None,
+    batch_size: PositiveInt = 32,
+    results: Path | None = None,
 ) -> None:
-    """Do the latents hold the clip, and does the answer depend on them? Probes, interventions, pictures, a page."""
+    """Do the latents hold the clip, and does the answer depend on them? Probes, interventions, pictures, a page.
+
+    Args:
+        checkpoint: Folder or hub name of a STORM checkpoint.
+        rows: A JSONL file of rows that it was not trained on.
+        out: Folder for the page, its figures and the states.
+        limit: Only the first rows.
+        retrieval_rows: Rows with several questions a video; by default ROWS.
+        decoder_rows: Training rows with thought videos; by default half of the videos of ROWS.
+        batch_size: Rows at a time.
+        results: JSON file for the reliance table, for the record.
+    """
     from storm_vlm.analysis.analyze import analyze as run
 
     found = run(checkpoint, rows, out, limit, retrieval_rows, decoder_rows, batch_size, results)
     print_reliance(console, found["reliance"])
-    console.print(f"wrote {out / 'report.html'}")
+    show(f"wrote {out / 'report.html'}")
 
 
 def print_reliance(to: Console, reliance: Reliance) -> None:

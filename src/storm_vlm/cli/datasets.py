@@ -2,61 +2,62 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
-from rich.console import Console
+from cyclopts.types import NonNegativeInt, PositiveInt
 from rich.markup import escape
 from rich.table import Table
+
+from storm_vlm.cli.terminal import Switch, console, show
+from storm_vlm.errors import StormError
 
 if TYPE_CHECKING:
     from storm_vlm.datasets.convert import Counts
 
-app = typer.Typer()
-console = Console()
-Rows = Annotated[Path, typer.Argument(help="A JSONL file of rows.")]
 
-
-@app.command("import")
 def import_command(
-    format: Annotated[
-        Literal["video-r1", "videoespresso", "llava-video", "llama-factory", "ms-swift", "openai"],
-        typer.Argument(),
+    format: Literal[
+        "video-r1", "videoespresso", "llava-video", "llama-factory", "ms-swift", "openai"
     ],
-    source: Annotated[Path, typer.Argument(help="A JSON or JSONL file of the data set.")],
-    out: Annotated[Path, typer.Argument(help="The JSONL file of rows to write.")],
-    videos: Annotated[Path, typer.Option(help="What the source's video names are relative to.")],
+    source: Path,
+    out: Path,
+    /,
+    *,
+    videos: Path,
     split: Literal["train", "validation", "test", "ood"] = "train",
-    check_videos: Annotated[
-        bool, typer.Option("--check-videos", help="Reject rows whose video file is missing.")
-    ] = False,
-    core_frames: Annotated[
-        Path | None,
-        typer.Option(help="VideoEspresso: the core frames' folder, to find them in the videos."),
-    ] = None,
+    check_videos: Annotated[bool, Switch] = False,
+    core_frames: Path | None = None,
 ) -> None:
-    """Make rows of a data set; what is wrong goes to OUT.rejects.jsonl with the reason."""
+    """Make rows of a data set; what is wrong goes to OUT.rejects.jsonl with the reason.
+
+    Args:
+        source: A JSON or JSONL file of the data set.
+        out: The JSONL file of rows to write.
+        videos: What the source's video names are relative to.
+        split: Of the rows.
+        check_videos: Reject rows whose video file is missing.
+        core_frames: VideoEspresso: the core frames' folder, to find them in the videos.
+    """
     from storm_vlm.datasets.convert import import_rows
 
     _report(import_rows(format, source, out, videos, split, check_videos, core_frames), out)
 
 
-@app.command("export")
-def export_command(
-    format: Annotated[Literal["llama-factory", "ms-swift"], typer.Argument()],
-    rows: Rows,
-    out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
-) -> None:
-    """Write rows for SFT in another trainer, posed as our own prompt poses them."""
+def export_command(format: Literal["llama-factory", "ms-swift"], rows: Path, out: Path, /) -> None:
+    """Write rows for SFT in another trainer, posed as our own prompt poses them.
+
+    Args:
+        rows: A JSONL file of rows.
+        out: The JSONL file to write.
+    """
     from storm_vlm.datasets.convert import export_rows
     from storm_vlm.datasets.llama_factory import dataset_info
 
     _report(export_rows(format, rows, out), out)
     if format == "llama-factory":
-        console.print("for its dataset_info.json:", highlight=False)
-        console.print_json(json.dumps({out.stem: dataset_info(out.name)}))
+        show("for its dataset_info.json:")
+        console.print_json(data={out.stem: dataset_info(out.name)})
 
 
 def _report(counts: Counts, out: Path) -> None:
@@ -72,25 +73,31 @@ def _report(counts: Counts, out: Path) -> None:
             table.add_row(name, escape(reason), f"{count:,}")
     console.print(table)
     if counts.rejected:
-        typer.echo(f"rejected ones with reasons: {rejects_file(out)}")
+        show(f"rejected ones with reasons: {rejects_file(out)}")
     if not counts.written:
-        raise ValueError(f"no row was written to {out}; check the format and the reasons above")
+        raise StormError(f"no row was written to {out}; check the format and the reasons above")
 
 
-@app.command()
 def leaks(
-    train: Rows,
-    evaluation: Rows,
-    remove: Annotated[
-        Path | None, typer.Option(help="Write the training rows that leak nowhere to this file.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write every match to this JSON file.")] = None,
-    num_frames: Annotated[int, typer.Option(min=0, help="Of each clip; 0: names only.")] = 32,
-    cache: Annotated[Path, typer.Option(help="Folder to keep the frames' hashes in.")] = Path(
-        "runs/frame_hashes"
-    ),
+    train: Path,
+    evaluation: Path,
+    /,
+    *,
+    remove: Path | None = None,
+    out: Path | None = None,
+    num_frames: NonNegativeInt = 32,
+    cache: Path = Path("runs/frame_hashes"),
 ) -> None:
-    """Training clips that are also evaluation clips, by name and by what the frames show."""
+    """Training clips that are also evaluation clips, by name and by what the frames show.
+
+    Args:
+        train: A JSONL file of rows.
+        evaluation: A JSONL file of rows.
+        remove: Write the training rows that leak nowhere to this file.
+        out: Write every match to this JSON file.
+        num_frames: Of each clip; 0: names only.
+        cache: Folder to keep the frames' hashes in.
+    """
     from dataclasses import asdict
 
     from storm_vlm.data.atomic_write import write_json
@@ -117,30 +124,31 @@ def leaks(
     if found.leaks:
         console.print(table)
     if len(found.leaks) > 20:
-        typer.echo(f"… and {len(found.leaks) - 20} pairs more: see them with --out FILE.json")
-    typer.echo(
+        show(f"… and {len(found.leaks) - 20} pairs more: see them with --out FILE.json")
+    show(
         f"{len(rows) - len(kept)} of {len(rows)} training rows leak, in {len(found.leaks)} pairs of clips"
     )
     if found.generic:
-        typer.echo(f"{found.generic} clips have a name that says nothing: compared by frames alone")
+        show(f"{found.generic} clips have a name that says nothing: compared by frames alone")
     if found.unreadable:
-        typer.echo(f"{len(found.unreadable)} videos cannot be read: compared by name alone")
+        show(f"{len(found.unreadable)} videos cannot be read: compared by name alone")
         for reason in list(found.unreadable.values())[:3]:
-            typer.echo(f"  {reason}")
+            show(f"  {reason}")
     if out:
         write_json(out, asdict(found))
     if remove:
         write_rows(remove, kept)
-        typer.echo(f"wrote {len(kept)} rows to {remove}")
+        show(f"wrote {len(kept)} rows to {remove}")
 
 
-@app.command()
-def gallery(
-    source: Annotated[Path, typer.Argument(help="A JSONL file of rows, or the folder of one.")],
-    out: Annotated[Path | None, typer.Option(help="The page; by default beside the rows.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Rows shown, the first of the file.")] = 100,
-) -> None:
-    """A page to look through rows: question, keyframes, plan, thought video beside its source."""
+def gallery(source: Path, /, *, out: Path | None = None, limit: PositiveInt = 100) -> None:
+    """A page to look through rows: question, keyframes, plan, thought video beside its source.
+
+    Args:
+        source: A JSONL file of rows, or the folder of one.
+        out: The page; by default beside the rows.
+        limit: Rows shown, the first of the file.
+    """
     from storm_vlm.datasets.gallery import write_gallery
 
-    typer.echo(f"wrote {write_gallery(source, out, limit)}")
+    show(f"wrote {write_gallery(source, out, limit)}")

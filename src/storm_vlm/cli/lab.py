@@ -1,42 +1,101 @@
-"""The verb that does the paper's whole evidence: reproduce."""
+"""The verbs of the laboratory: the micro world, its models, and the paper's whole evidence on it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import typer
-from rich.console import Console
+from cyclopts import Parameter, validators
+from cyclopts.types import NonNegativeInt, PositiveInt
 
-app = typer.Typer()
-console = Console()
+from storm_vlm.cli.terminal import Switch, console, show
 
 
-@app.command()
-def reproduce(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(help="For data, checkpoints and page; runs/reproduce, or -fast."),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="For results.md, results/*.json and outcomes, which it goes on with; default: FOLDER."
-        ),
-    ] = None,
-    table: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="main, stages, targets, slot_inputs, sizes, latent_sizes or rows; repeat; default: all."
-        ),
-    ] = None,
-    fast: Annotated[bool, typer.Option(help="A rehearsal: all of it, too short to learn.")] = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Default: 3.")] = None,
-    steps: Annotated[int | None, typer.Option(min=5, help="Of every run; default: 1200.")] = None,
-    train_rows: Annotated[int | None, typer.Option(min=16, help="Default: 6000.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+def world(
+    out: Path,
+    /,
+    *,
+    count: PositiveInt = 100,
+    kind: Literal["reasoning", "perception"] = "reasoning",
+    split: Literal["train", "validation", "test", "ood"] = "train",
+    seed: NonNegativeInt = 0,
+    continued: Annotated[bool, Switch] = False,
+    questions: PositiveInt = 1,
 ) -> None:
-    """The paper's tables and figures on the micro world, with intervals; safe to interrupt and run again."""
+    """Write clips of the micro world, with questions, plans and thought videos.
+
+    Args:
+        out: Folder to write clips, thought videos and rows to.
+        count: Scenes.
+        kind: Of questions.
+        split: No two share a scene.
+        seed: Of the scenes.
+        continued: Clips that go on after the part to be seen: the real future.
+        questions: Asked about each reasoning scene.
+    """
+    from storm_vlm.lab.world.clips import build_world
+
+    show(f"wrote {build_world(out, kind, split, count, seed, continued, questions)}")
+
+
+def pretrain(
+    out: Path,
+    /,
+    *,
+    data: Path = Path("runs/perception"),
+    clips: PositiveInt = 4000,
+    steps: PositiveInt = 6450,
+    seed: NonNegativeInt = 0,
+) -> None:
+    """Make the micro backbone again: Qwen2.5-VL in small, trained from scratch on perception questions.
+
+    Args:
+        out: Where to save the backbone.
+        data: Where to keep the clips.
+        clips: Of the micro world.
+        steps: Of training.
+        seed: Of weights and data.
+    """
+    from storm_vlm.lab.pretrain import pretrain as run
+
+    run(out, data, clips, steps, seed)
+
+
+def quickstart(out: Path = Path("runs/quickstart"), /) -> None:
+    """The whole method on the micro world, in minutes on a CPU; safe to interrupt and run again.
+
+    Args:
+        out: Folder for data, checkpoints and report.
+    """
+    from storm_vlm.lab.quickstart import quickstart as run
+
+    run(out, console)
+
+
+def reproduce(
+    folder: Path | None = None,
+    /,
+    *,
+    out: Path | None = None,
+    table: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    fast: Annotated[bool, Switch] = False,
+    seeds: PositiveInt | None = None,
+    steps: Annotated[int | None, Parameter(validator=validators.Number(gte=5))] = None,
+    train_rows: Annotated[int | None, Parameter(validator=validators.Number(gte=16))] = None,
+    jobs: PositiveInt = 2,
+) -> None:
+    """The paper's tables and figures on the micro world, with intervals; safe to interrupt and run again.
+
+    Args:
+        folder: For data, checkpoints and page; runs/reproduce, or -fast.
+        out: For results.md, results/*.json and outcomes, which it goes on with; by default FOLDER.
+        table: main, stages, targets, slot_inputs, sizes, latent_sizes or rows; repeat; by default all.
+        fast: A rehearsal: all of it, too short to learn.
+        seeds: By default 3.
+        steps: Of every run; by default 1200.
+        train_rows: By default 6000.
+        jobs: Runs at a time, one thread each.
+    """
     from dataclasses import replace
 
     from storm_vlm.lab.reproduce.run import FAST, FULL
@@ -50,10 +109,10 @@ def reproduce(
     folder = folder or Path("runs/reproduce-fast" if fast else "runs/reproduce")
     command = "storm reproduce" + (" --fast" if fast else "")
     command += f" --seeds {plan.seeds} --steps {size.steps} --train-rows {size.train_rows}"
-    command += "".join(f" --table {name}" for name in table or ())
+    command += "".join(f" --table {name}" for name in table)
     command += f" --out {out}" if out else ""
-    found = run(folder, out or folder, plan, table or (), jobs, command)
+    found = run(folder, out or folder, plan, table, jobs, command)
     for sentences in found["findings"].values():
         for sentence in sentences:
-            console.print(f"- {sentence}", highlight=False, markup=False)
-    console.print(f"wrote {(out or folder) / 'results.md'} and {folder / 'report.html'}")
+            show(f"- {sentence}")
+    show(f"wrote {(out or folder) / 'results.md'} and {folder / 'report.html'}")

@@ -42,12 +42,6 @@ class TeacherConfig(Settings):
         None, gt=0, description="No call is begun once the store's calls together cost as much."
     )
 
-    @model_validator(mode="after")
-    def _cost_can_be_told(self) -> TeacherConfig:
-        if self.max_cost is not None and not self.price_in + self.price_out:
-            raise ValueError("max_cost needs prices: set price_in and price_out")
-        return self
-
 
 class FilterConfig(Settings):
     """Thresholds of `filters.py`; null switches one off. A row is rejected on the wrong side of one."""
@@ -88,6 +82,13 @@ class BuildConfig(Settings):
         if "generator" not in info.data:  # its own fault is reported
             return Settings()
         return GENERATORS[info.data["generator"]].Config.model_validate(value)
+
+    @model_validator(mode="after")
+    def _cost_can_be_told(self) -> BuildConfig:
+        teacher = self.teacher
+        if teacher.max_cost is not None and not teacher.price_in + teacher.price_out:
+            raise ValueError("teacher.max_cost needs prices: set price_in and price_out")
+        return self
 
     def determining(self) -> dict[str, Any]:
         """All that a row's result depends on, besides the row. Thresholds do not: scores are kept."""

@@ -157,12 +157,10 @@ class TrainConfig(Settings):
         return self
 
 
-def load_config(
-    path: str | Path, overrides: Iterable[str] | Mapping[str, Any] | None = None
-) -> TrainConfig:
+def load_config(path: str | Path, *overrides: Iterable[str] | Mapping[str, Any]) -> TrainConfig:
     """Read a YAML file; `overrides` are `key=value` (`training.max_steps=10`) or a mapping; see `parse_config`.
 
     Raises:
         ConfigError: unreadable, an unknown key, or a value of the wrong kind.
     """
-    return parse_config(TrainConfig, path, overrides)
+    return parse_config(TrainConfig, path, *overrides)

@@ -25,42 +25,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoVideoProcessor
 
-GIB, TERA = 2**30, 1e12
+from storm_vlm.errors import StormError
+from storm_vlm.training.plan_request import PlanRequest
+
 # What a decoder layer's linear layers read; o_proj reads attention's output, which is kept in any case.
 _READS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "first norm"),
     **dict.fromkeys(("gate_proj", "up_proj"), "second norm"),
     "down_proj": "product",
 }
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """A training run. Lengths are tokens per row, sizes pixels."""
-
-    num_frames: int = 32
-    width: int = 1280
-    height: int = 720
-    max_pixels: int | None = None  #: per frame; None: what the processor's config says
-    question_tokens: int = 150  #: all of the prompt but visual tokens and ``<|latent_start|>``
-    answer_tokens: int = 8  #: with the end of turn
-    latent_budget: int = 8
-    batch_size: int = 1  #: per device
-    accumulation: int = 1
-    devices: int = 1
-    sharding: Literal["none", "zero2", "fsdp"] = "none"  #: none: DDP, if there are several devices
-    lora_rank: int = 0  #: 0: full fine-tuning. Adapters are in the decoder, all else is frozen
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    freeze_vision: bool = True
-    checkpointing: bool = False
-    dtype: Literal["bf16", "fp32"] = "bf16"  #: of the loaded weights and of the computation
 
 
 @dataclass(frozen=True)
@@ -117,7 +96,7 @@ def plan(backbone: str, request: PlanRequest) -> Plan:
 def plan_config(config: Any, video_processor: Any, request: PlanRequest) -> Plan:
     """`plan` for a config and a video processor at hand."""
     if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"plans are made for Qwen2.5-VL, not for {config.model_type!r}")
+        raise StormError(f"plans are made for Qwen2.5-VL, not for {config.model_type!r}")
     costs = _Costs(config, request, video_grid(video_processor, request))
     budget, answer = request.latent_budget, request.answer_tokens
     prompt = request.question_tokens + costs.visual_tokens
@@ -211,7 +190,7 @@ class _Costs:
             if request.lora_rank and name.split(".")[-1] in request.lora_targets
         }
         if request.lora_rank and not self.adapted:
-            raise ValueError(f"the decoder has no layer named {' or '.join(request.lora_targets)}")
+            raise StormError(f"the decoder has no layer named {' or '.join(request.lora_targets)}")
         widths = [linear.in_features + linear.out_features for linear in self.adapted.values()]
         self.decoder.adapters = request.lora_rank * sum(widths)
         if any(name.endswith("down_proj") for name in self.adapted):
@@ -399,40 +378,3 @@ def _linear_weights(module: nn.Module, name: str = "") -> int:
 def _sum_of_squares(length: int, window: int) -> int:
     """Of the parts that windows cut a side into."""
     return length // window * window**2 + (length % window) ** 2
-
-
-def table(costs: Plan, tflops: float | None = None) -> Table:
-    """A column for each kind of step: tokens, teraFLOPs, GiB and, at ``tflops`` sustained, seconds."""
-    counts, grid = costs.parameters, " x ".join(map(str, costs.grid))
-    shown = Table(
-        title=f"{costs.visual_tokens:,} visual tokens a clip ({grid} patches)\n"
-        f"{counts.total:,} parameters: vision tower {counts.vision:,}, decoder {counts.decoder:,}\n"
-        f"{counts.trainable:,} trainable"
-    )
-    for name in ("one step of one device", *costs.steps):
-        shown.add_column(name, justify="right" if name in costs.steps else "left")
-
-    def add(label: str, field: str, unit: float = 1) -> None:
-        values = [getattr(step, field) / unit for step in costs.steps.values()]
-        shown.add_row(
-            label, *(f"{value:,.0f}" if unit == 1 else f"{value:,.4g}" for value in values)
-        )
-
-    add("tokens of a row", "sequence")
-    for name in ("vision", "decoder", "backward", "recompute"):
-        add(f"TFLOP, {name}", f"{name}_flops", TERA)
-    add("[b]TFLOP[/b]", "flops", TERA)
-    if tflops:
-        add(f"[b]seconds[/b] at {tflops:g} TFLOP/s", "flops", tflops * TERA)
-    for name in (
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "logits",
-        "kv_cache",
-        "working",
-    ):
-        add(f"GiB, {name.replace('_', ' ')}", name, GIB)
-    add("[b]GiB at the peak[/b]", "peak", GIB)
-    return shown

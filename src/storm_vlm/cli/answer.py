@@ -1,0 +1,50 @@
+"""`storm answer`: a question about a clip."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.types import PositiveInt
+
+from storm_vlm.cli.terminal import Json, Switch, show, show_json
+
+
+def answer(
+    video: str,
+    question: str,
+    /,
+    *,
+    options: Annotated[list[str] | None, Parameter(negative="")] = None,
+    checkpoint: str | None = None,
+    latent_mode: Literal["force", "auto", "off"] | None = None,
+    num_frames: PositiveInt | None = None,
+    as_json: Annotated[bool, Json] = False,
+    trust_remote_code: Annotated[bool, Switch] = False,
+) -> None:
+    """Answer a question about a video.
+
+    Args:
+        video: A video file.
+        question: What is asked about it.
+        options: An option; repeat for each.
+        checkpoint: Folder or hub name; by default the trained micro model that is shipped.
+        latent_mode: By default what the checkpoint is for.
+        num_frames: Frames read from the clip; by default as trained, else 32.
+        as_json: Print slots used, forced end, timings.
+        trust_remote_code: Run code that the checkpoint brings.
+    """
+    from storm_vlm.inference.pipeline import StormPipeline
+    from storm_vlm.lab.checkpoints import shipped
+
+    pipeline = StormPipeline.from_pretrained(
+        checkpoint or str(shipped("storm")),
+        num_frames=num_frames,
+        latent_mode=latent_mode,
+        trust_remote_code=trust_remote_code,
+    )
+    result = pipeline.answer(video, question, options or ())
+    if as_json:
+        show_json(result)
+    else:
+        show(result.option or result.text)

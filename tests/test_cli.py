@@ -1,0 +1,160 @@
+"""The command line as people type it: help, typos, ranges, names from registries, errors, exit codes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import run_storm
+
+from storm_vlm.cli import main as command
+from storm_vlm.errors import StormError
+from storm_vlm.inference.reasoners import REASONERS
+
+VERBS = [
+    *("answer", "quickstart"),
+    *("build", "export", "gallery", "import", "leaks"),
+    *("plan", "train"),
+    *("analyze", "compare", "download", "evaluate", "lmms-task", "report"),
+    *("bench", "pretrain", "reproduce", "world"),
+]
+PARTS = {
+    "bench": ("train", "build", "latency", "reasoners"),
+    "build": ("run", "keyframes", "plans", "prompts", "thoughts", "filter", "collect"),
+}
+ROWS = ["--source", "a.jsonl", "--out", "b"]
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [[], *([verb] for verb in VERBS), *([verb, part] for verb in PARTS for part in PARTS[verb])],
+)
+def test_every_verb_has_help_for_every_option(verb: list[str]) -> None:
+    result = run_storm(*verb, "--help")
+    assert result.exit_code == 0 and not result.stderr
+    options = [line.strip("│* ") for line in result.stdout.splitlines() if line.startswith("│")]
+    bare = [line for line in options if line.startswith("--") and len(line.split()) <= 2]
+    assert not [line for line in bare if not line.startswith(("--no-", "--empty-"))]
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom storm_vlm.cli.main import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print({'torch', 'transformers', 'matplotlib', 'av'} & set(sys.modules), file=sys.stderr)"
+    )
+    for verb in VERBS:
+        done = subprocess.run(
+            [sys.executable, "-c", code, verb, "--help"], capture_output=True, text=True
+        )
+        assert done.stderr.strip() == "set()", verb
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evalute"], 'Did you mean "evaluate"'),
+        (["evaluate", "x", "y", "--batchsize", "3"], "Did you mean --batch-size"),
+        (["evaluate", "x", "y", "--reasoner", "latnt"], ", ".join(REASONERS)),
+        (["build", "--source", "a"], "--out"),
+        (["answer", "clip.mp4"], "QUESTION"),
+        (["world", "x", "--count", "0"], "--count"),
+        (["world", "x", "--count", "-1"], "--count"),
+        (["world", "x", "--count", "nan"], "--count"),
+        (["world", "x", "--seed", "-1"], "--seed"),
+        (["plan", "--tflops", "-5"], "--tflops"),
+        (["plan", "--tflops", "nan"], "--tflops"),
+        (["plan", "--num-frames", "0", "--width", "-1"], "--num-frames: .*; --width: "),
+        (["evaluate", "x", "y", "--max-errors", "-1"], "--max-errors"),
+        (["evaluate", "x", "y", "--max-errors", "nan"], "--max-errors"),
+        (["evaluate", "x", "y", "--limit", "0"], "--limit"),
+        (["build", *ROWS, "--max-cost", "0"], "--max-cost: .*greater than 0"),
+        (["build", *ROWS, "--max-cost", "nan"], "--max-cost: .*finite"),
+        (["build", *ROWS, "--price-in", "-1"], "--price-in: "),
+        (["build", "plans", *ROWS, "--workers", "0"], "--workers"),
+        (["evaluate", "x", "y", "--limit", "[red]5[/red]"], r"\[red\]5\[/red\]"),
+        (["bench", "train", "--batch", "0"], "--batch"),
+        (["analyze", "x", "y", "--out", "z", "--limit", "1"], "--limit"),
+        (["gallery", "x", "--limit", "0"], "--limit"),
+        (["leaks", "x", "y", "--num-frames", "-1"], "--num-frames"),
+        (["reproduce", "--steps", "4"], "--steps"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    result = run_storm(*arguments)
+    assert result.exit_code == 2 and not result.stdout
+    assert result.stderr.startswith("storm: ") and result.stderr.count("\n") == 1
+    assert re.search(message, result.stderr), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", *ROWS, "--max-cost", "3"], "max_cost needs prices"),
+        (["build", *ROWS, "teacher.modle=3"], "did you mean 'model'"),
+        (["build", *ROWS, "--config", "absent.yaml"], "there is no config absent.yaml"),
+        (["train", "absent.yaml"], "there is no config absent.yaml"),
+        (["train", "stage1", "model.foo=1"], "so model.foo cannot be set"),
+        (
+            ["evaluate", "x", "y", "--base-url", "http://z/v1", "--latent-mode", "force"],
+            "--latent-mode does nothing",
+        ),
+        (
+            ["evaluate", "x", "y", "--base-url", "http://z/v1", "--max-pixels", "9"],
+            "--max-pixels does nothing",
+        ),
+        (
+            ["evaluate", "x", "y", "--base-url", "http://z/v1", "--reliance-rows", "9"],
+            "--reliance-rows does nothing",
+        ),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_1(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run_storm(*arguments)
+    assert (result.exit_code, result.stdout) == (1, "") and message in result.stderr
+    assert result.stderr.startswith("storm: ") and result.stderr.count("\n") == 1
+
+
+def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command, "app", fail)
+    result = run_storm()
+    return result.exit_code, result.stderr
+
+
+def test_errors_and_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/data/[red]clips[/red]/" + "long/" * 40 + "\x1b[31mclip.mp4"
+    code, told = failing(StormError(f"no video {path}"), monkeypatch)
+    assert code == 1 and told == f"storm: no video {path}\n".replace(
+        "\x1b", "\N{REPLACEMENT CHARACTER}"
+    )
+    code, told = failing(FileNotFoundError(2, "No such file", "x.txt"), monkeypatch)
+    assert (code, told) == (1, "storm: [Errno 2] No such file: 'x.txt'\n")
+    assert failing(KeyboardInterrupt(), monkeypatch) == (130, "storm: interrupted\n")
+    for bug in (ValueError("oops"), OSError("no file of any name")):
+        code, told = failing(bug, monkeypatch)
+        assert code == 1 and "Traceback" in told and str(bug) in told
+        assert "report it" in told.splitlines()[-1] and "torch 2" in told.splitlines()[-1]
+
+
+def test_ctrl_c_ends_a_process_in_one_line(tmp_path: Path) -> None:
+    verb = [sys.executable, "-m", "storm_vlm", "world", str(tmp_path / "w"), "--count", "5000"]
+    running = subprocess.Popen(verb, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("w/**/*.mp4")) and time.monotonic() < until:
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    _, told = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert told.splitlines()[-1].endswith("storm: interrupted") and "Traceback" not in told
