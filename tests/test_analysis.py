@@ -10,9 +10,17 @@ import torch
 from command_line import run_storm
 
 from storm_vlm import StormPipeline
-from storm_vlm.analysis.analyze import _decoder, analyze
+from storm_vlm.analysis.analyze import _decoder, analyze, read_analysis
 from storm_vlm.analysis.embeddings import nearness
-from storm_vlm.analysis.extract import States, extract
+from storm_vlm.analysis.readouts import (
+    SIDE,
+    decoding_quality,
+    logit_lens,
+    psnr,
+    similarity_maps,
+    thought_frames,
+    train_decoder,
+)
 from storm_vlm.analysis.reliance import (
     KINDS,
     _donors,
@@ -26,15 +34,7 @@ from storm_vlm.analysis.reliance import (
     slot_variants,
 )
 from storm_vlm.analysis.retrieval import first_ranks, retrieval, slot_ranks
-from storm_vlm.analysis.watch import (
-    SIDE,
-    decoding_quality,
-    logit_lens,
-    psnr,
-    similarity_maps,
-    thought_frames,
-    train_decoder,
-)
+from storm_vlm.analysis.states import States, extract
 from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world, sample_several
@@ -202,8 +202,8 @@ def test_the_reliance_table_says_what_is_known_of_the_shipped_model(storm, rows,
     assert swap.difference and found.reliance.low == -swap.difference.high > 0
     assert found.sensitivity.clip.mean > 0.5 > found.sensitivity.question.slots[0]
     slots = slot_accuracy(storm, rows, states.latents, states.further, 12)
-    assert slots["variants"]["all slots"] == slots["sweep"]["8"] == own.accuracy
-    assert slots["sweep"]["0"] == removed.accuracy
+    assert slots.variants["all slots"] == slots.sweep[8] == own.accuracy
+    assert slots.sweep[0] == removed.accuracy
 
 
 def test_reliance_without_a_second_clip_is_refused(storm, rows) -> None:
@@ -265,8 +265,8 @@ def test_retrieval_ranks_by_hand() -> None:
 
 def test_latents_of_one_clip_find_each_other(states, rows) -> None:
     found = retrieval(states, rows)
-    assert found is not None and found["queries"] == 12
-    kinds = found["representations"]
+    assert found is not None and found.queries == 12
+    kinds = found.representations
     assert kinds["latent"]["mrr"].mean > kinds["random"]["mrr"].mean + 0.2
     assert retrieval(states, [row.model_copy(update={"video": row.id}) for row in rows]) is None
     ranks = slot_ranks(states.latents, [row.video for row in rows], range(12))
@@ -279,9 +279,9 @@ def test_latents_of_one_clip_find_each_other(states, rows) -> None:
 def test_latents_lie_nearer_to_their_own_thought_video(states, rows) -> None:
     assert states.whitened_space
     found = nearness(states, rows)["thought_video"]
-    assert found is not None and found["nearer"].mean > 0.8
+    assert found is not None and found.nearer.mean > 0.8
     turned = nearness(states, [*rows[3:], *rows[:3]])["thought_video"]
-    assert turned is not None and turned["own"] == pytest.approx(found["own"], abs=0.05)
+    assert turned is not None and turned.own.mean == pytest.approx(found.own.mean, abs=0.05)
 
 
 # ------------------------------------------------------------------------------------------ watch
@@ -290,8 +290,8 @@ def test_the_decoder_draws_what_it_was_shown(states, rows) -> None:
     assert frames.shape == (12, K, 3, SIDE, SIDE)
     decoder = train_decoder(states.latents, frames, epochs=200)
     quality = decoding_quality(decoder, states.latents, frames, frames[:, 0], rows)
-    assert quality["own"].mean > quality["another_clip"].mean + 5
-    assert quality["last_shown"] == quality["first_thought_held"]
+    assert quality.own.mean > quality.another_clip.mean + 5
+    assert quality.last_shown == quality.first_thought_held
     again = train_decoder(states.latents, frames, epochs=200)
     assert torch.equal(decoder(states.latents), again(states.latents))
     assert float(psnr(torch.zeros(1, 4), torch.full((1, 4), 0.1))) == pytest.approx(20)
@@ -352,8 +352,9 @@ def test_rows_without_thought_videos_get_the_rest_of_the_page(several, rows, tmp
     ]
     write_rows(tmp_path / "plain.jsonl", plain)
     found = analyze(str(shipped("storm")), tmp_path / "plain.jsonl", tmp_path / "out")
-    assert found["retrieval"] is None and found["watch"]["decoding"] is None
-    assert found["embeddings"]["nearness"] == {"keyframes": None, "thought_video": None}
+    assert found.retrieval is None and found.watch.decoding is None
+    assert read_analysis(tmp_path / "out") == found
+    assert found.embeddings.nearness == {"keyframes": None, "thought_video": None}
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("Not measured") == 2 and "Not drawn" in page
     with pytest.raises(ValueError, match="latent slots"):

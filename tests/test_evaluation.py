@@ -12,8 +12,7 @@ from command_line import run_storm
 from safetensors.numpy import load_file, save_file
 
 from storm_vlm import StormPipeline
-from storm_vlm.analysis.reliance import latent_reliance, rolled_out
-from storm_vlm.analysis.sampled_reliance import sampled_reliance
+from storm_vlm.analysis.reliance import latent_reliance, rolled_out, sampled_reliance
 from storm_vlm.data.prompt import option_letter
 from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.data.video import VideoError

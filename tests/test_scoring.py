@@ -4,7 +4,7 @@ import pytest
 
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row
-from storm_vlm.evaluation.scoring import RULES
+from storm_vlm.evaluation.scoring import RULES, vsi_number
 
 LETTERS = "ABCDEF"
 
@@ -26,6 +26,24 @@ def row(gold: str, options: int = 4, id: str = "1", texts: tuple[str, ...] = ())
         ("videomme/lmms-eval", "DNA", "A"),
         ("videomme/lmms-eval", "Based on the video, C", "C"),
         ("videomme/lmms-eval", "I think (B) or (C) fits", "C"),
+        (
+            "videomme/lmms-eval",
+            "(C) is wrong, the answer is B here",
+            "B",
+        ),  # a phrase before brackets
+        ("videomme/lmms-eval", "yet C. C) C: but I pick D now", "D"),
+        (
+            "videomme/lmms-eval",
+            "no: the answer is C here, or so says A",
+            "A",
+        ),  # the end before a phrase
+        ("videomme/lmms-eval", "B it is, and so says A", "B"),  # the start before the end
+        ("videomme/lmms-eval", "see A. and not C: or so", "A"),  # "A." before "A:"
+        ("videomme/lmms-eval", "see A: and not C) or so", "A"),
+        ("videomme/lmms-eval", "see A) and not C or so", "A"),
+        ("videomme/lmms-eval", "see A and not CNN or so", "A"),
+        ("videomme/lmms-eval", "see (A) and not C. or so", "A"),
+        ("videomme/lmms-eval", "Cats run", "C"),
         ("videomme/lmms-eval", "", ""),
         ("videomme/VLMEvalKit", "Based on the video, C", "B"),
         ("videomme/VLMEvalKit", "Best answer: C", "B"),
@@ -55,7 +73,14 @@ def row(gold: str, options: int = 4, id: str = "1", texts: tuple[str, ...] = ())
         ("video_holmes/lmms-eval", "(B) and then (C)", "C"),
         ("video_holmes/lmms-eval", "C", "C"),
         ("video_holmes/lmms-eval", "I would say that option text 3 it is", "D"),
+        ("video_holmes/lmms-eval", "say that option text 2", "B"),  # five words: a guess, by its id
+        ("video_holmes/lmms-eval", "C. or (B)", "B"),
+        ("video_holmes/lmms-eval", "D or C.", "C"),
+        ("video_holmes/lmms-eval", "well,C.", "C"),
         ("tomato/lmms-eval", "it is so hard to say", "A"),
+        ("tomato/lmms-eval", "say that option text 3", "A"),  # five words: not looked into
+        ("tomato/lmms-eval", "we say that option text 3", "D"),
+        ("tomato/lmms-eval", "not option text 1 but option text 3", "D"),  # the last one named
         ("tomato/lmms-eval", "Based on the video, C", "B"),
         ("tomato/lmms-eval", "Based on it, (C)", "C"),
     ],
@@ -92,6 +117,11 @@ def test_mmvu_takes_a_letter_anywhere() -> None:
     assert rule("It is option two, I say", row("A", texts=shared)) == 1
     assert rule("B", row("A", texts=texts)) == 0 and rule("", row("A", texts=texts)) == 0
     assert is_correct("It is a cat, answer: C", row("A", texts=texts)) is False
+    # A word of two letters is not enough, one of three is; and the letter has to occur, too.
+    assert rule("what goes up", row("A", texts=("go up", "stay"))) == 0
+    assert rule("that is red", row("A", texts=("red ox", "dun cow"))) == 1
+    assert rule("it is red", row("A", texts=("red ox", "dun cow"))) == 0
+    assert rule("it is red ox.", row("A", texts=(" Red ox ", "dun cow"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -106,6 +136,14 @@ def test_mmvu_takes_a_letter_anywhere() -> None:
         ("O(n²)", "it is o(n^2)", 1),
         ("12.5 m/s", "about 12.5", 1),
         ("12.5 m/s", "about 13 m", None),
+        ("12.5 m/s", "about 12.505 m", 1),
+        ("12.5 m/s", "about 12.52 m", None),  # a hundredth away is too far
+        ("cup of tea", "a tea, in a cup", 1),  # words of two letters need not be there
+        ("cup of tea", "a tea, not a cups", None),
+        ("one two three four five", "five, four, three, two, one", 1),
+        ("one two three four five six", "six, five, four, three, two, one", None),
+        ("tea", "a tease", 1),
+        ("a-b", "b - a", None),
     ],
 )
 def test_mmvu_open_answers(answer, text, score) -> None:
@@ -120,3 +158,30 @@ def test_plain_answers_are_right_by_most_rules_and_by_ours(text) -> None:
     assert is_correct(text, row("C"))
     for name in ("videomme", "mvbench", "tvbench", "videoespresso", "mmvu", "tomato"):
         assert all(rule(text, row("C")) == 1 for rule in RULES[name].values()), name
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("two hundred", 200),
+        ("two hundred and fifty", 250),
+        ("a hundred", 100),
+        ("Twenty-four, not 30", 24),
+        ("sixteen", 16),
+        ("2.5 m", 2.5),
+        ("one then two", 1),
+        ("more", None),
+    ],
+)
+def test_numbers_are_read_in_digits_and_in_words(text, number) -> None:
+    for right in (200, 250, 100, 24, 16, 2.5, 1):
+        asked = Row(id="1", video="v.mp4", question="Q?", answer=str(right), split="test")
+        assert (vsi_number(text, asked) == 1) is (right == number), right
+
+
+def test_a_number_has_a_share_of_ten_tolerances() -> None:
+    asked = Row(id="1", video="v.mp4", question="Q?", answer="100", split="test")
+    graded = {"149": 0.1, "140": 0.3, "111": 0.8, "104": 1, "151": 0, "51": 0.1}
+    assert {text: vsi_number(text, asked) for text in graded} == graded
+    nought = asked.model_copy(update={"answer": "0"})
+    assert vsi_number("0", nought) == 0

@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from storm_vlm.analysis.embeddings import nearness, project
-from storm_vlm.analysis.extract import States, extract
-from storm_vlm.analysis.page import Example, card, write_page
-from storm_vlm.analysis.reliance import fed_answers, latent_reliance, rolled_out, slot_accuracy
-from storm_vlm.analysis.retrieval import retrieval
-from storm_vlm.analysis.watch import (
+from storm_vlm.analysis.embeddings import Embeddings, nearness, project
+from storm_vlm.analysis.readouts import (
     Decoder,
+    DrawingQuality,
+    Readouts,
     decoding_quality,
     last_frames,
-    lens_says_answer,
+    lens_accuracy,
     logit_lens,
     similarity_maps,
     thought_frames,
     train_decoder,
 )
+from storm_vlm.analysis.reliance import (
+    fed_answers,
+    latent_reliance,
+    rolled_out,
+    slot_accuracy,
+)
+from storm_vlm.analysis.report import Analysis, Example, card, write_page
+from storm_vlm.analysis.retrieval import retrieval
+from storm_vlm.analysis.states import States, extract
 from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row, read_rows
-from storm_vlm.evaluation.records import Reliance
-from storm_vlm.evaluation.statistics import Estimate
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.versions import commit, versions
 
-PARTS = ("reliance", "slots", "retrieval", "embeddings", "watch")
+PARTS = tuple(field.name for field in fields(Analysis))
 EXAMPLES = 3  # right ones, and as many wrong ones
 
 
@@ -47,11 +51,10 @@ def analyze(
     decoder_file: Path | None = None,
     batch_size: int = 32,
     results: Path | None = None,
-) -> dict[str, Any]:
-    """Write the page and the files that it is made of into `out`; returns what they say, by part.
+) -> Analysis:
+    """Write the page (`report.html`) and what it is made of into `out`: a file for each part, and `examples.json`.
 
-    `reliance.json`, `slots.json`, `embeddings.json`, `retrieval.json`, `watch.json`, `examples.json`; a part that
-    these rows do not allow is null. Raises what `extract` and `latent_reliance` raise, and RowError.
+    Raises what `extract` and `latent_reliance` raise, and RowError.
     """
     pipeline = StormPipeline.from_pretrained(checkpoint)
     rows = read_rows(rows_file)[:limit]
@@ -68,40 +71,33 @@ def analyze(
         probed = read_rows(retrieval_file)
         probed_states = extract(pipeline, probed, out / "retrieval", checkpoint, batch_size)
     decoder, held_out = _decoder(pipeline, rows, states, decoder_file, batch_size)
-    found = {
-        "reliance": latent_reliance(pipeline, rows, states.latents, batch_size),
-        "slots": slot_accuracy(pipeline, rows, states.latents, states.further, batch_size),
-        "embeddings": {"projection": project(states, rows), "nearness": nearness(states, rows)},
-        "retrieval": retrieval(probed_states, probed),
-        "watch": {
-            "decoding": _quality(pipeline, rows, states, decoder, held_out),
-            "lens": lens_says_answer(pipeline, rows, states.latents),
-        },
-    }
-    for name, part in found.items():
-        write_json(out / f"{name}.json", {**about, name: part})
+    analysis = Analysis(
+        reliance=latent_reliance(pipeline, rows, states.latents, batch_size),
+        slots=slot_accuracy(pipeline, rows, states.latents, states.further, batch_size),
+        embeddings=Embeddings(project(states, rows), nearness(states, rows)),
+        retrieval=retrieval(probed_states, probed),
+        watch=Readouts(
+            _quality(pipeline, rows, states, decoder, held_out),
+            lens_accuracy(pipeline, rows, states.latents),
+        ),
+    )
+    for part in PARTS:
+        write_json(out / f"{part}.json", {**about, part: getattr(analysis, part)})
     if results is not None:
-        reliance = {**about, **asdict(found["reliance"])}
         command = f"storm analyze {about['checkpoint']} {rows_file.name}"
-        write_json(results, {"command": command, **reliance})
+        write_json(results, {"command": command, **about, **asdict(analysis.reliance)})
     answers = fed_answers(pipeline, rows, {"own": states.latents}, batch_size)["own"]
     chosen = _chosen(rows, answers, held_out)
     cards = [card(_example(pipeline, rows[i], answers[i], states, i, decoder)) for i in chosen]
     write_json(out / "examples.json", cards)
-    write_page(out / "report.html", about, found, cards)
-    return found
+    write_page(out / "report.html", about, analysis, cards)
+    return analysis
 
 
-def read_part(file: Path) -> dict[str, Any]:
-    """A file that `analyze` wrote, with its estimates."""
-    part = json.loads(file.read_bytes(), object_hook=_as_estimate)
-    if "reliance" in part:
-        return {**part, "reliance": TypeAdapter(Reliance).validate_python(part["reliance"])}
-    return part
-
-
-def _as_estimate(node: dict[str, Any]) -> Any:
-    return Estimate(**node) if node.keys() == {"mean", "low", "high", "n"} else node
+def read_analysis(folder: Path) -> Analysis:
+    """What `analyze` wrote into the folder."""
+    parts = {part: json.loads((folder / f"{part}.json").read_bytes())[part] for part in PARTS}
+    return TypeAdapter(Analysis).validate_python(parts)
 
 
 def _decoder(
@@ -135,7 +131,7 @@ def _quality(
     states: States,
     decoder: Decoder | None,
     held_out: list[int],
-) -> dict[str, Any] | None:
+) -> DrawingQuality | None:
     if decoder is None:
         return None
     drawn = [rows[i] for i in held_out]

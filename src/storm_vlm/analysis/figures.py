@@ -1,4 +1,4 @@
-"""The analysis figures (paper, Figures 5 to 8): SVG, as in `storm_vlm.lab.report`."""
+"""The analysis figures (paper, Figures 5 to 8): SVG."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from storm_vlm.analysis.embeddings import Embeddings, Projection
+from storm_vlm.analysis.reliance import SlotAccuracy
+from storm_vlm.analysis.retrieval import Retrieval
 from storm_vlm.charts import BLUE, GREY, ORANGE, svg
 from storm_vlm.evaluation.records import Reliance, Sensitivity
 from storm_vlm.evaluation.statistics import Estimate
@@ -15,19 +18,21 @@ KIND_COLOURS = {"frame": GREY, "keyframe": ORANGE, "latent": BLUE}
 REPRESENTATIONS = {"latent": BLUE, "text": ORANGE, "random": GREY}
 
 
-def draw(found: dict[str, Any]) -> dict[str, str]:
+def draw(
+    reliance: Reliance, slots: SlotAccuracy, embeddings: Embeddings, retrieval: Retrieval | None
+) -> dict[str, str]:
     """Data URIs of the figures that there is something for."""
     drawn = {
-        "reliance": reliance_bars(found["reliance"]),
-        "sensitivity": sensitivity_bars(found["reliance"].sensitivity),
-        "slots": slot_bars(found["slots"]["variants"], "accuracy"),
-        "sweep": sweep_line(found["slots"]["sweep"]),
-        "embeddings": scatter(found["embeddings"]["projection"]),
+        "reliance": reliance_bars(reliance),
+        "sensitivity": sensitivity_bars(reliance.sensitivity),
+        "slots": slot_bars(slots.variants, "accuracy"),
+        "sweep": sweep_line(slots.sweep),
+        "embeddings": scatter(embeddings.projection),
     }
-    if (part := found["retrieval"]) is not None:
-        drawn["retrieval"] = retrieval_bars(part["representations"])
-        drawn["per_query"] = per_query(part["per_query"])
-        mrr = {name: line["mrr"] for name, line in part["slots"].items()}
+    if retrieval is not None:
+        drawn["retrieval"] = retrieval_bars(retrieval.representations)
+        drawn["per_query"] = per_query(retrieval.per_query)
+        mrr = {name: line["mrr"] for name, line in retrieval.slots.items()}
         drawn["retrieval_slots"] = slot_bars(mrr, "MRR of same-video retrieval")
     return {name: svg(figure) for name, figure in drawn.items()}
 
@@ -72,10 +77,10 @@ def slot_bars(lines: dict[str, Estimate], label: str) -> Any:
     return _bars(ordered, [BLUE if name in whole else GREY for name in ordered], label)
 
 
-def sweep_line(sweep: dict[str, Estimate]) -> Any:
+def sweep_line(sweep: dict[int, Estimate]) -> Any:
     """Accuracy by how many slots are rolled out at test time."""
     figure, axes = _plot(2.7)
-    ks, lines = [int(k) for k in sweep], list(sweep.values())
+    ks, lines = list(sweep), list(sweep.values())
     axes.errorbar(
         ks, [v.mean for v in lines], yerr=_errors(lines), marker="o", color=BLUE, capsize=2
     )
@@ -86,24 +91,22 @@ def sweep_line(sweep: dict[str, Estimate]) -> Any:
 def sensitivity_bars(part: Sensitivity) -> Any:
     """How far each slot moves with the clip, and with the question."""
     figure, axes = _plot(2.7)
-    moved = part.clip.slots
-    for shift, (name, colour) in enumerate((("clip", BLUE), ("question", GREY))):
-        moved = getattr(part, name).slots
-        places = np.arange(1, len(moved) + 1) + 0.38 * (shift - 0.5)
-        axes.bar(places, moved, 0.36, color=colour, label=f"another {name}")
+    slots = np.arange(1, len(part.clip.slots) + 1)
+    axes.bar(slots - 0.19, part.clip.slots, 0.36, color=BLUE, label="another clip")
+    axes.bar(slots + 0.19, part.question.slots, 0.36, color=GREY, label="another question")
     axes.axhline(1, color=ORANGE, linestyle="--", linewidth=1)
-    axes.set(xticks=range(1, len(moved) + 1), xlabel="slot", ylabel="moved, of the spread")
+    axes.set(xticks=slots, xlabel="slot", ylabel="moved, of the spread")
     _legend(axes)
     return figure
 
 
-def scatter(part: dict[str, Any]) -> Any:
+def scatter(part: Projection) -> Any:
     """PCA and t-SNE of frames, keyframes and latents (Figure 5)."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     both = figure.subplots(1, 2)
-    kinds = np.array([point["kind"] for point in part["points"]])
-    for axes, name in zip(both, ("pca", "tsne"), strict=True):
-        at = np.array(part[name])
+    kinds = np.array([point.kind for point in part.points])
+    for axes, title, points in zip(both, ("PCA", "t-SNE"), (part.pca, part.tsne), strict=True):
+        at = np.array(points)
         for kind, colour in KIND_COLOURS.items():
             marker = "*" if kind == "keyframe" else "o"
             size = 70 if kind == "keyframe" else 14
@@ -111,12 +114,12 @@ def scatter(part: dict[str, Any]) -> Any:
             axes.scatter(
                 *chosen.T, s=size, marker=marker, c=colour, label=kind, alpha=0.75, linewidths=0
             )
-        axes.set(xticks=[], yticks=[], title={"pca": "PCA", "tsne": "t-SNE"}[name])
+        axes.set(xticks=[], yticks=[], title=title)
     _legend(both[1])
     return figure
 
 
-def retrieval_bars(part: dict[str, Any]) -> Any:
+def retrieval_bars(part: dict[str, dict[str, Estimate]]) -> Any:
     """Hit@1, Hit@5 and MRR of each representation (Figure 6)."""
     figure, axes = _plot(2.7)
     metrics = list(next(iter(part.values())))
@@ -130,7 +133,7 @@ def retrieval_bars(part: dict[str, Any]) -> Any:
     return figure
 
 
-def per_query(part: dict[str, Any]) -> Any:
+def per_query(part: dict[str, list[Any]]) -> Any:
     """Reciprocal rank of each query, each representation's sorted by itself (Figure 7)."""
     figure, axes = _plot(2.7)
     for name, colour in REPRESENTATIONS.items():

@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from storm_vlm.analysis import AnalysisError
 from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import answer_text, is_correct, parse_answer
 from storm_vlm.data.row import Row
+from storm_vlm.evaluation.exam import Exam
 from storm_vlm.evaluation.records import Intervention, Movement, Reliance, Sensitivity
+from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import Estimate, estimate, paired_difference
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.model.interventions import (
@@ -51,6 +53,14 @@ class Tampered:
     follows_own: list[bool | None]  #: with its own latents it is that donor's, too: by accident
 
 
+@dataclass(frozen=True)
+class SlotAccuracy:
+    """Accuracy by which slots are fed, and by how many (K) at test time. Intervals are over videos."""
+
+    variants: dict[str, Estimate]
+    sweep: dict[int, Estimate]
+
+
 def tamper(
     pipeline: StormPipeline,
     rows: Sequence[Row],
@@ -66,16 +76,16 @@ def tamper(
         asked: how the rows are put, such as in a benchmark's own words; by default as they are.
 
     Raises:
-        ValueError: the checkpoint has no latent slots, or no row can be given another clip's latents.
+        AnalysisError: the checkpoint has no latent slots, or no row can be given another clip's latents.
     """
     if pipeline.latent_mode == "off":
-        raise ValueError("latent_reliance needs a checkpoint with latent slots (storm train)")
+        raise AnalysisError("latent reliance needs a checkpoint with latent slots (storm train)")
     given_by = {
         f"swap_{name}_answer": _donors(rows, name == "same", random.Random(seed))
         for name in ("same", "other")
     }
     if all(donor is None for donor in given_by["swap_other_answer"]):
-        raise ValueError(
+        raise AnalysisError(
             "no row has another clip with another answer to take latents from: give more rows"
         )
     asked = rows if asked is None else asked
@@ -120,7 +130,7 @@ def latent_reliance(
         kept = [
             (hit, video) for hit, video in zip(outcomes, videos, strict=True) if hit is not None
         ]
-        return estimate([hit for hit, _ in kept], [video for _, video in kept])
+        return estimate(*zip(*kept, strict=True)) if kept else None
 
     def difference(hits: Sequence[bool | None]) -> Estimate | None:
         used = [i for i, hit in enumerate(hits) if hit is not None]
@@ -153,13 +163,29 @@ def latent_reliance(
     )
 
 
+def sampled_reliance(
+    pipeline: StormPipeline, exam: Exam, run: Run, count: int, batch_size: int, seed: int = 0
+) -> Reliance:
+    """`latent_reliance` of `count` rows drawn from those that a run could ask, put as it put them.
+
+    Raises as `latent_reliance` does, and VideoError.
+    """
+    failed = {record.id for record in run.records if record.error}
+    answered = [row for row in exam.rows if row.id not in failed]
+    places = random.Random(seed).sample(range(len(answered)), min(count, len(answered)))
+    rows = [answered[place] for place in sorted(places)]
+    asked = [exam.question(row) for row in rows]
+    reliance = latent_reliance(pipeline, rows, None, batch_size, seed, asked)
+    return replace(reliance, drawn_from=len(answered))
+
+
 def slot_accuracy(
     pipeline: StormPipeline,
     rows: Sequence[Row],
     latents: Tensor,
     further: Tensor,
     batch_size: int = 32,
-) -> dict[str, Any]:
+) -> SlotAccuracy:
     """Accuracy by which slots are fed (cf. Figure 8), and by K at test time; (N, K, D) latents, and K more."""
     budget = latents.shape[1]
     slots = {name: select(latents) for name, select in slot_variants(budget).items()}
@@ -168,14 +194,14 @@ def slot_accuracy(
     slots |= {f"k{k}": longer[:, :k] for k in sweep}
     answers = fed_answers(pipeline, rows, slots, batch_size)
     videos = [row.video for row in rows]
-    found = {
+    shares = {
         name: estimate([bool(is_correct(t, r)) for t, r in zip(texts, rows, strict=True)], videos)
         for name, texts in answers.items()
     }
-    return {
-        "variants": {name: found[name] for name in slot_variants(budget)},
-        "sweep": {str(k): found[f"k{k}"] for k in sweep},
-    }
+    return SlotAccuracy(
+        variants={name: shares[name] for name in slot_variants(budget)},
+        sweep={k: shares[f"k{k}"] for k in sweep},
+    )
 
 
 def slot_variants(budget: int) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -222,7 +248,6 @@ def input_sensitivity(
         moved = rolled_out(pipeline, questions, batch_size, states.shape[1])
         relative = (moved - states).norm(dim=-1) / spread.clamp_min(1e-12)  # (N, K)
         over_videos = estimate(relative.mean(1), [str(row.video) for row in rows])
-        assert over_videos is not None
         found[name] = Movement(**asdict(over_videos), slots=tuple(relative.mean(0).tolist()))
     return Sensitivity(**found)
 

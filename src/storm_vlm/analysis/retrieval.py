@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from storm_vlm.analysis.extract import States
+from storm_vlm.analysis.states import States
 from storm_vlm.data.row import Row
-from storm_vlm.evaluation.statistics import estimate
+from storm_vlm.evaluation.statistics import Estimate, estimate
 
 
-def retrieval(states: States, rows: Sequence[Row], seed: int = 0) -> dict[str, Any] | None:
-    """Hit@1, Hit@5 and MRR of latent, text and random representations, and of the latents by slot (`slots`).
+@dataclass(frozen=True)
+class Retrieval:
+    """How well rows find another row of their own video. Intervals are over videos."""
+
+    queries: int
+    videos: int
+    ranked: int  #: rows that each query looks through
+    representations: dict[str, dict[str, Estimate]]  #: hit@1, hit@5 and mrr (Figure 6)
+    per_query: dict[str, list[Any]]  #: `id`, and by representation the reciprocal rank (Figure 7)
+    slots: dict[str, dict[str, Estimate]]  #: mrr by which slots stand for a row (Figure 8)
+
+
+def retrieval(states: States, rows: Sequence[Row], seed: int = 0) -> Retrieval | None:
+    """Of latent, text and random representations, and of the latents by slot.
 
     A query is a row; all other rows are ranked by cosine, less the mean of all rows. A row that is alone with its
-    video has nothing to find and is no query, but is among what is ranked; None if there is no query. `per_query`
-    holds the reciprocal rank of the first row of the same video (Figure 7). Intervals over videos.
+    video has nothing to find and is no query, but is among what is ranked; None if there is no query.
     """
     videos = [row.video for row in rows]
     queries = [i for i, video in enumerate(videos) if videos.count(video) > 1]
@@ -30,21 +42,18 @@ def retrieval(states: States, rows: Sequence[Row], seed: int = 0) -> dict[str, A
     kinds = {"latent": latents.mean(1), "text": states.text, "random": random}
     ranks = {name: first_ranks(found, found, videos, queries) for name, found in kinds.items()}
     where = [videos[i] for i in queries]
-    slots = {
-        name: {"mrr": estimate(1 / rank.numpy(), where)}
-        for name, rank in slot_ranks(latents, videos, queries).items()
-    }
-    return {
-        "queries": len(queries),
-        "videos": len(set(where)),
-        "ranked": len(rows) - 1,
-        "representations": {name: _scores(rank, where) for name, rank in ranks.items()},
-        "per_query": {
+    by_slot = slot_ranks(latents, videos, queries)
+    return Retrieval(
+        queries=len(queries),
+        videos=len(set(where)),
+        ranked=len(rows) - 1,
+        representations={name: _scores(rank, where) for name, rank in ranks.items()},
+        per_query={
             "id": [rows[i].id for i in queries],
             **{name: (1 / rank).tolist() for name, rank in ranks.items()},
         },
-        "slots": slots,
-    }
+        slots={name: {"mrr": _scores(rank, where)["mrr"]} for name, rank in by_slot.items()},
+    )
 
 
 def slot_ranks(latents: Tensor, videos: Sequence[str], queries: Sequence[int]) -> dict[str, Tensor]:
@@ -79,7 +88,7 @@ def first_ranks(
     return ((alike >= best) & ~same).sum(1) + 1
 
 
-def _scores(ranks: Tensor, videos: Sequence[str]) -> dict[str, Any]:
+def _scores(ranks: Tensor, videos: Sequence[str]) -> dict[str, Estimate]:
     return {
         "hit@1": estimate((ranks <= 1).numpy(), videos),
         "hit@5": estimate((ranks <= 5).numpy(), videos),

@@ -45,8 +45,8 @@ def analyze(
     """
     from storm_vlm.analysis.analyze import analyze as run
 
-    found = run(checkpoint, rows, out, limit, retrieval_rows, decoder_rows, batch_size, results)
-    print_reliance(console, found["reliance"])
+    analysis = run(checkpoint, rows, out, limit, retrieval_rows, decoder_rows, batch_size, results)
+    print_reliance(console, analysis.reliance)
     show(f"wrote {out / 'report.html'}")
 
 

@@ -157,7 +157,7 @@ def _tell_reliance(
     pipeline: StormPipeline, exam: Exam, finished: Run, rows: int, batch_size: int, out: Path | None
 ) -> None:
     """The table of latent reliance, from the run's folder if it is there, else measured and kept there."""
-    from storm_vlm.analysis.sampled_reliance import sampled_reliance
+    from storm_vlm.analysis.reliance import sampled_reliance
     from storm_vlm.data.atomic_write import write_json
     from storm_vlm.evaluation.run_folder import RELIANCE, read_reliance
     from storm_vlm.versions import commit, versions

@@ -63,16 +63,14 @@ def _percentiles(values: NDArray) -> tuple[NDArray, NDArray]:
     return low, high
 
 
-def estimate(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estimate | None:
-    """The mean of (rows,) values, with an interval over clusters if given, else over values; None without values.
+def estimate(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """The mean of (rows,) values, with an interval over clusters if given, else over values.
 
-    Raises ValueError where there is not one cluster a value.
+    Raises ValueError for no values, and where there is not one cluster a value.
     """
     each = np.asarray(values, float)
-    if clusters is not None and len(each) != len(clusters):
-        raise ValueError(f"{len(each)} values for {len(clusters)} rows")
-    if not len(each):
-        return None
+    if not len(each) or (clusters is not None and len(each) != len(clusters)):
+        raise ValueError(f"{len(each)} values for {0 if clusters is None else len(clusters)} rows")
     return Estimate(float(each.mean()), *confidence_interval(each.tolist(), clusters), len(each))
 
 

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from storm_vlm.analysis.findings import findings as analysis_findings
-
 Line = dict[str, Any]
 Lines = dict[str, Line]
 
 
 def findings(found: dict[str, Any]) -> dict[str, list[str]]:
-    """Sentences by table and by part of the analysis. What is not measured is not spoken of."""
+    """Sentences by table. What is not measured is not spoken of."""
     said = {name: sentences(name, table) for name, table in found["tables"].items()}
-    return {**said, "latency": [_latency(found["latency"])], **analysis_findings(found)}
+    return {**said, "latency": [_latency(found["latency"])]}
 
 
 def sentences(name: str, table: dict[str, Any]) -> list[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.analysis.analyze import PARTS
-from storm_vlm.analysis.page import Card, shown
 from storm_vlm.analysis.reliance import KINDS
+from storm_vlm.analysis.report import Analysis, Card, shown
 from storm_vlm.charts import svg
 from storm_vlm.data.atomic_write import write_text
 from storm_vlm.lab.reproduce.charts import dots, rows_curve
@@ -68,8 +68,6 @@ def markdown(found: dict[str, Any]) -> str:
     parts.append(_grid(RELIANCE_COLUMNS, reliance_rows(found["tables"]["main"]), bold=0))
     parts.append("## What the latents hold (Figures 4 to 8)")
     parts.append(ANALYSED.format(**found))
-    for name in PARTS:
-        parts.append(_bullets(found["findings"][name]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -79,7 +77,7 @@ def _reading(found: dict[str, Any]) -> str:
 
 def write_page(path: Path, found: dict[str, Any], cards: Sequence[Card]) -> None:
     """The page: tables, charts, and all that `storm analyze` shows."""
-    analysis = {name: found[name] for name in PARTS}
+    analysis = Analysis(**{name: found[name] for name in PARTS})
     tables = found["tables"]
     charts = {
         name: svg((rows_curve if name == "rows" else dots)(table)) for name, table in tables.items()

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from storm_vlm.analysis.analyze import PARTS, analyze, read_part
+from storm_vlm.analysis.analyze import analyze, read_analysis
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.lab.arms import ARMS, COMPARISONS
 from storm_vlm.lab.bench.latency import Lengths, bench_latency
@@ -96,7 +96,7 @@ def reproduce(
         "tables": {name: table(of, results) for name, of in COMPARISONS.items()},
         "latency": latency,
         "analysed": {"full-0": "STORM of seed 0", "shipped": "the shipped STORM"}[analysis.name],
-        **{part: read_part(analysis / f"{part}.json")[part] for part in PARTS},
+        **vars(read_analysis(analysis)),
     }
     found["findings"] = findings(found)
     write_json(out / "results" / "reproduce.json", found)

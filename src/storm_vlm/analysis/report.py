@@ -1,4 +1,4 @@
-"""The page of an analysis: one self-contained HTML file, with what differs from the paper said in words."""
+"""What an analysis measures, and its page: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from storm_vlm.analysis import figures
-from storm_vlm.analysis.findings import findings
+from storm_vlm.analysis.embeddings import Embeddings
+from storm_vlm.analysis.readouts import Readouts
+from storm_vlm.analysis.reliance import SlotAccuracy
+from storm_vlm.analysis.retrieval import Retrieval
 from storm_vlm.data.atomic_write import write_text
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import read_video
+from storm_vlm.evaluation.records import Reliance
 from storm_vlm.pages import render
 
 PICTURE = 80  # pixels of a picture's side in a strip
 GAP = 4
 Card = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that is measured, by part; None where these rows do not allow it."""
+
+    reliance: Reliance
+    slots: SlotAccuracy
+    embeddings: Embeddings
+    retrieval: Retrieval | None
+    watch: Readouts
 
 
 @dataclass(frozen=True)
@@ -42,15 +57,19 @@ class Example:
 
 
 def write_page(
-    path: Path, about: dict[str, Any], found: dict[str, Any], cards: Sequence[Card]
+    path: Path, about: dict[str, Any], analysis: Analysis, cards: Sequence[Card]
 ) -> None:
-    """Write the page of what `analyze` found."""
-    write_text(path, render("analysis.html", about=about, **shown(found, cards)))
+    """Write the page of an analysis."""
+    write_text(path, render("analysis.html", about=about, **shown(analysis, cards)))
 
 
-def shown(found: dict[str, Any], cards: Sequence[Card]) -> dict[str, Any]:
+def shown(analysis: Analysis, cards: Sequence[Card]) -> dict[str, Any]:
     """What `_analysis.html` needs, on whichever page it is."""
-    return {**found, "figures": figures.draw(found), "findings": findings(found), "examples": cards}
+    parts = vars(analysis)
+    drawn = figures.draw(
+        *(parts[name] for name in ("reliance", "slots", "embeddings", "retrieval"))
+    )
+    return {**parts, "figures": drawn, "examples": cards}
 
 
 def card(example: Example) -> Card:

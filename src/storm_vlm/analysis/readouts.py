@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from storm_vlm.analysis.extract import States, visual_tokens
+from storm_vlm.analysis.states import States, visual_tokens
 from storm_vlm.data.prompt import answer_text
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import read_video
@@ -93,13 +93,30 @@ def _small(frames: np.ndarray) -> Tensor:
     return F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
 
 
+@dataclass(frozen=True)
+class DrawingQuality:
+    """PSNR in dB against the true frames of slots 2 to K (slot 1 is what was last seen); intervals over videos."""
+
+    own: Estimate  #: drawn from the row's own latents
+    another_clip: Estimate  #: drawn from another clip's
+    last_shown: Estimate  #: the last frame shown, copied
+    first_thought_held: Estimate  #: the thought video's first frame, which the decoder is not given
+    mean_frame: Estimate  #: of the training frames
+    slots: list[float]  #: mean of `own`, by slot
+
+
+@dataclass(frozen=True)
+class Readouts:
+    decoding: DrawingQuality | None  #: None: rows have no thought videos, or too few
+    lens: Estimate  #: see `lens_accuracy`
+
+
 def decoding_quality(
     decoder: Decoder, latents: Tensor, frames: Tensor, last: Tensor, rows: Sequence[Row]
-) -> dict[str, Any]:
-    """PSNR in dB of what is drawn against the true frames of slots 2 to K (slot 1 is what was last seen).
+) -> DrawingQuality:
+    """Of frames drawn from latents (N, K, D) of rows that the decoder was not trained on.
 
-    Beside it: the decoder fed another clip's latents, the last frame shown, the thought video's first frame held
-    (which the decoder is not given), and the mean training frame. Intervals over videos.
+    `frames` (N, K, 3, SIDE, SIDE) are the true ones, `last` (N, 3, SIDE, SIDE) the last ones shown.
     """
     videos = [row.video for row in rows]
     places = list(range(len(rows)))
@@ -114,12 +131,14 @@ def decoding_quality(
         "mean_frame": decoder.mean.unflatten(0, (3, SIDE, SIDE)).expand_as(frames),
     }
     start = 1 if frames.shape[1] > 1 else 0
-    quality = {name: psnr(found[:, start:], frames[:, start:]) for name, found in drawn.items()}
-    return {name: estimate(values.numpy(), videos) for name, values in quality.items()} | {
-        "slots": [
-            float(psnr(drawn["own"][:, [k]], frames[:, [k]]).mean()) for k in range(frames.shape[1])
-        ]
+    quality = {
+        name: estimate(psnr(picture[:, start:], frames[:, start:]).numpy(), videos)
+        for name, picture in drawn.items()
     }
+    own = drawn["own"].unbind(1), frames.unbind(1)
+    return DrawingQuality(
+        **quality, slots=[float(psnr(*slot).mean()) for slot in zip(*own, strict=True)]
+    )
 
 
 def psnr(drawn: Tensor, frames: Tensor) -> Tensor:
@@ -168,9 +187,7 @@ def logit_lens(
     ]
 
 
-def lens_says_answer(
-    pipeline: StormPipeline, rows: Sequence[Row], latents: Tensor
-) -> Estimate | None:
+def lens_accuracy(pipeline: StormPipeline, rows: Sequence[Row], latents: Tensor) -> Estimate:
     """How often the likeliest token of some slot of (N, K, D) states begins the right answer."""
     begins = pipeline.processor.tokenizer([answer_text(row) for row in rows])["input_ids"]
     model: Any = unwrap(pipeline.model)

@@ -14,6 +14,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from storm_vlm.analysis import AnalysisError
 from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.row import Row
 from storm_vlm.data.store import Store, key_of
@@ -70,11 +71,13 @@ def extract(
     Writes `states.json`, what they were made from, beside them. `source` names the checkpoint.
 
     Raises:
-        ValueError: the checkpoint has no latent slots, or there are no rows.
+        AnalysisError: the checkpoint has no latent slots, or there are no rows.
         VideoError: a clip cannot be read.
     """
     if pipeline.latent_mode == "off" or not rows:
-        raise ValueError("an analysis needs rows, and a checkpoint with latent slots (storm train)")
+        raise AnalysisError(
+            "an analysis needs rows, and a checkpoint with latent slots (storm train)"
+        )
     store = Store(folder)
     made_from = _made_from(pipeline, rows, source, store)
     key = key_of(**made_from)
