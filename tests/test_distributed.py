@@ -187,3 +187,59 @@ def test_sharded_gradients_are_those_of_one_process(
     model: Any = trainer.model
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(sharded[name], parameter.grad, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.fixture(scope="module")
+def uneven_file(rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine rows to train on and three to validate on: neither is a multiple of anything below."""
+    rows = read_rows(rows_file)
+    last = [row.model_copy(update={"split": "validation"}) for row in rows[9:]]
+    path = tmp_path_factory.mktemp("uneven") / "rows.jsonl"
+    write_rows(path, [*rows[:9], *last])
+    return path
+
+
+def uneven(output: Path, backbone: str, data: Path, batch: int, eval_batch: int) -> TrainConfig:
+    """An epoch whose last step is short, and an evaluation."""
+    run = config(output, backbone, data, batch, eval_strategy="epoch")
+    run.training.update(per_device_eval_batch_size=eval_batch)
+    return run.model_copy(update={"eval_samples": 0})
+
+
+def eval_losses(run: Path) -> list[float]:
+    history = json.loads((run / "log_history.json").read_text())
+    return [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def short_at_once(tmp_path_factory, backbone: str, uneven_file: Path) -> Path:
+    return train(uneven(tmp_path_factory.mktemp("short") / "run", backbone, uneven_file, 4, 3))
+
+
+def test_a_short_last_step_counts_every_row_once(
+    short_at_once, tmp_path, backbone, uneven_file
+) -> None:
+    """accelerate fills it up with rows of the epoch's beginning."""
+    in_two_processes(uneven(tmp_path / "run", backbone, uneven_file, 2, 2))
+    assert_same(tmp_path / "run", short_at_once)
+    (loss,), (expected,) = eval_losses(tmp_path / "run"), eval_losses(short_at_once)
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("eval_batch", [1, 2, 8])
+def test_a_loss_of_validation_is_that_of_all_rows_as_one_batch(
+    eval_batch: int, short_at_once, tmp_path, backbone, uneven_file
+) -> None:
+    run = train(uneven(tmp_path / "run", backbone, uneven_file, 4, eval_batch))
+    assert eval_losses(run) == pytest.approx(eval_losses(short_at_once), rel=1e-4)
+    rows = [row for row in read_rows(uneven_file) if row.split == "validation"]
+    model = StormForConditionalGeneration.from_pretrained(str(run))
+    trainer = StormTrainer(
+        model=model,
+        method=Method(latent_budget=K),
+        args=training_arguments(config(run, "", Path(), 1)),
+    )
+    batch = StormCollator(AutoProcessor.from_pretrained(run), 6, K)(rows)
+    with torch.no_grad():
+        expected = trainer.compute_loss(model, batch)
+    assert eval_losses(run) == [pytest.approx(expected.item(), rel=1e-3)]

@@ -11,12 +11,47 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from storm_vlm.data.atomic_write import write_json
+from storm_vlm.errors import StormError
 
 SEAL = "complete.json"
 logger = logging.getLogger(__name__)
+
+
+class SaveError(StormError, OSError):
+    """What a run wanted to write, why it could not, and how to go on."""
+
+    def __init__(self, target: Path, run: Path, reason: Exception) -> None:
+        kept = last_whole_checkpoint(run)
+        hope = "to go on from " + kept.name if kept else "(no checkpoint was written before)"
+        super().__init__(
+            f"{target} could not be written ({reason}): make room, and start the same command again {hope}"
+        )
+
+
+@contextmanager
+def all_or_nothing(run: Path) -> Iterator[Path]:
+    """A folder for a run's results, whose files move into the run's own when all of them are written.
+
+    Raises:
+        SaveError: one could not be written; none is kept.
+    """
+    unfinished = run / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        yield unfinished
+        for file in [path for path in unfinished.rglob("*") if path.is_file()]:
+            place = run / file.relative_to(unfinished)
+            place.parent.mkdir(exist_ok=True)
+            file.replace(place)
+    except Exception as error:  # each writer has its own way to say that the disk is full
+        raise SaveError(run, run, error) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def seal(checkpoint: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from storm_vlm.model.backbones import unwrap
 from storm_vlm.model.checkpoint import load_processor
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.tokens import add_latent_tokens
-from storm_vlm.training.checkpoints import last_whole_checkpoint, set_torn_aside
+from storm_vlm.training.checkpoints import all_or_nothing, last_whole_checkpoint, set_torn_aside
 from storm_vlm.training.config import ConfigError, TrainConfig
 from storm_vlm.training.distillation import DistillationCollator, SelfDistilledTeacher
 from storm_vlm.training.feature_cache import CachedVideoInputs
@@ -33,6 +34,14 @@ from storm_vlm.versions import versions
 
 # The decoder's projections; the vision tower has layers of the same names.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+# Fields of TrainingArguments that would be ignored, or fail.
+REFUSED = {
+    "resume_from_checkpoint": "a run goes on by itself, from the last whole checkpoint of its own output_dir; to "
+    "begin with another run's weights, set model",
+    "label_smoothing_factor": "the losses are the paper's, which are not smoothed: leave it out",
+    "average_tokens_across_devices": "a step's loss is always that of all its rows: leave it out",
+    "torch_compile": "a rollout of several passes cannot be compiled: leave it out",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -46,6 +55,8 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
 
     Raises:
         ConfigError: no training rows, arguments that transformers refuses, or a folder that holds another run.
+        DivergedError: the loss, or a weight, is no longer a number.
+        SaveError: the disk is full; the last whole checkpoint is kept.
         RowError, VideoError: bad data; names the file.
     """
     rows = rows if rows is not None else read_rows(config.data)
@@ -62,10 +73,17 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
     if _finished(config, output):
         logger.info("%s holds this run, finished: remove it to train again", output)
         return output
+    if arguments.save_only_model and (kept := last_whole_checkpoint(output)):
+        raise ConfigError(
+            f"{kept} has no optimizer (training.save_only_model): going on from it would be another run. Remove "
+            f"{output} to train again from the start"
+        )
     set_seed(arguments.seed)  # adapters begin at random
     model, processor = load_model(config)
     trainer = build_trainer(config, arguments, model, processor, rows, validation)
-    trainer.train(resume_from_checkpoint=_begin(config, output, trainer.args.should_save))
+    resumed = _begin(config, output, trainer.args.should_save)
+    _check_room(trainer, output)
+    trainer.train(resume_from_checkpoint=resumed)
     _save(trainer, processor)
     return output
 
@@ -210,12 +228,33 @@ def _finished(config: TrainConfig, output: Path) -> bool:
     known = output / "train_config.yaml"
     if known.exists():
         theirs, wanted = yaml.safe_load(known.read_text()), config.model_dump(mode="json")
-        if changed := sorted(key for key in wanted if wanted[key] != theirs.get(key)):
+        if changed := _changes({key: theirs.get(key) for key in wanted}, wanted):
             raise ConfigError(
                 f"{output} holds a run with other settings ({', '.join(changed)}): choose another output_dir, or "
                 "remove that one"
             )
     return (output / "versions.json").exists()
+
+
+def _changes(theirs: Any, wanted: Any, name: str = "") -> list[str]:
+    """The dotted names of the settings that differ."""
+    if not (isinstance(theirs, dict) and isinstance(wanted, dict)):
+        return [] if theirs == wanted else [name]
+    keys = sorted(theirs.keys() | wanted.keys())
+    dotted = {key: f"{name}.{key}".lstrip(".") for key in keys}
+    return [c for key in keys for c in _changes(theirs.get(key), wanted.get(key), dotted[key])]
+
+
+def _check_room(trainer: StormTrainer, output: Path) -> None:
+    """Raises ConfigError where the disk cannot hold even the result; better now than when all is done."""
+    adapted = unwrap(trainer.model) is not trainer.model
+    saved = [p for p in trainer.model.parameters() if p.requires_grad or not adapted]
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in saved)
+    if trainer.args.should_save and (free := shutil.disk_usage(output).free) < needed:
+        raise ConfigError(
+            f"{output} has room for {free / 2**20:.1f} MiB, and the weights alone take {needed / 2**20:.1f} MiB: "
+            "make room, or choose another output_dir"
+        )
 
 
 def _begin(config: TrainConfig, output: Path, writes: bool) -> str | None:
@@ -229,6 +268,7 @@ def _begin(config: TrainConfig, output: Path, writes: bool) -> str | None:
 
 def _save(trainer: StormTrainer, processor: Any) -> None:
     """Weights and processor, and how they were made. (Trainer's own way adds a pickle.)"""
+    trainer.check_weights()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.args.should_save:
         return
@@ -236,9 +276,10 @@ def _save(trainer: StormTrainer, processor: Any) -> None:
     model: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     for tied in unwrap(model).all_tied_weights_keys:  # gathered as if they were not
         weights.pop(tied, None)
-    model.save_pretrained(output, state_dict=weights)
-    unwrap(model).config.save_pretrained(output)  # adapters know nothing of latent tokens
-    processor.save_pretrained(output)
+    with all_or_nothing(output) as folder:
+        model.save_pretrained(folder, state_dict=weights)
+        unwrap(model).config.save_pretrained(folder)  # adapters know nothing of latent tokens
+        processor.save_pretrained(folder)
     write_json(output / "log_history.json", trainer.state.log_history)
     launched = trainer.accelerator.state
     processes = {
@@ -259,6 +300,14 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         **config.training,
     }
     try:
-        return TrainingArguments(**arguments)
+        checked = TrainingArguments(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"training: {error}") from error
+    if checked.max_steps > 0 and "num_train_epochs" in config.training:
+        raise ConfigError(
+            "training.num_train_epochs would be ignored beside training.max_steps: leave one out (max_steps=-1)"
+        )
+    for name, reason in REFUSED.items():
+        if getattr(checked, name) != TrainingArguments.__dataclass_fields__[name].default:
+            raise ConfigError(f"training.{name}: {reason}")
+    return checked

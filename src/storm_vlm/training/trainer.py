@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer
@@ -18,6 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from storm_vlm.data.row import Row
+from storm_vlm.errors import StormError
 from storm_vlm.model.backbones import unwrap
 from storm_vlm.model.latent import (
     IGNORE_INDEX,
@@ -29,12 +32,18 @@ from storm_vlm.model.latent import (
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.rollout import RolloutOutput, head, rollout
 from storm_vlm.model.tokens import latent_tokens
-from storm_vlm.training.checkpoints import seal
+from storm_vlm.training.checkpoints import SaveError, seal
 from storm_vlm.training.config import ConfigError, Method
 from storm_vlm.training.distillation import SelfDistilledTeacher
 from storm_vlm.training.optimizer import muon_and_nadamw
 from storm_vlm.training.row_lengths import LengthSampler
 from storm_vlm.training.targets import Targets
+
+TERMS = ("answer_loss", "boundary_loss", "alignment_loss")  # as `batch_counts` counts them
+
+
+class DivergedError(StormError, ValueError):
+    """A loss or a weight that is no number; names the step."""
 
 
 class RowDataset(Dataset[tuple[Row, Tensor | None]]):
@@ -101,6 +110,9 @@ class StormTrainer(Trainer):
             self.add_callback(LossBar)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's counts
         self._metrics: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._evaluated: list[
+            Tensor
+        ] = []  # of each batch, (2, 3): the sums of the terms, and their counts
         self._parts = 1  # in how many batches a step's loss is a sum
         self._checked = False  # that latents are alive
         # Whether a pass has all its slot inputs beforehand must be the same on every process, or they
@@ -123,6 +135,26 @@ class StormTrainer(Trainer):
             self.optimizer = muon_and_nadamw(trained, self.args, self.muon)
         return super().create_optimizer(model)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One batch's share of the loss, after its backward pass; raises DivergedError where it is no number."""
+        loss = super().training_step(*args, **kwargs)
+        if not bool(loss.isfinite()):
+            raise self._diverged(f"the loss of step {self.state.global_step + 1} is {float(loss)}")
+        return loss
+
+    def check_weights(self) -> None:
+        """Raises DivergedError if a trained weight is no number: such a model must not be saved."""
+        for name, parameter in unwrap(self.model).named_parameters():
+            shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if parameter.requires_grad and not bool(shard.detach().isfinite().all()):
+                raise self._diverged(f"after step {self.state.global_step}, {name} is not finite")
+
+    def _diverged(self, finding: str) -> DivergedError:
+        return DivergedError(
+            f"{finding}: training has diverged; it was stopped, and these weights are not saved. Lower "
+            f"training.learning_rate (now {self.args.learning_rate:g}) or warm up, and choose another output_dir"
+        )
+
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
         """In their order; stock `group_by_length` would look for token ids in the rows."""
 
@@ -136,14 +168,53 @@ class StormTrainer(Trainer):
             metrics |= answered
         return metrics
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss of all rows as one batch, whatever the batches and processes."""
+        self._evaluated = []
+        output = super().evaluation_loop(*args, **kwargs)
+        sums, counts = self.accelerator.reduce(torch.stack(self._evaluated).sum(0), "sum")
+        answer, boundary, alignment = (sums / counts.clamp_min(1)).tolist()
+        loss = answer + self.method.boundary_weight * boundary
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = (
+            loss + self.method.alignment_weight * alignment
+        )
+        return output
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[None, None, None]:
+        """Keeps the sums and counts of the loss's terms over a batch, instead of a mean."""
+        batch = self._without_repeats(self._prepare_inputs(inputs))
+        counts = batch_counts(batch)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            ones = torch.ones_like(counts)
+            losses = model(compute=lambda core: self._losses(core, batch, ones, progress=1.0))
+        sums = [losses.get(term, counts.new_zeros(())).float() for term in TERMS]
+        self._evaluated.append(torch.stack([torch.stack(sums), counts.float()]))
+        return None, None, None
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The batches of one step, and what its losses are divided by: see `batch_counts`."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
+        batches[-1:] = [self._without_repeats(batch) for batch in batches[-1:]]
         self._parts = len(batches) * self.accelerator.num_processes
         counts = torch.stack([batch_counts(batch) for batch in batches]).sum(0) if batches else None
         if counts is not None:
             counts = self.accelerator.reduce(counts.to(self.args.device), "sum")
         return batches, counts
+
+    def _without_repeats(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Repeated rows count for nothing: with them, accelerate fills up the last batches of an epoch."""
+        loader, labels = self.accelerator.gradient_state, batch["labels"]
+        if not loader.end_of_dataloader or loader.remainder <= 0:
+            return batch
+        # Behind each other, the processes' batches begin with the rows that are left.
+        row = torch.arange(len(labels), device=labels.device)
+        repeated = row + self.args.process_index * len(labels) >= loader.remainder
+        batch = {**batch, "labels": labels.masked_fill(repeated[:, None], IGNORE_INDEX)}
+        if "target_mask" in batch:
+            batch["target_mask"] = batch["target_mask"] & ~repeated
+        return batch
 
     def compute_loss(
         self,
@@ -153,7 +224,7 @@ class StormTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """Eq. 4: answer loss + weight * alignment loss (+ cross-entropy on the segment's boundaries)."""
-        alone = num_items_in_batch is None or num_items_in_batch.ndim == 0  # evaluation
+        alone = num_items_in_batch is None or num_items_in_batch.ndim == 0  # a batch by itself
         counts = batch_counts(inputs) if alone else num_items_in_batch
         assert counts is not None
         progress = self.state.global_step / max(1, self.state.max_steps)
@@ -173,7 +244,9 @@ class StormTrainer(Trainer):
         self._refuse_dead_latents(core, answer, output.fed)
         losses = {"loss": answer, "answer_loss": answer}
         if method.latent_budget:
-            boundary = boundary_loss(core, output, rows)
+            counted = (inputs["labels"] != IGNORE_INDEX).any(1)
+            boundary = boundary_loss(core, output, rows, counted)
+            losses["boundary_loss"] = boundary
             losses["loss"] = losses["loss"] + method.boundary_weight * boundary
         targets = inputs.get("targets")
         if method.latent_budget and targets is not None:
@@ -227,6 +300,7 @@ class StormTrainer(Trainer):
         run = Path(str(self.args.output_dir))
         folder, limit = run / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
         self.args.save_total_limit = None  # older ones may go when this one is whole, not before
+        self.check_weights()
         try:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
@@ -234,10 +308,8 @@ class StormTrainer(Trainer):
             if self.teacher is not None and self.args.should_save:
                 self.teacher.save(folder)
         except Exception as error:  # each writer has its own way to say that the disk is full
-            raise OSError(
-                f"{folder} could not be written ({error}). Older checkpoints are whole: make room, and start the "
-                "same command again to go on from the last of them"
-            ) from error
+            shutil.rmtree(folder, ignore_errors=True)
+            raise SaveError(folder, run, error) from error
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -272,10 +344,10 @@ class StormTrainer(Trainer):
 
 
 def batch_counts(batch: Mapping[str, Tensor]) -> Tensor:
-    """(3,): answer tokens, rows, and rows with a target; the losses are means over these."""
-    labels, mask = batch["labels"], batch.get("target_mask")
-    aligned = labels.new_zeros(()) if mask is None else mask.sum()
-    return torch.stack([(labels != IGNORE_INDEX).sum(), labels.new_tensor(len(labels)), aligned])
+    """(3,): answer tokens, rows with an answer, and rows with a target; the losses are means over these."""
+    answers, mask = batch["labels"] != IGNORE_INDEX, batch.get("target_mask")
+    aligned = answers.new_zeros((), dtype=torch.long) if mask is None else mask.sum()
+    return torch.stack([answers.sum(), answers.any(1).sum(), aligned])
 
 
 class LossBar(ProgressCallback):
@@ -325,7 +397,9 @@ def storm_rollout(
     )
 
 
-def boundary_loss(model: Any, output: RolloutOutput, count: Tensor | None = None) -> Tensor:
+def boundary_loss(
+    model: Any, output: RolloutOutput, count: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of the segment's visible choices: open it, go on K - 1 times, close it after slot K.
 
     The answer-only loss of the paper would never teach the model to open a segment, which its inference
@@ -334,6 +408,7 @@ def boundary_loss(model: Any, output: RolloutOutput, count: Tensor | None = None
 
     Args:
         count: what the sum over rows is divided by, if not their number in this batch.
+        mask: (B,) bool, the rows that count; None: all.
     """
     tokens = latent_tokens(model.config)
     assert output.start_logits is not None and output.end_logits is not None  # there are slots
@@ -344,4 +419,6 @@ def boundary_loss(model: Any, output: RolloutOutput, count: Tensor | None = None
         between = head(unwrap(model), output.states[:, 1:]).float()  # (B, K - 1, V)
         others = between.index_fill(-1, wanted[0, 1:], float("-inf"))
         each = each + (between.logsumexp(-1) - others.logsumexp(-1)).mean(1)
-    return each.sum() / (len(each) if count is None else count)
+    if mask is not None:
+        each = each.masked_fill(~mask, 0)
+    return each.sum() / (len(each) if count is None else count.clamp_min(1))
