@@ -13,9 +13,16 @@ import yaml
 
 from storm_vlm.training.checkpoints import SEAL, last_whole_checkpoint, seal
 from storm_vlm.training.config import ConfigError, Method, TrainConfig
-from storm_vlm.training.train import train
+from storm_vlm.training.train import train, training_arguments
+from storm_vlm.training.trainer import DivergedError, StormTrainer
 
 STEPS = 6
+# No file may grow beyond 1 MiB: how a full disk looks to a process.
+FULL_DISK = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+"""
 
 
 def config(output: Path, backbone: str, data: Path, **training: Any) -> TrainConfig:
@@ -132,14 +139,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
     run = config(tmp_path / "run", backbone, reasoning_file)
     output = Path(run.output_dir)
     kill_as_it_opens("checkpoint-4/config.json", run)
-    full = in_a_process(  # no file may grow beyond 1 MiB: how a full disk looks to a process
-        run,
-        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))",
-    )
+    full = in_a_process(run, FULL_DISK)
     printed, _ = full.communicate(timeout=200)
     assert full.returncode == 1
-    assert "checkpoint-4 could not be written" in printed and "start the same" in printed
+    assert "checkpoint-4 could not be written" in printed
+    assert "start the same command again to go on from checkpoint-2" in printed
+    assert not (output / "checkpoint-4").exists()
     assert last_whole_checkpoint(output) == output / "checkpoint-2"
     again = in_a_process(run)
     printed, _ = again.communicate(timeout=200)
@@ -165,3 +170,101 @@ def test_another_run_s_folder_is_refused(tmp_path, backbone, reasoning_file) -> 
     train(run)
     with pytest.raises(ConfigError, match=r"other settings \(num_frames\)"):
         train(run.model_copy(update={"num_frames": 4}))
+
+
+def test_a_full_disk_at_the_last_save_loses_nothing(
+    uninterrupted, tmp_path, backbone, reasoning_file
+) -> None:
+    run = config(tmp_path / "run", backbone, reasoning_file)
+    output = Path(run.output_dir)
+    kill_as_it_opens(".unfinished/config.json", run)
+    full = in_a_process(run, FULL_DISK)
+    printed, _ = full.communicate(timeout=200)
+    assert full.returncode == 1 and "Traceback" not in printed
+    assert f"{output} could not be written" in printed and "to go on from checkpoint-6" in printed
+    assert not list(output.glob("*.safetensors")) and not (output / ".unfinished").exists()
+    again = in_a_process(run)
+    printed, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, printed
+    assert (output / "model.safetensors").read_bytes() == uninterrupted
+
+
+def test_a_disk_without_room_for_the_weights_is_named_before_the_first_step(
+    tmp_path, backbone, reasoning_file, monkeypatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=600_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr(StormTrainer, "training_step", None)
+    run = config(tmp_path / "run", backbone, reasoning_file)
+    with pytest.raises(
+        ConfigError, match=r"room for 0\.6 MiB, and the weights alone take 4\.\d MiB"
+    ):
+        train(run)
+
+
+@pytest.mark.parametrize("save_steps", [1, 100])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_run_that_diverges_is_no_result(
+    steps: int, save_steps: int, tmp_path, backbone, reasoning_file
+) -> None:
+    """With one step, its loss is a number and its weights are not."""
+    run = config(
+        tmp_path / "run",
+        backbone,
+        reasoning_file,
+        max_steps=steps,
+        save_steps=save_steps,
+        learning_rate=float("nan") if steps == 1 else 1e30,
+    )
+    with pytest.raises(DivergedError, match=r"step [12].*Lower"):
+        train(run)
+    output = Path(run.output_dir)
+    assert not (output / "versions.json").exists()
+    assert not list(output.rglob("*.safetensors"))
+
+
+def test_adapters_that_diverge_are_no_result(tmp_path, backbone, reasoning_file) -> None:
+    run = config(tmp_path / "run", backbone, reasoning_file, learning_rate=float("inf"))
+    with pytest.raises(DivergedError):
+        train(run.model_copy(update={"lora": {"r": 4}}))
+    assert not list(Path(run.output_dir).rglob("*.safetensors"))
+
+
+def test_without_its_optimizer_a_run_does_not_go_on(tmp_path, backbone, reasoning_file) -> None:
+    run = config(tmp_path / "run", backbone, reasoning_file, save_only_model=True)
+    output = train(run)
+    assert train(run) == output  # finished
+    (output / "versions.json").unlink()
+    with pytest.raises(ConfigError, match=r"checkpoint-6 has no optimizer .*save_only_model"):
+        train(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("resume_from_checkpoint", "a/checkpoint-4"),
+        ("label_smoothing_factor", 0.1),
+        ("torch_compile", True),
+        ("torch_compile_backend", "inductor"),
+        ("num_train_epochs", 3),
+    ],
+)
+def test_settings_without_effect_are_refused_by_name(name, value, tmp_path) -> None:
+    run = config(tmp_path / "run", "model", tmp_path, **{name: value})
+    with pytest.raises(ConfigError, match=f"training.{name.removesuffix('_backend')}"):
+        training_arguments(run)
+
+
+def test_epochs_count_where_steps_do_not(tmp_path) -> None:
+    run = config(tmp_path / "run", "model", tmp_path, max_steps=-1, num_train_epochs=3)
+    assert training_arguments(run).num_train_epochs == 3
+
+
+def test_a_setting_that_differs_is_named(tmp_path, backbone, reasoning_file) -> None:
+    run = config(tmp_path / "run", backbone, reasoning_file, max_steps=1)
+    train(run)
+    other = config(tmp_path / "run", backbone, reasoning_file, max_steps=2, seed=1)
+    other = other.model_copy(update={"method": other.method.model_copy(update={"ema_decay": 0.5})})
+    named = r"settings \(method\.ema_decay, training\.max_steps, training\.seed\)"
+    with pytest.raises(ConfigError, match=named):
+        train(other)

@@ -21,6 +21,34 @@ from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.tokens import latent_tokens
 
 DEFAULT_FRAMES = 32  # the paper's Tables 1 and 2
+#: Greedy decoding, whatever a checkpoint's generation_config.json asks for (Qwen2.5-VL's, a repetition penalty).
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    **dict.fromkeys(
+        (
+            "min_new_tokens",
+            "encoder_repetition_penalty",
+            "encoder_no_repeat_ngram_size",
+            "bad_words_ids",
+            "sequence_bias",
+            "suppress_tokens",
+            "begin_suppress_tokens",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "exponential_decay_length_penalty",
+            "guidance_scale",
+            "watermarking_config",
+            "stop_strings",
+            "max_time",
+            "prompt_lookup_num_tokens",
+        )
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +171,7 @@ class StormPipeline:
             output = self.model.generate(
                 **inputs,
                 **{
-                    "do_sample": False,
+                    **GREEDY,
                     "max_new_tokens": max_new_tokens + (segment if latent else 0),
                     "latent_mode": self.latent_mode,
                     "output_latent_states": latent,
