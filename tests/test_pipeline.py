@@ -48,6 +48,18 @@ def test_answer_equals_plain_generate(storm, reasoning_rows) -> None:
     assert storm.answer(row.video, row.question).text == text.strip()
 
 
+def test_greedy_is_greedy_whatever_the_checkpoint_asks_for(reasoning_rows) -> None:
+    pipeline = StormPipeline.from_pretrained(str(shipped("storm")))
+    rows = reasoning_rows[:4]
+    expected = [answer.text for answer in pipeline.answer_batch(rows)]
+    asked = {"repetition_penalty": 5.0, "num_beams": 3, "do_sample": True, "min_new_tokens": 9}
+    for name, value in {**asked, "suppress_tokens": [*range(200)]}.items():
+        setattr(pipeline.model.generation_config, name, value)
+    assert [answer.text for answer in pipeline.answer_batch(rows)] == expected
+    penalized = pipeline.answer_batch(rows, repetition_penalty=5.0)
+    assert [answer.text for answer in penalized] != expected
+
+
 def test_the_backbone_answers_without_slots(backbone, reasoning_rows) -> None:
     pipeline = StormPipeline.from_pretrained(backbone)
     answer = pipeline.answer(reasoning_rows[0].video, "Where is the ball now?")

@@ -94,7 +94,7 @@ def _begin(
     description = {
         **settings,
         "first_prompt": reasoner.prompt(exam.question(exam.shown(exam.rows[0]))),
-        "decoding": "greedy; controls are drawn by each row's id",
+        "draws": "controls are drawn by each row's id",
         "n_expected": len(exam.rows),
         "batch_size": batch_size,
         "processes": state.num_processes,

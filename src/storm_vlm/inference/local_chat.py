@@ -11,7 +11,7 @@ import torch
 from storm_vlm.data.prompt import render_prompt
 from storm_vlm.data.video import video_metadata
 from storm_vlm.inference.chat import ChatModel, Completion, Turn
-from storm_vlm.inference.pipeline import StormPipeline, count_written, prompt_sizes
+from storm_vlm.inference.pipeline import GREEDY, StormPipeline, count_written, prompt_sizes
 from storm_vlm.inference.timing import Phases
 
 
@@ -37,10 +37,12 @@ class LocalChat:
         with Phases(self.model) as phases:
             output = self.model.generate(
                 **inputs,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                min_new_tokens=max_new_tokens if self.exact else None,
-                latent_mode="off",
+                **{
+                    **GREEDY,
+                    "max_new_tokens": max_new_tokens,
+                    "min_new_tokens": max_new_tokens if self.exact else None,
+                    "latent_mode": "off",
+                },
             )
         new_ids = output[:, inputs["input_ids"].shape[1] :]
         seconds = {"decode": ready - began, **phases.split(new_ids)}
@@ -80,11 +82,15 @@ def chat_model(model: StormPipeline | ChatModel) -> ChatModel:
 
 
 def model_settings(model: Any, processor: Any) -> dict[str, Any]:
-    """What of a model decides its answers: its type of numbers, and the size that frames are scaled to."""
+    """What of a model decides its answers: its type of numbers, the size of its frames, and how it writes."""
     video = processor.video_processor
     size = {name: edge for name, edge in dict(video.size).items() if edge is not None}
     cap = getattr(video, "cap_pixels_per_frame", None)
-    return {"dtype": str(model.dtype), "pixels": {**size, "cap_pixels_per_frame": cap}}
+    return {
+        "dtype": str(model.dtype),
+        "pixels": {**size, "cap_pixels_per_frame": cap},
+        "decoding": GREEDY,
+    }
 
 
 def _message(turn: Turn) -> dict[str, Any]:

@@ -159,7 +159,11 @@ class StormPipeline:
     def answer_batch(
         self, questions: Sequence[Question | Row], max_new_tokens: int = 32, **generate_kwargs: Any
     ) -> list[Answer]:
-        """Answers to a batch; greedy unless told otherwise. Equal to asking one by one."""
+        """Answers to a batch, equal to asking one by one.
+
+        They are greedy (`GREEDY`), unless `generate_kwargs` say otherwise: the checkpoint's generation_config.json
+        decides on the end of a turn alone.
+        """
         began = time.perf_counter()
         inputs = self.collator.collate_prompts(questions, self.latent_mode)
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}

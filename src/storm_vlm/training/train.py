@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -247,8 +248,9 @@ def _changes(theirs: Any, wanted: Any, name: str = "") -> list[str]:
 
 def _check_room(trainer: StormTrainer, output: Path) -> None:
     """Raises ConfigError where the disk cannot hold even the result; better now than when all is done."""
-    adapted = unwrap(trainer.model) is not trainer.model
-    saved = [p for p in trainer.model.parameters() if p.requires_grad or not adapted]
+    model: Any = trainer.model
+    adapted = unwrap(model) is not model
+    saved = [p for p in model.parameters() if p.requires_grad or not adapted]
     needed = sum(parameter.numel() * parameter.element_size() for parameter in saved)
     if trainer.args.should_save and (free := shutil.disk_usage(output).free) < needed:
         raise ConfigError(
@@ -303,6 +305,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         checked = TrainingArguments(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"training: {error}") from error
+    if math.isnan(checked.learning_rate):
+        raise ConfigError("training.learning_rate is not a number")
     if checked.max_steps > 0 and "num_train_epochs" in config.training:
         raise ConfigError(
             "training.num_train_epochs would be ignored beside training.max_steps: leave one out (max_steps=-1)"

@@ -172,7 +172,8 @@ class StormTrainer(Trainer):
         """The loss of all rows as one batch, whatever the batches and processes."""
         self._evaluated = []
         output = super().evaluation_loop(*args, **kwargs)
-        sums, counts = self.accelerator.reduce(torch.stack(self._evaluated).sum(0), "sum")
+        total: Any = self.accelerator.reduce(torch.stack(self._evaluated).sum(0), "sum")
+        sums, counts = total
         answer, boundary, alignment = (sums / counts.clamp_min(1)).tolist()
         loss = answer + self.method.boundary_weight * boundary
         output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = (
