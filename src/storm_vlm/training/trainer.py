@@ -171,7 +171,7 @@ class StormTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of all rows as one batch, whatever the batches and processes."""
         self._evaluated = []
-        output = super().evaluation_loop(*args, **kwargs)
+        output: Any = super().evaluation_loop(*args, **kwargs)
         total: Any = self.accelerator.reduce(torch.stack(self._evaluated).sum(0), "sum")
         sums, counts = total
         answer, boundary, alignment = (sums / counts.clamp_min(1)).tolist()
