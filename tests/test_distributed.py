@@ -192,7 +192,14 @@ def test_sharded_gradients_are_those_of_one_process(
 @pytest.fixture(scope="module")
 def uneven_file(rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Nine rows to train on and three to validate on: neither is a multiple of anything below."""
-    rows = read_rows(rows_file)
+    rows = sorted(read_rows(rows_file), key=lambda row: len(row.answer))
+    rows = [
+        *rows[1:9],
+        rows[10],
+        rows[0],
+        rows[9],
+        rows[11],
+    ]  # the last three answer at unequal length
     last = [row.model_copy(update={"split": "validation"}) for row in rows[9:]]
     path = tmp_path_factory.mktemp("uneven") / "rows.jsonl"
     write_rows(path, [*rows[:9], *last])
