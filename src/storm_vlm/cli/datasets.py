@@ -9,17 +9,16 @@ from cyclopts.types import NonNegativeInt, PositiveInt
 from rich.markup import escape
 from rich.table import Table
 
-from storm_vlm.cli.terminal import Switch, console, show
+from storm_vlm.cli.terminal import Switch, console, part_of, show
+from storm_vlm.datasets import EXPORTERS, IMPORTERS
 from storm_vlm.errors import StormError
 
 if TYPE_CHECKING:
-    from storm_vlm.datasets.convert import Counts
+    from storm_vlm.datasets.transfer import Counts
 
 
 def import_command(
-    format: Literal[
-        "video-r1", "videoespresso", "llava-video", "llama-factory", "ms-swift", "openai"
-    ],
+    format: Annotated[str, part_of(IMPORTERS)],
     source: Path,
     out: Path,
     /,
@@ -39,20 +38,20 @@ def import_command(
         check_videos: Reject rows whose video file is missing.
         core_frames: VideoEspresso: the core frames' folder, to find them in the videos.
     """
-    from storm_vlm.datasets.convert import import_rows
+    from storm_vlm.datasets.transfer import import_rows
 
     _report(import_rows(format, source, out, videos, split, check_videos, core_frames), out)
 
 
-def export_command(format: Literal["llama-factory", "ms-swift"], rows: Path, out: Path, /) -> None:
+def export_command(format: Annotated[str, part_of(EXPORTERS)], rows: Path, out: Path, /) -> None:
     """Write rows for SFT in another trainer, posed as our own prompt poses them.
 
     Args:
         rows: A JSONL file of rows.
         out: The JSONL file to write.
     """
-    from storm_vlm.datasets.convert import export_rows
-    from storm_vlm.datasets.llama_factory import dataset_info
+    from storm_vlm.datasets.conversations import dataset_info
+    from storm_vlm.datasets.transfer import export_rows
 
     _report(export_rows(format, rows, out), out)
     if format == "llama-factory":
@@ -61,7 +60,7 @@ def export_command(format: Literal["llama-factory", "ms-swift"], rows: Path, out
 
 
 def _report(counts: Counts, out: Path) -> None:
-    from storm_vlm.datasets.convert import rejects_file
+    from storm_vlm.datasets.transfer import rejects_file
 
     table = Table("", "reason", "count", box=None)
     table.columns[2].justify = "right"

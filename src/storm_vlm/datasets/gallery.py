@@ -17,6 +17,7 @@ from storm_vlm.data.prompt import option_letter
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import VideoError, read_frames
 from storm_vlm.datasets.parse import read_objects
+from storm_vlm.errors import StormError
 from storm_vlm.pages import render
 
 SIDE = 256  # pixels of a keyframe's longer side
@@ -26,7 +27,7 @@ def write_gallery(source: Path, out: Path | None = None, limit: int = 100) -> Pa
     """Write the page for a file of rows, or the folder of one, and return its path.
 
     Keyframes are within the page; videos play from their files, which it names relative to itself. The first
-    ``limit`` rows are shown. Raises ``ValueError`` if a folder has no such file or several, ``RowError`` and
+    ``limit`` rows are shown. Raises StormError if a folder has no such file or several, ``RowError`` and
     ``OSError``.
     """
     file = _rows_file(source)
@@ -59,7 +60,7 @@ def _rows_file(source: Path) -> Path:
     found = sorted(path for path in source.glob("*.jsonl") if "rejects" not in path.name)
     if len(found) != 1:
         named = ", ".join(path.name for path in found) or "none"
-        raise ValueError(f"{source}: name one file of rows in it; there is {named}")
+        raise StormError(f"{source}: name one file of rows in it; there is {named}")
     return found[0]
 
 

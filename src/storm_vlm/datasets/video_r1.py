@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from storm_vlm.datasets.parse import Fields, Skipped, choice, text_of, unwrapped
 
 
-def convert(item: Fields) -> list[Fields]:
+def video_r1_rows(item: Fields) -> list[Fields]:
     """One row; a chain of thought (`process`) is its plan."""
     kind = item.get("data_type")
     if kind != "video":

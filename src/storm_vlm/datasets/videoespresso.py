@@ -10,7 +10,7 @@ LOOKED_AT = 128  # frames of a video among which its core frames are found
 ALIKE = 0.35  # of `distances`: an encoder and half a step in time leave less, another shot more
 
 
-def convert(item: Fields) -> list[Fields]:
+def videoespresso_rows(item: Fields) -> list[Fields]:
     """One row. The evidence is kept in `meta` and never asked with; so are the core frames' file names."""
     options = item.get("options") or []
     answer = text_of(item, "correct_answer" if options else "answer")

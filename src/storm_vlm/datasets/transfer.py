@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,21 +17,10 @@ from tqdm.auto import tqdm
 from storm_vlm.data.atomic_write import in_one_step
 from storm_vlm.data.prompt import answer_text, question_text
 from storm_vlm.data.row import Row, Split, read_rows, write_rows
-from storm_vlm.datasets import llama_factory, llava, openai, swift, video_r1, videoespresso
+from storm_vlm.datasets import EXPORTERS, IMPORTERS
 from storm_vlm.datasets.parse import Fields, Skipped, read_objects
-
-IMPORTERS: dict[str, Callable[[Fields], list[Fields]]] = {
-    "video-r1": video_r1.convert,
-    "videoespresso": videoespresso.convert,
-    "llava-video": llava.convert,
-    "llama-factory": llama_factory.convert,
-    "ms-swift": swift.convert,
-    "openai": openai.convert,
-}
-EXPORTERS: dict[str, Callable[[Row], Fields]] = {
-    "llama-factory": llama_factory.export,
-    "ms-swift": llama_factory.export,  # the same layout
-}
+from storm_vlm.datasets.videoespresso import find_core_frames
+from storm_vlm.errors import StormError
 
 
 @dataclass
@@ -68,9 +57,9 @@ def import_rows(
         core_frames: the folder of VideoEspresso's core frames, to find them in the videos as keyframes; slow.
 
     An id that is taken becomes "id#2" …; a row that is there already, word for word, is skipped. Raises
-    ``ValueError`` if the source is not JSON, and ``OSError``; then nothing is written.
+    StormError if the source is not JSON, and ``OSError``; then nothing is written.
     """
-    counts = Counts()
+    counts, importer = Counts(), IMPORTERS[name]
 
     def finish(fields: Fields, number: int, index: int) -> Row:
         own = f"{name}-{number}" + (f"/{index}" if index else "")
@@ -80,7 +69,7 @@ def import_rows(
             raise ValueError(f"video file missing: {fields['video']}")
         if core_frames and (images := fields["meta"].get("core_frames")):
             files = [core_frames / image for image in images]
-            fields["keyframes"] = videoespresso.find_core_frames(fields["video"], files)
+            fields["keyframes"] = find_core_frames(fields["video"], files)
         row = Row.model_validate(fields)
         question_text(row.question, row.options)  # raises for what no prompt could say
         answer_text(row)
@@ -89,7 +78,7 @@ def import_rows(
     def rows(rejects: TextIO) -> Iterator[Row]:
         for number, item in enumerate(tqdm(read_objects(source), source.name, leave=False)):
             try:
-                yield from [finish(f, number, i) for i, f in enumerate(IMPORTERS[name](item))]
+                yield from [finish(f, number, i) for i, f in enumerate(importer(item))]
             except Skipped as skipped:
                 counts.skipped[str(skipped)] += 1
             except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -107,12 +96,12 @@ def export_rows(name: str, source: Path, out: Path) -> Counts:
     The question is posed and the answer written as our own prompt does it, so a baseline trained there reads the same
     text. Videos are absolute paths. Raises ``RowError`` and ``OSError``.
     """
-    counts = Counts()
+    counts, exporter = Counts(), EXPORTERS[name]
 
     def lines(rejects: TextIO) -> Iterable[str]:
         for row in read_rows(source):
             try:
-                yield json.dumps(EXPORTERS[name](row), ensure_ascii=False) + "\n"
+                yield json.dumps(exporter(row), ensure_ascii=False) + "\n"
                 counts.written += 1
             except ValueError as error:
                 _reject(rejects, counts, error, row.model_dump())
@@ -148,7 +137,7 @@ def _unique(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
 
 def _open_rejects(stack: ExitStack, out: Path) -> TextIO:
     if out.suffix != ".jsonl":
-        raise ValueError(
+        raise StormError(
             f"{out}: rows are written as JSON lines; name it {out.with_suffix('.jsonl')}"
         )
     unfinished = stack.enter_context(in_one_step(rejects_file(out)))
