@@ -16,6 +16,7 @@ from PIL import Image
 from storm_vlm.data.row import Row, ThoughtVideo, write_rows
 from storm_vlm.data.video import read_video
 from storm_vlm.datasets.gallery import write_gallery
+from storm_vlm.errors import StormError
 
 
 class Page(HTMLParser):
@@ -117,6 +118,6 @@ def test_the_command(folder, tmp_path):
     (folder / "rows.jsonl").rename(folder / "x.jsonl")
     (folder / "y.jsonl").touch()
     with pytest.raises(
-        ValueError, match=r"name one file of rows in it; there is x\.jsonl, y\.jsonl"
+        StormError, match=r"name one file of rows in it; there is x\.jsonl, y\.jsonl"
     ):
         write_gallery(folder)
