@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_processor
+from torch.utils.data import DataLoader
 
 from storm_vlm.data.collator import Question, StormCollator, VideoInputs
 from storm_vlm.data.prompt import build_messages, render_prompt
@@ -201,3 +202,44 @@ def test_a_clip_too_thin_for_the_model_is_named(processor):
     clip = Clip(np.zeros((4, 2, 402, 3), np.uint8), np.arange(4) / 4, "thin.mp4")
     with pytest.raises(VideoError, match=r"thin\.mp4: 402 x 2 pixels are more than 200 to 1; crop"):
         VideoInputs(processor, 4).process(clip)
+
+
+def test_windows_of_one_clip_are_kept_apart(processor, tmp_path: Path):
+    """By where they end, too."""
+    frames = np.arange(0, 240, 30, dtype=np.uint8)[:, None, None, None].repeat(28, 1)
+    write_video(tmp_path / "a.mp4", frames.repeat(28, 2).repeat(3, 3), 4)
+    videos = VideoInputs(processor, 2, cache_bytes=2**20)
+    windows = [(None, None), (None, 1.0), (None, 0.5), (0.5, None), (0.5, 1.0)]
+    pixels = [videos.get(str(tmp_path / "a.mp4"), *w)["pixel_values_videos"] for w in windows]
+    for first, one in enumerate(pixels):
+        assert all(not torch.equal(one, other) for other in pixels[:first])
+        alone = VideoInputs(processor, 2).get(str(tmp_path / "a.mp4"), *windows[first])
+        assert torch.equal(one, alone["pixel_values_videos"])
+
+
+def test_a_processor_that_leaves_it_open_caps_the_pixels_of_each_frame(tmp_path: Path):
+    """As Qwen2.5-VL was trained: without the cap, a long clip would have ever more visual tokens."""
+    write_video(tmp_path / "a.mp4", np.zeros((2, 448, 448, 3), np.uint8), 4)
+
+    def grid(cap: bool | None) -> list[int]:
+        processor = tiny_processor()
+        processor.video_processor.cap_pixels_per_frame = cap
+        processor.video_processor.max_video_tokens = 12
+        return VideoInputs(processor, 2).get(str(tmp_path / "a.mp4"))["video_grid_thw"][0].tolist()
+
+    assert grid(None) == grid(True) != grid(False)
+
+
+def test_it_is_a_data_collator_of_transformers(processor, rows):
+    """Rows as mappings, as `datasets` yields them; and rows with their targets in pairs."""
+    collator = StormCollator(processor, NUM_FRAMES, BUDGET)
+    expected = collator(rows)
+    plain = [row.model_dump() for row in rows]
+    (batch,) = DataLoader(plain, batch_size=3, collate_fn=collator)  # type: ignore[arg-type]
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    targets = [torch.ones(BUDGET, HIDDEN), None, None]
+    pairs = collator(list(zip(rows, targets, strict=True)))
+    assert pairs["target_mask"].tolist() == [True, False, False]
+    with pytest.raises(ValueError, match="answer"):
+        collator([{**plain[0], "answer": "none of them"}])

@@ -1,5 +1,6 @@
 """Muon for matrices, NAdamW for the rest: who moves what, and that all of it moves."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from tiny import tiny_run
 
 from storm_vlm.data.row import read_rows
 from storm_vlm.model.modeling import StormForConditionalGeneration
+from storm_vlm.training import train as train_module
 from storm_vlm.training.config import ConfigError, Method, TrainConfig
 from storm_vlm.training.optimizer import muon_and_nadamw
 from storm_vlm.training.train import add_adapters, build_trainer, load_model, training_arguments
@@ -46,6 +48,27 @@ def test_each_parameter_has_its_rule_and_moves(
         group["lr"] < rate
         for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True)
     )
+
+
+def test_without_timm_it_is_said_what_to_do(backbone: str, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.optim.muon", None)  # as if it were not installed
+    model = StormForConditionalGeneration.from_pretrained(backbone)
+    run = TrainConfig(model="", data="", output_dir="unused", training={"use_cpu": True})
+    with pytest.raises(ConfigError, match="muon needs timm: pip install timm"):
+        muon_and_nadamw(model, training_arguments(run), {})
+
+
+def test_without_tensorboard_there_are_no_curves_unless_they_are_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr(train_module, "is_tensorboard_available", lambda: False)
+
+    def report_to(**settings: object) -> list[str]:
+        fields = {"use_cpu": True, **settings}
+        run = TrainConfig(model="", data="", output_dir="unused", training=fields)
+        return training_arguments(run).report_to
+
+    assert report_to() == []
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        report_to(report_to="tensorboard")
 
 
 def test_what_is_not_set_is_what_the_arguments_say(backbone: str) -> None:

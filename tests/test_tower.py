@@ -123,6 +123,39 @@ def test_what_another_process_has_made_meanwhile_is_not_made_again(
         assert tensors is not None and torch.equal(tensors["it"], torch.ones(1))
 
 
+def test_features_belong_to_all_that_decides_them(
+    model, processor, reasoning_rows, tmp_path: Path
+) -> None:
+    excerpt = Excerpt(reasoning_rows[0].video)
+
+    def key(
+        excerpt: Excerpt = excerpt, num_frames: int = 6, kind="features", **rule: object
+    ) -> str:
+        return FeatureCache(tmp_path, kind, model, processor, num_frames, **rule).key(excerpt)
+
+    keys = [key(), key(num_frames=4), key(slots=3), key(slots=4)]
+    windows = (
+        {"end": 1.0},
+        {"start": 1.0},
+        {"after": 1.0},
+        {"times": (1.0,)},
+        {"times": (1.0, 2.0)},
+    )
+    keys += [key(Excerpt(excerpt.path, **window)) for window in windows]  # type: ignore[arg-type]
+    keys += [key(Excerpt(reasoning_rows[1].video))]
+    video, before = processor.video_processor, dict(processor.video_processor.size)
+    video.size = {**before, "longest_edge": before["longest_edge"] // 2}
+    keys.append(key())
+    video.size = before
+    (tmp_path / "moved.mp4").write_bytes(Path(excerpt.path).read_bytes())
+    assert key(Excerpt(str(tmp_path / "moved.mp4"))) == key() == keys[0]  # a name decides nothing
+    with torch.no_grad():  # weights whose bytes do not tell their type
+        for weight in model.model.visual.parameters():
+            weight.zero_()
+    keys += [key() for dtype in (torch.float16, torch.bfloat16) if model.to(dtype)]
+    assert len(set(keys)) == len(keys)
+
+
 def losses(folder: Path, backbone: str, rows: Path, **settings: object) -> list[float]:
     method = Method(latent_budget=K, slot_input="scheduled")
     run = tiny_run(folder, backbone, rows, method, 4).model_copy(update=settings)

@@ -19,13 +19,14 @@ from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.experiment import MICRO_CONFIGS
 from storm_vlm.lab.world.clips import build_world
-from storm_vlm.model.latent import alignment_loss, pool_targets
+from storm_vlm.model.latent import alignment_loss, pool_targets, target_whitening, whiten_targets
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.rollout import rollout
 from storm_vlm.model.tokens import add_latent_tokens, latent_tokens
+from storm_vlm.training import targets as targets_module
 from storm_vlm.training.config import ConfigError, Method, TargetSource, TrainConfig, load_config
 from storm_vlm.training.row_lengths import LengthSampler, row_lengths
-from storm_vlm.training.targets import alignment_targets
+from storm_vlm.training.targets import Targets, alignment_targets
 from storm_vlm.training.train import train, training_arguments
 from storm_vlm.training.trainer import RowDataset, StormTrainer, boundary_loss, storm_rollout
 
@@ -444,6 +445,53 @@ def test_every_target_source_reads_what_it_says(model, processor, tmp_path) -> N
         targets("future", rows)
     with pytest.raises(ValueError, match="target_source none"):
         Method(target_source="none")
+
+
+def test_each_keyframe_of_a_row_is_a_slot_in_the_order_of_time(
+    model, processor, reasoning_rows
+) -> None:
+    """Each fills a temporal grid of its own, whatever order the row names them in."""
+    rows = [reasoning_rows[0].model_copy(update={"keyframes": (1.0, 0.0, 0.5)}), reasoning_rows[1]]
+    targets = alignment_targets(model, processor, rows, 3, "none", "keyframes", num_frames=2)
+    for slot, time in enumerate((0.0, 0.5, 1.0)):
+        alone = VideoInputs(processor, 2).process(read_frames(rows[0].video, [time, time]))
+        with torch.no_grad():
+            (tokens,) = model.model.get_video_features(
+                alone["pixel_values_videos"], alone["video_grid_thw"]
+            ).pooler_output
+        assert torch.allclose(targets[0][slot], tokens.mean(0), atol=1e-4)  # type: ignore[index]
+
+
+def test_targets_for_fewer_slots_are_others_though_made_from_the_same_frames(
+    model, processor, reasoning_rows, tmp_path
+) -> None:
+    """As runs have them that set `target_frames` and share a folder."""
+    rows = reasoning_rows[:2]
+    for budget in (2, 4, 2):
+        arguments = (model, processor, rows, budget, "none", "thought_video")
+        kept = alignment_targets(*arguments, tmp_path, 8)
+        fresh = alignment_targets(*arguments, None, 8)
+        assert [t.shape[0] for t in kept] == [budget] * 2  # type: ignore[union-attr]
+        assert all(map(torch.equal, kept, fresh))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_targets_are_whitened_as_if_all_were_in_memory(chunk: int, tmp_path, monkeypatch) -> None:
+    """Over the rows: what two of them share counts twice, what none has not at all."""
+    monkeypatch.setattr(targets_module, "CHUNK", chunk)
+    pooled = np.random.default_rng(0).normal(1, [1, 2, 3, 4, 5], (40, K, 5)).astype(np.float32)
+    np.save(tmp_path / "pooled.npy", pooled)
+    mapped = np.load(tmp_path / "pooled.npy", mmap_mode="r")
+    places = [None, 7, 7, *range(30), None]
+    targets = Targets(mapped, places, "whiten")
+    assert len(targets) == 34 and not targets.complete and Targets(mapped, [1], "none").complete
+    rows = torch.from_numpy(pooled[[place for place in places if place is not None]])
+    expected = whiten_targets(rows, *target_whitening(rows))
+    got = torch.stack([target for target in targets if target is not None])
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert [index for index, target in enumerate(targets) if target is None] == [0, 33]
+    plain = Targets(mapped, places, "none")[1]
+    assert plain is not None and torch.equal(plain, torch.from_numpy(pooled[7]))
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])

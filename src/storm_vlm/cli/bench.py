@@ -127,3 +127,19 @@ def reasoners(
     from storm_vlm.lab.bench.reasoners import bench_reasoners
 
     show_json(bench_reasoners(results, rows, batch_size, max_new_tokens)["arms"])
+
+
+@app.command
+def scale(
+    *,
+    sizes: Annotated[list[PositiveInt] | None, Parameter("--rows", negative="")] = None,
+    results: Results = None,
+) -> None:
+    """Time and memory of a run's start by the number of its rows, which share a few tiny clips.
+
+    Args:
+        sizes: Numbers of rows; repeat for each. Default: 10000, 30000 and 100000.
+    """
+    from storm_vlm.lab.bench.scale import bench_scale
+
+    show_json(bench_scale(sorted(sizes or [10_000, 30_000, 100_000]), results))

@@ -67,30 +67,37 @@ class Duplicates:
         self._rows = max(1, int(math.log(0.35) / math.log1p(-min(max(limit, 0.02), 0.9))))
         random, count = np.random.default_rng(0), self.BANDS * self._rows
         self._ranks = random.random((8 * PRINTED * 64, count), np.float32).argsort(0).astype("u2")
-        self._bands: dict[tuple[int, bytes], list[int]] = {}
+        self._last: dict[int, int] = {}  # the last print that has a band's hashes …
+        self._before: list[np.ndarray] = []  # … and for each print and band, the one before it
         self._prints: list[np.ndarray] = []
 
     def nearest(self, fingerprint: str) -> float:
         """The distance (see `frame_hash.py`) to the nearest that may be a duplicate; 1 without any."""
         mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
-        near = {place for band in self._signature(mine) for place in self._bands.get(band, ())}
+        near: set[int] = set()
+        for number, band in enumerate(self._signature(mine)):
+            place = self._last.get(band, -1)
+            while place >= 0:
+                near.add(place)
+                place = int(self._before[place][number])
         if not near:
             return 1.0
         return float(distances(mine[None], np.stack([self._prints[i] for i in near])).min())
 
     def add(self, fingerprint: str) -> None:
         mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
-        for band in self._signature(mine):
-            self._bands.setdefault(band, []).append(len(self._prints))
+        bands = self._signature(mine)
+        self._before.append(np.array([self._last.get(band, -1) for band in bands], np.int32))
+        self._last.update(dict.fromkeys(bands, len(self._prints)))
         self._prints.append(mine)
 
-    def _signature(self, mine: np.ndarray) -> list[tuple[int, bytes]]:
-        """The MinHashes of every band; none for a print without structure, which is like none."""
+    def _signature(self, mine: np.ndarray) -> list[int]:
+        """For every band, its MinHashes as one number; none for a print without structure, which is like none."""
         bits = np.unpackbits(mine).nonzero()[0]
         if not len(bits):
             return []
         first = self._ranks[bits].min(0).reshape(self.BANDS, -1)
-        return [(number, part.tobytes()) for number, part in enumerate(first)]
+        return [hash((number, part.tobytes())) for number, part in enumerate(first)]
 
 
 def off_topic(model: str) -> Callable[[np.ndarray, str], float]:

@@ -22,9 +22,14 @@ def muon_and_nadamw(
     Learning rate, weight decay and betas are what `arguments` say, where `settings` do not.
 
     Raises:
-        ConfigError: timm's Muon does not know a setting, or refuses it.
+        ConfigError: timm is not installed, or its Muon does not know a setting, or refuses it.
     """
-    from timm.optim.muon import Muon  # a second that others need not wait
+    try:
+        from timm.optim.muon import Muon
+    except ImportError as error:
+        raise ConfigError(
+            "muon needs timm: pip install timm, or leave muon out of the config"
+        ) from error
 
     matrices, tables, vectors = [], [], []
     for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from storm_vlm.data.atomic_write import write_json, write_text
@@ -292,12 +293,15 @@ def _save(trainer: StormTrainer, processor: Any) -> None:
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """TrainingArguments with the defaults that this data needs; the config's own values win."""
+    """TrainingArguments with the defaults that this data needs; the config's own values win.
+
+    Curves go to TensorBoard if it is installed.
+    """
     arguments: dict[str, Any] = {
         "output_dir": config.output_dir,
         "remove_unused_columns": False,  # the collator takes rows, not columns
         "save_total_limit": 2,
-        "report_to": "tensorboard",
+        "report_to": "tensorboard" if is_tensorboard_available() else "none",
         "logging_steps": 10,
         **config.training,
     }
@@ -311,6 +315,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         raise ConfigError(
             "training.num_train_epochs would be ignored beside training.max_steps: leave one out (max_steps=-1)"
         )
+    if "tensorboard" in (checked.report_to or ()) and not is_tensorboard_available():
+        raise ConfigError("training.report_to: pip install tensorboard, or choose another")
     for name, reason in REFUSED.items():
         if getattr(checked, name) != TrainingArguments.__dataclass_fields__[name].default:
             raise ConfigError(f"training.{name}: {reason}")
