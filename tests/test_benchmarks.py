@@ -326,7 +326,7 @@ def test_tomato_answers_are_indices_and_vsi_numbers_are_graded(tmp_path) -> None
 def test_a_folder_without_the_files_says_what_to_download(tmp_path, name) -> None:
     hub = BENCHMARKS[name]().hub
     assert hub is not None
-    with pytest.raises(FileNotFoundError, match=f"download the data set {hub.repository}"):
+    with pytest.raises(OSError, match=f"download the data set {hub.repository}"):
         BENCHMARKS[name]().read(tmp_path)
 
 

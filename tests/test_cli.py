@@ -142,7 +142,8 @@ def test_errors_and_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     code, told = failing(FileNotFoundError(2, "No such file", "x.txt"), monkeypatch)
     assert (code, told) == (1, "storm: [Errno 2] No such file: 'x.txt'\n")
     assert failing(KeyboardInterrupt(), monkeypatch) == (130, "storm: interrupted\n")
-    for bug in (ValueError("oops"), OSError("no file of any name")):
+    assert failing(OSError("no hub\nno net"), monkeypatch) == (1, "storm: no hub no net\n")
+    for bug in (ValueError("oops"), KeyError("oops")):
         code, told = failing(bug, monkeypatch)
         assert code == 1 and "Traceback" in told and str(bug) in told
         assert "report it" in told.splitlines()[-1] and "torch 2" in told.splitlines()[-1]

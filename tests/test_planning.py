@@ -320,6 +320,10 @@ def test_what_cannot_be_planned_says_why() -> None:
         planned(replace(REQUEST, lora_rank=8, lora_targets=("nothing",)), "SFT")
     with pytest.raises(StormError, match="not for 'qwen2_5_vl_text'"):
         plan_config(config().get_text_config(), tiny_processor().video_processor, REQUEST)
+    with pytest.raises(StormError, match="frames of 2000 x 1 cannot be resized"):
+        planned(replace(REQUEST, width=2000, height=1), "SFT")
+    with pytest.raises(StormError, match="no such folder"):
+        plan("./absent", REQUEST)
     assert list(plan(str(shipped("backbone")), replace(REQUEST, latent_budget=0)).steps) == ["SFT"]
 
 

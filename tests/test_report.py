@@ -57,11 +57,11 @@ def test_what_is_not_a_whole_run_is_refused_by_line(tmp_path, spoil, message) ->
 
 
 def test_a_folder_that_is_no_run_says_what_is_missing(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no run\.json"):
+    with pytest.raises(OSError, match=r"no run\.json"):
         find_runs([tmp_path])
     folder = write_run(tmp_path / "run", make_records(lambda i: True, 3))
     (folder / "answers-0.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no answers-"):
+    with pytest.raises(OSError, match=r"no answers-"):
         read_run(folder)
     (folder / "run.json").write_text("{}")
     with pytest.raises(RunError, match="benchmark: missing"):

@@ -61,17 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # e.g. `storm report … | head`
         sys.stderr.close()
         code = FAILED
-    except Exception as error:  # noqa: BLE001
-        if not isinstance(error, StormError) and not getattr(error, "filename", None):
-            traceback.print_exc()
-            made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
-            show(
-                "storm: this is a bug of ours. Please report it with the lines above, the command "
-                f"and these versions: {made_with}",
-                to=errors,
-            )
-        else:
-            show(f"storm: {error}", to=errors)
+    except (StormError, OSError) as error:  # the hub's and the disk's, too
+        show(f"storm: {' '.join(str(error).splitlines())}", to=errors)
+        code = FAILED
+    except Exception:  # noqa: BLE001
+        traceback.print_exc()
+        made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
+        show(
+            "storm: this is a bug of ours. Please report it with the lines above, the command and "
+            f"these versions: {made_with}",
+            to=errors,
+        )
         code = FAILED
     raise SystemExit(code)
 

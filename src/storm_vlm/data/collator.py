@@ -15,6 +15,7 @@ from torch import Tensor
 from storm_vlm.data.prompt import LatentMode, answer_text, build_messages, render_prompt
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip, read_video, require_proportions, video_metadata
+from storm_vlm.errors import InputError
 from storm_vlm.model.latent import IGNORE_INDEX
 
 Reader = Callable[[str, int, float | None, float | None], Clip]  # path, frames, start, end
@@ -179,14 +180,14 @@ class StormCollator:
         self, targets: Sequence[Tensor | None] | Tensor, num_rows: int
     ) -> dict[str, Tensor]:
         if len(targets) != num_rows:
-            raise ValueError(f"{len(targets)} targets for {num_rows} rows: pass one, or None, each")
+            raise InputError(f"{len(targets)} targets for {num_rows} rows: pass one, or None, each")
         mask = torch.tensor([target is not None for target in targets])
         present = [target for target in targets if target is not None]
         if not present:
             return {"target_mask": mask}
         shapes = {tuple(target.shape) for target in present}
         if len(shapes) > 1 or present[0].ndim != 2 or len(present[0]) != self.latent_budget:
-            raise ValueError(
+            raise InputError(
                 f"targets must all be (K, D) with K = latent_budget = {self.latent_budget}, got "
                 f"{sorted(shapes)}: compute them again for this budget"
             )

@@ -9,6 +9,7 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from storm_vlm.data.row import Row
+from storm_vlm.errors import InputError
 
 LatentMode = Literal["force", "auto", "off"]
 LATENT_MODES: tuple[LatentMode, ...] = ("force", "auto", "off")
@@ -30,7 +31,7 @@ _NAMED = re.compile(r"(?i:\boption\s+(?:is\s+)?)" + _LETTER + _SEVERAL % 0)
 def option_letter(index: int) -> str:
     """0 -> "A", 1 -> "B", ... Raises ``ValueError`` beyond "Z"."""
     if not 0 <= index < len(ascii_uppercase):
-        raise ValueError(f"option {index}: a question can have at most 26 options")
+        raise InputError(f"option {index}: a question can have at most 26 options")
     return ascii_uppercase[index]
 
 
@@ -77,7 +78,7 @@ def render_prompt(processor: Any, messages: list[dict[str, Any]], latent_mode: L
     open it itself; in "off" it may not (both end where the assistant's turn starts).
     """
     if latent_mode not in LATENT_MODES:
-        raise ValueError(f"latent_mode must be one of {LATENT_MODES}, got {latent_mode!r}")
+        raise InputError(f"latent_mode must be one of {LATENT_MODES}, got {latent_mode!r}")
     prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return prompt + LATENT_START if latent_mode == "force" else prompt
 
@@ -142,5 +143,5 @@ def without_control_tokens(text: str) -> str:
 
 def _plain(text: str) -> str:
     if found := _CONTROL_TOKEN.search(text):
-        raise ValueError(f"text holds the control token {found[0]!r}: remove it from {text!r}")
+        raise InputError(f"text holds the control token {found[0]!r}: remove it from {text!r}")
     return text

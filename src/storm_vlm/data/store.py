@@ -23,6 +23,8 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
+from storm_vlm.errors import AccessError
+
 T = TypeVar("T")
 _ENTRY = re.compile(rb"([0-9a-f]{64}) ([0-9a-f]{64}|\d+ \d+) \.")
 
@@ -127,7 +129,7 @@ class Store:
             os.replace(unfinished, path)
             self._sync(path.parent)
         except SafetensorError as error:  # how safetensors says that the disk is full
-            raise OSError(
+            raise AccessError(
                 f"{path} could not be written ({error}): make room, or choose a folder that has it"
             ) from error
         finally:

@@ -29,6 +29,7 @@ from storm_vlm.data.decode import (
     VideoSource,
     unreadable,
 )
+from storm_vlm.errors import InputError
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
@@ -94,7 +95,7 @@ def read_video(
     """
     path = os.fspath(path)
     if num_frames < 1 or (max_side is not None and max_side < 1):
-        raise ValueError(f"num_frames and max_side must be at least 1: {num_frames}, {max_side}")
+        raise InputError(f"num_frames and max_side must be at least 1: {num_frames}, {max_side}")
     low, high = start or 0.0, float("inf") if end is None else end
     if not 0 <= low < high:
         raise VideoError(f"{path}: start ({start}) must be at least 0 and less than end ({end})")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.data.prompt import option_letter, parse_answer
-from storm_vlm.errors import StormError
+from storm_vlm.errors import InputError, StormError
 
 Fields = dict[str, Any]  #: of a `Row`; `video` as the source names it
 
@@ -51,7 +51,7 @@ def text_of(item: Fields, key: str) -> str:
     """A field that must be text. Raises ``ValueError``."""
     value = item.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"no {key}: {value!r}")
+        raise InputError(f"no {key}: {value!r}")
     return value.strip()
 
 
@@ -78,10 +78,10 @@ def gold_option(answer: str, options: Sequence[str], originals: Sequence[str]) -
             return options[texts.index(answer)]
     index = parse_answer(answer, options)
     if index is None:
-        raise ValueError(f"answer is none of the options: {answer!r} of {list(originals)}")
+        raise InputError(f"answer is none of the options: {answer!r} of {list(originals)}")
     rest = _LABEL.sub("", answer, count=1) if _LABEL.match(answer) else ""
     if rest and not _folded(rest).startswith(_folded(options[index])):
-        raise ValueError(f"answer's letter and text disagree: {answer!r} of {list(originals)}")
+        raise InputError(f"answer's letter and text disagree: {answer!r} of {list(originals)}")
     return options[index]
 
 
@@ -94,7 +94,7 @@ def choice(question: str, options: Sequence[str], answer: str) -> Fields:
     """Question, options and answer as a row has them. Raises ``ValueError``."""
     bare = bare_options(options)
     if len(set(bare)) < len(bare) or not all(bare):
-        raise ValueError(f"options repeat or are empty: {list(options)}")
+        raise InputError(f"options repeat or are empty: {list(options)}")
     gold = gold_option(answer, bare, options) if bare else unwrapped(answer)
     return {"question": question, "options": bare, "answer": gold}
 

@@ -20,7 +20,7 @@ from storm_vlm.data.row import Row, Split, read_rows, write_rows
 from storm_vlm.datasets import EXPORTERS, IMPORTERS
 from storm_vlm.datasets.parse import Fields, Skipped, read_objects
 from storm_vlm.datasets.videoespresso import find_core_frames
-from storm_vlm.errors import StormError
+from storm_vlm.errors import InputError, StormError
 
 
 @dataclass
@@ -66,7 +66,7 @@ def import_rows(
         fields = {"split": split, "id": own} | fields
         fields["video"] = os.path.normpath(videos.absolute() / fields["video"])
         if check_videos and not os.path.isfile(fields["video"]):
-            raise ValueError(f"video file missing: {fields['video']}")
+            raise InputError(f"video file missing: {fields['video']}")
         if core_frames and (images := fields["meta"].get("core_frames")):
             files = [core_frames / image for image in images]
             fields["keyframes"] = find_core_frames(fields["video"], files)

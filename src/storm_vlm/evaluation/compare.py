@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from storm_vlm.errors import InputError
 from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import only_right, paired_difference
 
@@ -23,17 +24,17 @@ def hits(runs: Sequence[Run], like: Run) -> NDArray[np.float64]:
     outcomes = []
     for run in runs:
         if run.benchmark != like.benchmark:
-            raise ValueError(
+            raise InputError(
                 f"{run.folder} is {run.benchmark}, {like.folder} is {like.benchmark}: compare like with like"
             )
         records = {record.id: record for record in run.records}
         if odd := sorted(records.keys() ^ answers.keys()):
-            raise ValueError(
+            raise InputError(
                 f"{run.folder} and {like.folder} are about different questions: {len(odd)} are in one "
                 f"only, as {odd[0]!r}; let both finish, or run both on the same rows"
             )
         if odd := [id for id, answer in answers.items() if records[id].answer != answer]:
-            raise ValueError(f"{run.folder} and {like.folder} differ in the answer of {odd[0]!r}")
+            raise InputError(f"{run.folder} and {like.folder} differ in the answer of {odd[0]!r}")
         outcomes.append([float(records[id].correct) for id in answers])
     return np.array(outcomes)
 
@@ -70,7 +71,7 @@ def compare(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
 
 def _paired(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[NDArray, NDArray]:
     if len(ours) != len(theirs) and 1 not in (len(ours), len(theirs)):
-        raise ValueError(
+        raise InputError(
             f"{len(ours)} runs cannot be paired with {len(theirs)}: give as many seeds"
         )
     a, b = np.broadcast_arrays(hits(ours, theirs[0]), hits(theirs, theirs[0]))

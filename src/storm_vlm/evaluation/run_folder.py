@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from storm_vlm.errors import StormError
+from storm_vlm.errors import AccessError, StormError
 from storm_vlm.evaluation.records import Record, Reliance
 from storm_vlm.evaluation.scoring import RULES
 from storm_vlm.evaluation.statistics import category_intervals, confidence_interval
@@ -66,7 +66,7 @@ def read_run(folder: Path) -> Run:
     if not isinstance(provenance, dict) or "benchmark" not in provenance:
         raise RunError(f"{file}: benchmark: missing")
     if not any(folder.glob("answers-*.jsonl")):
-        raise FileNotFoundError(f"{folder} holds no answers-*.jsonl: run the evaluation first")
+        raise AccessError(f"{folder} holds no answers-*.jsonl: run the evaluation first")
     return Run(folder, provenance, tuple(read_records(folder)), read_reliance(folder))
 
 
@@ -114,7 +114,7 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
     for path in paths:
         found = sorted(file.parent for file in Path(path).rglob("run.json"))
         if not found:
-            raise FileNotFoundError(f"{path} holds no run.json: name the folder of a run")
+            raise AccessError(f"{path} holds no run.json: name the folder of a run")
         runs += [read_run(folder) for folder in found]
     return runs
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from storm_vlm.errors import InputError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS, GENERAL, REASONING
 from storm_vlm.evaluation.cells import Cell, Line, Table, estimated, percent, signed, span
 from storm_vlm.evaluation.compare import SHUFFLED, overall, survives_shuffling
@@ -47,7 +48,7 @@ def measure(runs: Sequence[Run]) -> Measured:
         if (system, run.benchmark, run.control) in kept:
             system = f"{system} ({run.folder.name})"
         if (system, run.benchmark, run.control) in kept:
-            raise ValueError(f"{run.folder} is given twice")
+            raise InputError(f"{run.folder} is given twice")
         kept[system, run.benchmark, run.control] = run
     return Measured(kept, {key: summarize(run) for key, run in kept.items()})
 

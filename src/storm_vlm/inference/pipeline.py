@@ -14,7 +14,7 @@ from storm_vlm.data.collator import Question, Reader, StormCollator, VideoInputs
 from storm_vlm.data.prompt import LatentMode, parse_answer
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip, read_video
-from storm_vlm.errors import StormError
+from storm_vlm.errors import InputError, StormError
 from storm_vlm.inference.timing import Phases
 from storm_vlm.model.checkpoint import load_processor
 from storm_vlm.model.modeling import StormForConditionalGeneration
@@ -91,7 +91,7 @@ class StormPipeline:
         self.model, self.processor = model.eval(), processor
         self.latent_mode: LatentMode = latent_mode or ("force" if budget else "off")
         if self.latent_mode != "off" and not budget:
-            raise ValueError(
+            raise InputError(
                 f"latent_mode={self.latent_mode!r}, but this checkpoint has no latent slots: "
                 "train it first (storm train), or use latent_mode='off'"
             )

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from storm_vlm.data.jpeg import jpeg_uri
+from storm_vlm.errors import AccessError
 from storm_vlm.inference.chat import Completion, RefusedError, Turn
 from storm_vlm.inference.client import connect
 
@@ -60,7 +61,7 @@ class RemoteChat:
         except openai.BadRequestError as error:
             raise RefusedError(f"{self.url} refused the question: {error}") from error
         except openai.OpenAIError as error:
-            raise OSError(
+            raise AccessError(
                 f"{self.url}: {error}; check address, key and model, then run again"
             ) from error
         text, usage = response.choices[0].message.content or "", response.usage

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from storm_vlm.analysis.reliance import KINDS, tamper
 from storm_vlm.data.atomic_write import in_one_step
 from storm_vlm.data.row import Row, read_rows, write_rows
+from storm_vlm.errors import InputError
 from storm_vlm.evaluation.exam import evaluate
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.statistics import accuracy, mean_over_seeds, paired_difference
@@ -154,7 +155,7 @@ def _result_file(outcomes: Path, arm: str, seed: int) -> Path:
 def _read_result(file: Path, size: Size) -> Result:
     run = json.loads(gzip.decompress(file.read_bytes()))
     if run["recipe"] != (now := recipe(run["arm"], size)):
-        raise ValueError(
+        raise InputError(
             f"{file} was made with {run['recipe']}, but the settings are now {now}: "
             "delete it to have the run done again, in an empty folder"
         )

@@ -31,7 +31,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoVideoProcessor
 
-from storm_vlm.errors import StormError
+from storm_vlm.errors import InputError
+from storm_vlm.model.checkpoint import checkpoint_path
 from storm_vlm.training.plan_request import PlanRequest
 
 # What a decoder layer's linear layers read; o_proj reads attention's output, which is kept in any case.
@@ -86,17 +87,22 @@ def plan(backbone: str, request: PlanRequest) -> Plan:
     """Costs of `request` on a hub name or local folder, of which only the configs are read.
 
     Raises:
-        OSError: no such backbone.
-        ValueError: it is no Qwen2.5-VL, LoRA fits no layer of it, or the frames cannot be resized.
+        CheckpointError, OSError: no such backbone.
+        InputError: it is no Qwen2.5-VL, or LoRA fits no layer of it.
     """
-    config = AutoConfig.from_pretrained(backbone)
-    return plan_config(config, AutoVideoProcessor.from_pretrained(backbone), request)
+    backbone = checkpoint_path(backbone)
+    try:
+        config = AutoConfig.from_pretrained(backbone)
+        video_processor = AutoVideoProcessor.from_pretrained(backbone)
+    except ValueError as error:
+        raise InputError(f"{backbone} is no backbone: {error}") from error
+    return plan_config(config, video_processor, request)
 
 
 def plan_config(config: Any, video_processor: Any, request: PlanRequest) -> Plan:
     """`plan` for a config and a video processor at hand."""
     if config.model_type != "qwen2_5_vl":
-        raise StormError(f"plans are made for Qwen2.5-VL, not for {config.model_type!r}")
+        raise InputError(f"plans are made for Qwen2.5-VL, not for {config.model_type!r}")
     costs = _Costs(config, request, video_grid(video_processor, request))
     budget, answer = request.latent_budget, request.answer_tokens
     prompt = request.question_tokens + costs.visual_tokens
@@ -123,7 +129,12 @@ def video_grid(video_processor: Any, request: PlanRequest) -> tuple[int, int, in
         least = min(video_processor.size["shortest_edge"], request.max_pixels)
         options["size"] = {"shortest_edge": least, "longest_edge": request.max_pixels}
     clip = torch.empty(shape, dtype=torch.uint8, device="meta")
-    outputs = video_processor(videos=[clip], do_sample_frames=False, return_tensors="pt", **options)
+    options |= {"do_sample_frames": False, "return_tensors": "pt"}
+    try:
+        outputs = video_processor(videos=[clip], **options)
+    except ValueError as error:
+        size = f"{request.width} x {request.height}"
+        raise InputError(f"frames of {size} cannot be resized: {error}") from error
     frames, height, width = outputs["video_grid_thw"][0].tolist()
     return frames, height, width
 
@@ -190,7 +201,7 @@ class _Costs:
             if request.lora_rank and name.split(".")[-1] in request.lora_targets
         }
         if request.lora_rank and not self.adapted:
-            raise StormError(f"the decoder has no layer named {' or '.join(request.lora_targets)}")
+            raise InputError(f"the decoder has no layer named {' or '.join(request.lora_targets)}")
         widths = [linear.in_features + linear.out_features for linear in self.adapted.values()]
         self.decoder.adapters = request.lora_rank * sum(widths)
         if any(name.endswith("down_proj") for name in self.adapted):

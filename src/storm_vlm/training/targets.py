@@ -20,7 +20,7 @@ from torch import Tensor
 from storm_vlm.data.collator import VideoInputs
 from storm_vlm.data.row import Row
 from storm_vlm.data.store import key_of
-from storm_vlm.errors import StormError
+from storm_vlm.errors import AccessError, StormError
 from storm_vlm.model.latent import (
     TargetNormalization,
     pool_targets,
@@ -195,5 +195,5 @@ def _one_file(
                     file.write(target.astype("<f4").tobytes())
             found = mapped()
     if found is None:
-        raise OSError(f"{store.path(kind, key, '.npy')} cannot be read back: check the disk")
+        raise AccessError(f"{store.path(kind, key, '.npy')} cannot be read back: check the disk")
     return found

@@ -20,7 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from storm_vlm.data.row import Row
-from storm_vlm.errors import StormError
+from storm_vlm.errors import InputError, StormError
 from storm_vlm.model.backbones import unwrap
 from storm_vlm.model.latent import (
     IGNORE_INDEX,
@@ -120,7 +120,7 @@ class StormTrainer(Trainer):
         rows = self.train_dataset if isinstance(self.train_dataset, RowDataset) else None
         self._all_have_targets = rows is not None and rows.all_have_targets
         if self.args.n_gpu > 1:
-            raise ValueError("several GPUs in one process: start with `accelerate launch` instead")
+            raise InputError("several GPUs in one process: start with `accelerate launch` instead")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.lengths:

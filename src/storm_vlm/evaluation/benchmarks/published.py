@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from storm_vlm.data.atomic_write import in_one_step
 from storm_vlm.data.row import Row, RowError
 from storm_vlm.datasets.parse import bare_options
+from storm_vlm.errors import AccessError, InputError
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".m4v")
 FETCHED = "questions-*.jsonl"  # what `Hub.download` writes
@@ -39,7 +40,7 @@ class Hub:
         try:
             from datasets import load_dataset
         except ImportError as error:
-            raise ValueError("downloading needs pip install 'storm-vlm[eval]'") from error
+            raise InputError("downloading needs pip install 'storm-vlm[eval]'") from error
         written: list[Path] = []
         for config in self.configs:
             published: Any = load_dataset(
@@ -84,7 +85,7 @@ def _files(folder: Path, patterns: Sequence[str], hub: Hub) -> list[Path]:
     for pattern in (FETCHED, *patterns):
         if files := sorted(p for p in Path(folder).rglob(pattern) if p.is_file()):
             return files
-    raise FileNotFoundError(
+    raise AccessError(
         f"{folder} holds no {' or '.join(patterns)}: download the data set {hub.repository} into it"
     )
 
@@ -103,7 +104,7 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
             held = json.loads(file.read_bytes())
             yield from held if isinstance(held, list) else [held]
     except ImportError as error:
-        raise ValueError(f"{file}: parquet needs pip install 'storm-vlm[eval]'") from error
+        raise InputError(f"{file}: parquet needs pip install 'storm-vlm[eval]'") from error
     except json.JSONDecodeError as error:
         raise RowError(f"{file}: not JSON: {error}") from error
 
@@ -147,7 +148,7 @@ class Videos:
             if near := [p for p in paths if parts and parts in f"/{inside[p].as_posix()}/"]:
                 paths = near
         if len(paths) > 1:
-            raise ValueError(f"video {name!r} is there twice ({paths[0]}, {paths[1]}): keep one")
+            raise InputError(f"video {name!r} is there twice ({paths[0]}, {paths[1]}): keep one")
         if paths:
             return str(paths[0])
         return os.path.normpath(self.folder / (hints[0] if hints else "") / expected)
@@ -171,7 +172,7 @@ def index_of(letter: str, options: Sequence[str]) -> int:
     found = re.fullmatch(r"\s*\(?([A-Z])(?!\w).*", letter, re.DOTALL)
     index = ascii_uppercase.index(found[1]) if found else len(options)
     if index >= len(options):
-        raise ValueError(f"answer: {letter!r} is none of the {len(options)} options")
+        raise InputError(f"answer: {letter!r} is none of the {len(options)} options")
     return index
 
 

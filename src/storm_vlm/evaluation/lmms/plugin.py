@@ -16,6 +16,7 @@ from lmms_eval.models.registry_v2 import ModelManifest  # type: ignore[import-no
 from tqdm.auto import tqdm
 
 from storm_vlm.data.collator import Question
+from storm_vlm.errors import InputError
 from storm_vlm.evaluation.runner import distributed
 from storm_vlm.inference.frames import Frames
 from storm_vlm.inference.pipeline import StormPipeline
@@ -104,12 +105,12 @@ class Storm(lmms):
         _, doc_to_messages, _, doc_id, task, split = request.args
         turns = doc_to_messages(self.task_dict[task][split][doc_id])
         if [turn["role"] for turn in turns] != ["user"]:
-            raise ValueError(f"{task}: storm takes one user turn, got {turns}")
+            raise InputError(f"{task}: storm takes one user turn, got {turns}")
         parts = turns[0]["content"]
         videos = [part for part in parts if part["type"] == "video"]
         text = "\n".join(part["text"] for part in parts if part["type"] == "text")
         if len(videos) > 1 or any(part["type"] not in ("video", "text") for part in parts):
-            raise ValueError(f"{task}: storm takes one video and text, got {parts}")
+            raise InputError(f"{task}: storm takes one video and text, got {parts}")
         if not videos:
             return Question(None, text)
         video = videos[0]

@@ -27,6 +27,7 @@ from transformers import AutoProcessor, Qwen2VLVideoProcessor
 from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import write_video
+from storm_vlm.errors import InputError
 from storm_vlm.evaluation.tables import PHASES
 from storm_vlm.inference.chat import Completion, Turn
 from storm_vlm.inference.frames import Frames
@@ -90,7 +91,7 @@ class Rehearsed:
         while (length := self._tokens(text)) < wanted:
             text = "a " * max(1, (wanted - length) // 2) + text
         if length > wanted:
-            raise ValueError(
+            raise InputError(
                 f"a call alone takes {length} tokens, more than the {wanted} of a look"
             )
         return text

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from storm_vlm.data.atomic_write import write_json
+from storm_vlm.errors import InputError
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.model.latent import alignment_loss, answer_loss
 from storm_vlm.model.modeling import enable_latents
@@ -165,7 +166,7 @@ def bench_train(
     config = shape_config(shape)
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        raise ValueError("no CUDA GPU here: use --device cpu, or another machine")
+        raise InputError("no CUDA GPU here: use --device cpu, or another machine")
     model = random_model(config, budget, device, torch.bfloat16 if on_gpu else torch.float32)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

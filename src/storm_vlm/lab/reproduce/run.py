@@ -13,6 +13,7 @@ from typing import Any
 
 from storm_vlm.analysis.analyze import analyze, read_analysis
 from storm_vlm.data.atomic_write import write_json, write_text
+from storm_vlm.errors import InputError
 from storm_vlm.lab.arms import ARMS, COMPARISONS
 from storm_vlm.lab.bench.latency import Lengths, bench_latency
 from storm_vlm.lab.checkpoints import shipped
@@ -70,7 +71,7 @@ def reproduce(
         ValueError: no comparison has such a name, or a folder holds runs of other settings.
     """
     if unknown := set(chosen) - set(COMPARISONS):
-        raise ValueError(
+        raise InputError(
             f"no comparison is called {', '.join(sorted(unknown))}: choose from {', '.join(COMPARISONS)}"
         )
     outcomes = out / "results" / "outcomes"
@@ -119,7 +120,7 @@ def _belongs(folder: Path, plan: Plan) -> None:
     if not file.exists():
         write_json(file, wanted)
     elif (known := json.loads(file.read_text())) != wanted:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds runs of other settings ({known}), not of {plan}: choose another folder"
         )
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from storm_vlm.data.row import Row, Split, ThoughtVideo, write_rows
 from storm_vlm.data.video import write_video
+from storm_vlm.errors import InputError
 from storm_vlm.lab.world.questions import (
     PERCEPTION_FAMILIES,
     REASONING_FAMILIES,
@@ -169,7 +170,7 @@ def sample_several(
     Raises ValueError for more questions than there are families.
     """
     if questions > len(REASONING_FAMILIES):
-        raise ValueError(f"at most {len(REASONING_FAMILIES)} questions a scene, got {questions}")
+        raise InputError(f"at most {len(REASONING_FAMILIES)} questions a scene, got {questions}")
     while count:
         scene, asked = sample_scene(rng, difficulty), []
         for family in rng.sample(sorted(REASONING_FAMILIES), len(REASONING_FAMILIES)):
