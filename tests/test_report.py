@@ -13,8 +13,9 @@ from runs_on_disk import chance, make_records, write_reliance, write_run
 
 from storm_vlm.evaluation.compare import compare, differences, overall, survives_shuffling
 from storm_vlm.evaluation.report import write_report
-from storm_vlm.evaluation.run_folder import RunError, find_runs, read_run, summarize
+from storm_vlm.evaluation.run_folder import RunError, find_runs, read_run
 from storm_vlm.evaluation.statistics import Estimate
+from storm_vlm.evaluation.summary import Score, summarize
 from storm_vlm.evaluation.tables import PAPER_FILE, build_tables, measure
 
 
@@ -73,20 +74,20 @@ def test_summary_counts_what_went_wrong_in_the_denominator(tmp_path) -> None:
     records[0] = replace(records[0], correct=False, parsed=False, official=None)
     records[1] = replace(records[1], reply=None, parsed=False, official=None, error="no such video")
     found = summarize(read_run(write_run(tmp_path / "run", records, n_expected=20)))
-    assert found["n"] == 12 and found["n_expected"] == 20 and found["videos"] == 4
-    assert found["accuracy"] == pytest.approx(5 / 12)
-    assert found["unparsed"] == found["errors"] == pytest.approx(1 / 12)
-    assert found["official"] == {"accuracy": 0.5, "scored": 10}
-    assert found["interval"][0] <= found["accuracy"] <= found["interval"][1]
+    assert found.n == 12 and found.n_expected == 20 and found.videos == 4
+    assert found.accuracy.mean == pytest.approx(5 / 12)
+    assert found.unparsed == found.errors == pytest.approx(1 / 12)
+    assert found.official == Score(0.5, 10)
+    assert found.accuracy.low <= found.accuracy.mean <= found.accuracy.high
     # By duration: every fourth is long, all even: q0 unparsed, q4 and q8 right.
-    duration = found["groups"]["duration"]
-    assert duration["categories"]["long"]["accuracy"] == pytest.approx(2 / 3)
-    assert duration["categories"]["short"]["accuracy"] == pytest.approx(3 / 9)
-    assert duration["macro"] == pytest.approx((2 / 3 + 3 / 9) / 2)
+    duration = found.groups["duration"]
+    assert duration.categories["long"].accuracy.mean == pytest.approx(2 / 3)
+    assert duration.categories["short"].accuracy.mean == pytest.approx(3 / 9)
+    assert duration.macro.mean == pytest.approx((2 / 3 + 3 / 9) / 2)
     # Rules look at the raw text again: q0 said its letter after all; the video that failed said none.
-    assert found["rules"]["lmms-eval"] == {"accuracy": 0.5, "scored": 12}
-    assert found["seconds"]["timed"] == 11 and found["slots_used"] == 8
-    assert found["seconds"]["decode"] == pytest.approx(0.1)
+    assert found.rules["lmms-eval"] == Score(0.5, 12)
+    assert found.seconds and found.seconds.total.n == 11 and found.slots_used == 8
+    assert found.seconds.phases["decode"] == pytest.approx(0.1)
 
 
 def test_an_error_is_wrong_by_every_rule(tmp_path) -> None:
@@ -96,7 +97,7 @@ def test_an_error_is_wrong_by_every_rule(tmp_path) -> None:
         for record in make_records(lambda i: True, 6)
     ]
     found = summarize(read_run(write_run(tmp_path / "run", failed, benchmark="mvbench")))
-    assert found["rules"]["original"]["accuracy"] == 0 and found["seconds"] == {}
+    assert found.rules["original"].accuracy == 0 and found.seconds is None
 
 
 def test_compare_pairs_by_question_whatever_the_order(tmp_path) -> None:
@@ -105,19 +106,17 @@ def test_compare_pairs_by_question_whatever_the_order(tmp_path) -> None:
     b = read_run(write_run(tmp_path / "b", make_records(theirs), frames={"n": 16}))
     found = compare([a], [b])
     hits = [(ours(i), theirs(i)) for i in range(120)]
-    assert found["only_ours"] == sum(x and not y for x, y in hits)
-    assert found["only_theirs"] == sum(y and not x for x, y in hits)
-    assert found["difference"].mean == pytest.approx(found["ours"] - found["theirs"])
-    assert found["difference"].mean * 120 == pytest.approx(
-        found["only_ours"] - found["only_theirs"]
-    )
-    assert found["difference"].low > 0
-    assert found["groups"]["duration"]["long"]["n"] == 30
-    assert found["differs"] == {"frames.n": (32, 16)}
-    assert compare([b], [a])["difference"].mean == -found["difference"].mean
+    assert found.only_ours == sum(x and not y for x, y in hits)
+    assert found.only_theirs == sum(y and not x for x, y in hits)
+    assert found.difference.mean == pytest.approx(found.ours - found.theirs)
+    assert found.difference.mean * 120 == pytest.approx(found.only_ours - found.only_theirs)
+    assert found.difference.low > 0
+    assert found.groups["duration"]["long"].n == 30
+    assert found.differs == {"frames.n": (32, 16)}
+    assert compare([b], [a]).difference.mean == -found.difference.mean
     same = compare([a], [a])
-    assert same["difference"] == Estimate(0, 0, 0, 120)
-    assert same["differs"] == {} and same["only_ours"] == same["only_theirs"] == 0
+    assert same.difference == Estimate(0, 0, 0, 120)
+    assert same.differs == {} and same.only_ours == same.only_theirs == 0
 
 
 def test_compare_takes_seeds_on_either_side(tmp_path) -> None:
@@ -126,9 +125,9 @@ def test_compare_takes_seeds_on_either_side(tmp_path) -> None:
     one = [read_run(write_run(tmp_path / "theirs", make_records(chance(0.4, 9))))]
     ours = find_runs([tmp_path / "ours"])
     found = compare(ours, one)
-    assert found["seeds"] == 3
-    singles = [compare([run], one)["difference"].mean for run in ours]
-    assert found["difference"].mean == pytest.approx(sum(singles) / 3)
+    assert found.seeds == 3
+    singles = [compare([run], one).difference.mean for run in ours]
+    assert found.difference.mean == pytest.approx(sum(singles) / 3)
     with pytest.raises(ValueError, match="3 runs cannot be paired with 2"):
         compare(ours, ours[:2])
 
@@ -175,12 +174,12 @@ def suite(folder: Path, gain_survives: bool) -> list[Path]:
 def test_a_gain_that_survives_shuffling_is_not_temporal(tmp_path, survives) -> None:
     base, storm, base_s, storm_s = find_runs(suite(tmp_path, survives))
     found = survives_shuffling(storm, base, storm_s, base_s)
-    assert found["gain"].low > 0 and found["not_temporal"] is survives
-    assert (found["loss"].low > 0) is not survives
+    assert found.gain.low > 0 and found.not_temporal is survives
+    assert (found.loss.low > 0) is not survives
     tables = {table.title: table for table in build_tables(measure([base, storm, base_s, storm_s]))}
     cell = tables["Gain over direct · 7b, points"].lines[0].cells[1]
     assert cell.warning is survives and ("not temporal" in cell.small) is survives
-    assert survives_shuffling(base, storm, base_s, storm_s)["not_temporal"] is None  # no gain
+    assert survives_shuffling(base, storm, base_s, storm_s).not_temporal is None  # no gain
 
 
 def test_report_writes_what_the_runs_say(tmp_path) -> None:
@@ -197,14 +196,14 @@ def test_report_writes_what_the_runs_say(tmp_path) -> None:
     main = tables["Table 1: general video understanding"]
     assert main.columns == ("system", "VideoMME", "MVBench", "TempCompass")
     storm = summarize(runs[1])
-    assert main.lines[1].cells[1].text.startswith(f"{100 * storm['accuracy']:.1f} [")
+    assert main.lines[1].cells[1].text.startswith(f"{100 * storm.accuracy.mean:.1f} [")
     assert "n 120 · unparsed 0.0% · official" in main.lines[1].cells[1].small
     assert [cell.text for cell in main.lines[1].cells[2:]] == ["-", "-"]
     latency = tables["Table 4: latency"].lines
     assert latency[0].cells[3].text == "1.00x" and latency[1].cells[3].text == "0.51x"
     rows = list(csv.DictReader((tmp_path / "out/report.csv").open()))
     overall = {(r["system"], r["control"]): r for r in rows if r["category"] == "all"}
-    assert float(overall["storm · 7b", ""]["accuracy"]) == pytest.approx(storm["accuracy"])
+    assert float(overall["storm · 7b", ""]["accuracy"]) == pytest.approx(storm.accuracy.mean)
     assert len(overall) == 4
     text = (tmp_path / "out/report.md").read_text()
     for line in text.splitlines():
@@ -319,16 +318,16 @@ def test_intervals_of_runs_are_over_videos(tmp_path) -> None:
         for i, records in enumerate((ours, theirs, *apart))
     )
 
-    def ratio(videos: tuple[float, float], questions: tuple[float, float]) -> float:
-        return (videos[1] - videos[0]) / (questions[1] - questions[0])
+    def ratio(videos: Estimate, questions: Estimate) -> float:
+        return (videos.high - videos.low) / (questions.high - questions.low)
 
     together, single = summarize(a), summarize(c)
-    assert ratio(together["interval"], single["interval"]) > 1.4
-    kinds = [s["groups"]["task_type"]["macro_interval"] for s in (together, single)]
+    assert ratio(together.accuracy, single.accuracy) > 1.4
+    kinds = [s.groups["task_type"].macro for s in (together, single)]
     assert ratio(*kinds) > 1.4
     for way in (overall, compare):
-        widths = [way([x], [y])["difference"] for x, y in ((a, b), (c, d))]
-        assert ratio(*((w.low, w.high) for w in widths)) > 1.4
+        widths = [way([x], [y]).difference for x, y in ((a, b), (c, d))]
+        assert ratio(*widths) > 1.4
 
 
 def test_a_loss_within_its_interval_is_no_loss(tmp_path) -> None:
@@ -339,4 +338,4 @@ def test_a_loss_within_its_interval_is_no_loss(tmp_path) -> None:
     found = survives_shuffling(
         *(read_run(write_run(tmp_path / str(i), r)) for i, r in enumerate(runs))
     )
-    assert found["loss"].mean > 0 and found["not_temporal"] is True
+    assert found.loss.mean > 0 and found.not_temporal is True

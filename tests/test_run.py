@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.errors import StormError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS
 from storm_vlm.evaluation.exam import Exam
-from storm_vlm.evaluation.run_folder import RunError, read_records, read_run, summarize
+from storm_vlm.evaluation.run_folder import RunError, read_records, read_run
 from storm_vlm.evaluation.runner import run
+from storm_vlm.evaluation.summary import summarize
 from storm_vlm.inference.frames import Frames
 from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.lab.checkpoints import shipped
@@ -65,11 +67,11 @@ def test_every_row_has_a_record_and_a_missing_video_is_counted(whole, rows_file)
     assert [record.error is not None for record in records] == [i == 2 for i in range(7)]
     assert "gone.mp4" in str(records[2].error) and not records[2].correct
     summary = summarize(read_run(whole))
-    assert summary["n"] == 7 and summary["errors"] == 1 / 7 and summary["unparsed"] == 0
-    assert summary["accuracy"] == sum(record.correct for record in records) / 7
-    assert summary["opened"] == 1 and summary["seconds"]["latent"] > 0
+    assert summary.n == 7 and summary.errors == 1 / 7 and summary.unparsed == 0
+    assert summary.accuracy.mean == sum(record.correct for record in records) / 7
+    assert summary.opened == 1 and summary.seconds and summary.seconds.phases["latent"] > 0
     told = json.loads((whole / "run.json").read_text())
-    assert told["summary"] == json.loads(json.dumps(summary))
+    assert told["summary"] == json.loads(json.dumps(asdict(summary)))
     assert told["pixels"]["longest_edge"] == 64 * 64
     assert told["first_prompt"] == rows[0].question and told["n_expected"] == 7
 

@@ -8,8 +8,7 @@ import pytest
 from storm_vlm.evaluation.statistics import (
     Estimate,
     accuracy,
-    category_intervals,
-    confidence_interval,
+    category_estimates,
     estimate,
     mean_over_seeds,
     only_right,
@@ -30,8 +29,8 @@ def test_interval_covers_the_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
-        low, high = confidence_interval(rng.random(80) < 0.4, resamples=300)
-        covered += low <= 0.4 <= high
+        found = estimate(rng.random(80) < 0.4, resamples=300)
+        covered += found.low <= 0.4 <= found.high
     assert 0.88 <= covered / 200 <= 0.99
 
 
@@ -41,8 +40,8 @@ def test_clustered_interval_covers_where_one_over_questions_does_not() -> None:
     for _ in range(200):
         hits, videos = clustered(rng, 60, 6)
         for name, clusters in (("videos", videos), ("questions", None)):
-            low, high = confidence_interval(hits, clusters, resamples=300)
-            covered[name] += low <= 0.5 <= high
+            found = estimate(hits, clusters, resamples=300)
+            covered[name] += found.low <= 0.5 <= found.high
     assert 0.89 <= covered["videos"] / 200 <= 0.99
     assert covered["questions"] / 200 < 0.8
 
@@ -50,18 +49,19 @@ def test_clustered_interval_covers_where_one_over_questions_does_not() -> None:
 def test_clusters_of_one_are_no_clusters() -> None:
     rng = np.random.default_rng(1)
     hits = rng.random(150) < 0.3
-    assert confidence_interval(hits, [f"v{i}" for i in range(150)]) == confidence_interval(hits)
+    found = estimate(hits)
+    assert estimate(hits, [f"v{i}" for i in range(150)]) == found
     # What resampling the values themselves gives.
     plain = np.asarray(hits, float)[np.random.default_rng(7).integers(0, 150, (2000, 150))].mean(1)
-    assert confidence_interval(hits) == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.01)
+    assert (found.low, found.high) == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.01)
 
 
 def test_the_same_question_asked_thrice_is_not_three_questions() -> None:
     rng = np.random.default_rng(2)
     hits = (rng.random(100) < 0.5).astype(float)
-    once = confidence_interval(hits)
-    thrice = confidence_interval(np.repeat(hits, 3), np.repeat(np.arange(100), 3).tolist())
-    assert thrice == pytest.approx(once, abs=1e-12)
+    once = estimate(hits)
+    thrice = estimate(np.repeat(hits, 3), np.repeat(np.arange(100), 3).tolist())
+    assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high), abs=1e-12)
 
 
 def test_categories_have_their_own_intervals_and_macro_weighs_them_equally() -> None:
@@ -70,18 +70,20 @@ def test_categories_have_their_own_intervals_and_macro_weighs_them_equally() -> 
     hits = np.concatenate([big, small])
     members = np.zeros((1000, 2), bool)
     members[:900, 0] = members[900:, 1] = True
-    low, high, macro = category_intervals(hits, members)
-    assert low[0] < big.mean() < high[0]
-    assert low[1] < small.mean() < high[1]
-    assert high[1] - low[1] > high[0] - low[0]  # fewer questions, less sure
-    assert macro[0] < (big.mean() + small.mean()) / 2 < macro[1] < hits.mean()
+    (large, little), macro = category_estimates(hits, members)
+    assert large.low < large.mean == big.mean() < large.high and large.n == 900
+    assert little.low < little.mean == small.mean() < little.high and little.n == 100
+    assert little.high - little.low > large.high - large.low  # fewer questions, less sure
+    assert macro.low < macro.mean < macro.high < hits.mean() and macro.n == 2
+    assert macro.mean == pytest.approx((big.mean() + small.mean()) / 2)
 
 
 def test_a_category_that_a_resample_misses_does_no_harm() -> None:
     members = np.zeros((20, 2), bool)
     members[:, 0] = members[0, 1] = True
-    low, high, macro = category_intervals(np.ones(20), members)
-    assert (low == 1).all() and (high == 1).all() and macro == (1, 1)
+    categories, macro = category_estimates(np.ones(20), members)
+    assert categories == [Estimate(1, 1, 1, 20), Estimate(1, 1, 1, 1)]
+    assert macro == Estimate(1, 1, 1, 2)
 
 
 def test_paired_difference_is_sharper_than_an_unpaired_one() -> None:
@@ -92,7 +94,7 @@ def test_paired_difference_is_sharper_than_an_unpaired_one() -> None:
     assert found.low < found.mean < found.high
     assert found.mean == pytest.approx((ours - theirs).mean())
     assert found.low > 0.03
-    unpaired = confidence_interval(ours[0])[1] - confidence_interval(theirs[0])[0]
+    unpaired = estimate(ours[0]).high - estimate(theirs[0]).low
     assert found.high - found.low < unpaired
 
 
@@ -106,8 +108,8 @@ def test_paired_difference_knows_of_videos_and_of_seeds() -> None:
         return found.high - found.low
 
     assert width(hits, zeros, videos) > 1.3 * width(hits, zeros, None)
-    low, high = confidence_interval(hits, videos, 4000)
-    assert width(hits, zeros, videos) == pytest.approx(high - low, abs=0.01)
+    single = estimate(hits, videos, 4000)
+    assert width(hits, zeros, videos) == pytest.approx(single.high - single.low, abs=0.01)
     # Seeds that disagree widen the interval; three times the same seed does not.
     alike, unlike = np.stack([hits] * 3), np.stack([hits, hits * 0, hits * 0 + 1])
     assert width(alike, alike * 0, videos) == pytest.approx(width(hits, zeros, videos), abs=0.01)
@@ -167,5 +169,5 @@ def test_ten_thousand_rows_are_quick() -> None:
     rng = np.random.default_rng(0)
     hits, members = rng.random(10_000) < 0.5, rng.random((10_000, 30)) < 0.1
     began = time.process_time()
-    category_intervals(hits, members, (np.arange(10_000) // 3).tolist(), 2000)
+    category_estimates(hits, members, (np.arange(10_000) // 3).tolist(), 2000)
     assert time.process_time() - began < 8

@@ -127,10 +127,9 @@ def latent_reliance(
     videos = [row.video for row in rows]
 
     def over_videos(outcomes: Sequence[bool | None]) -> Estimate | None:
-        kept = [
-            (hit, video) for hit, video in zip(outcomes, videos, strict=True) if hit is not None
-        ]
-        return estimate(*zip(*kept, strict=True)) if kept else None
+        used = [i for i, hit in enumerate(outcomes) if hit is not None]
+        values = [bool(outcomes[i]) for i in used]
+        return estimate(values, [videos[i] for i in used]) if used else None
 
     def difference(hits: Sequence[bool | None]) -> Estimate | None:
         used = [i for i, hit in enumerate(hits) if hit is not None]

@@ -137,9 +137,9 @@ def _tell(finished: Run, max_errors: float) -> None:
 
     summary = finished.provenance["summary"]
     console.print_json(data=summary)
-    low, high = summary["interval"]
+    share = summary["accuracy"]
     show(  # beside the JSON, for people
-        f"{summary['accuracy']:.1%} right ({low:.1%} to {high:.1%}) of {summary['n']}, "
+        f"{share['mean']:.1%} right ({share['low']:.1%} to {share['high']:.1%}) of {summary['n']}, "
         f"{summary['unparsed']:.1%} unparsed",
         to=errors,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from rich import box
 from rich.table import Column
@@ -14,6 +14,7 @@ from storm_vlm.cli.terminal import Json, Switch, console, show, show_json
 
 if TYPE_CHECKING:
     from storm_vlm.evaluation.cells import Table
+    from storm_vlm.evaluation.compare import Gain
 
 
 def compare_runs(ours: Path, theirs: Path, /, *, as_json: Annotated[bool, Json] = False) -> None:
@@ -27,31 +28,31 @@ def compare_runs(ours: Path, theirs: Path, /, *, as_json: Annotated[bool, Json] 
     from storm_vlm.evaluation.compare import compare
     from storm_vlm.evaluation.run_folder import find_runs
 
-    found = compare(find_runs([ours]), find_runs([theirs]))
+    comparison = compare(find_runs([ours]), find_runs([theirs]))
     if as_json:
-        show_json(found)
+        show_json(comparison)
         return
     first, fifth = Column("", overflow="fold"), Column("difference, points", no_wrap=True)
     heads = ("n", "ours", "theirs", fifth, "only\nours", "only\ntheirs")
     table = RichTable(first, *heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_row("all", *_compared(found))
-    for key, categories in found["groups"].items():
+    table.add_row("all", *_compared(comparison))
+    for key, categories in comparison.groups.items():
         table.add_section()
         table.add_row(Text(f"by {key}", "dim"))
         for name, category in categories.items():
             table.add_row(Text(name), *_compared(category))
     console.print(table)
-    seeds = f", {found['seeds']} seeds" if found["seeds"] > 1 else ""
-    show(f"{found['benchmark']}, {found['videos']} videos{seeds}; 95% intervals over videos")
-    differs = "; ".join(f"{key}: {a} / {b}" for key, (a, b) in found["differs"].items())
+    seeds = f", {comparison.seeds} seeds" if comparison.seeds > 1 else ""
+    show(f"{comparison.benchmark}, {comparison.videos} videos{seeds}; 95% intervals over videos")
+    differs = "; ".join(f"{key}: {a} / {b}" for key, (a, b) in comparison.differs.items())
     show(f"differ in: {differs or 'nothing that they say'}")
 
 
-def _compared(found: dict[str, Any]) -> list[str]:
+def _compared(gain: Gain) -> list[str]:
     from storm_vlm.evaluation.cells import percent, signed
 
-    shares = [percent(found["ours"]), percent(found["theirs"]), signed(found["difference"])]
-    return [str(found["n"]), *shares, str(found["only_ours"]), str(found["only_theirs"])]
+    shares = [percent(gain.ours), percent(gain.theirs), signed(gain.difference)]
+    return [str(gain.n), *shares, str(gain.only_ours), str(gain.only_theirs)]
 
 
 def report_runs(

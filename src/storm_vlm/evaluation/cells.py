@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from storm_vlm.evaluation.statistics import Estimate
@@ -38,19 +37,15 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def span(interval: Sequence[float]) -> str:
-    """Its bounds in percent."""
-    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-
-
 def signed(difference: Estimate) -> str:
     """A difference in points, with its interval."""
     low, high = 100 * difference.low, 100 * difference.high
     return f"{100 * difference.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def estimated(share: Estimate | None, small: str = "") -> Cell:
+def estimated(share: Estimate | None, small: str = "", warning: bool = False) -> Cell:
     """A mean with its interval."""
-    return (
-        Cell(f"{percent(share.mean)} {span((share.low, share.high))}", small) if share else Cell()
-    )
+    if share is None:
+        return Cell()
+    text = f"{percent(share.mean)} [{percent(share.low)}, {percent(share.high)}]"
+    return Cell(text, small, warning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from storm_vlm.errors import InputError
 from storm_vlm.evaluation.run_folder import Run
-from storm_vlm.evaluation.statistics import only_right, paired_difference
+from storm_vlm.evaluation.statistics import Estimate, only_right, paired_difference
 
 SHUFFLED = "shuffled_frames"
 
@@ -18,7 +19,7 @@ SHUFFLED = "shuffled_frames"
 def hits(runs: Sequence[Run], like: Run) -> NDArray[np.float64]:
     """Right or wrong, (seeds, rows), in the order of `like`'s records.
 
-    Raises ValueError where a run is about another benchmark, other questions or other answers.
+    Raises InputError where a run is about another benchmark, other questions or other answers.
     """
     answers = {record.id: record.answer for record in like.records}
     outcomes = []
@@ -39,34 +40,68 @@ def hits(runs: Sequence[Run], like: Run) -> NDArray[np.float64]:
     return np.array(outcomes)
 
 
-def overall(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Gain:
+    """Of ours over theirs, on the same questions. Intervals are over videos."""
+
+    n: int
+    ours: float
+    theirs: float
+    difference: Estimate
+    only_ours: int  #: right, where theirs is wrong
+    only_theirs: int
+
+
+@dataclass(frozen=True)
+class RunComparison(Gain):
+    benchmark: str
+    seeds: int
+    videos: int
+    groups: dict[str, dict[str, Gain]]
+    differs: dict[str, tuple[Any, Any]]  #: what the runs say differently about how they were made
+
+
+@dataclass(frozen=True)
+class ShuffledGain:
+    """A gain beside the gain under shuffled frames."""
+
+    gain: Estimate
+    shuffled: Estimate
+    loss: Estimate  #: the first less the second, question by question
+
+    @property
+    def not_temporal(self) -> bool | None:
+        """Whether a gain beyond its interval has no such loss; None: there is no gain to ask this about."""
+        return None if self.gain.low <= 0 else self.loss.low <= 0
+
+
+def overall(ours: Sequence[Run], theirs: Sequence[Run]) -> Gain:
     """Ours minus theirs over all questions, as `compare` without its groups."""
     a, b = _paired(ours, theirs)
-    return _difference(a, b, theirs[0].videos, np.ones(a.shape[1], bool))
+    return _gain(a, b, theirs[0].videos, np.ones(a.shape[1], bool))
 
 
-def compare(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
-    """Ours minus theirs, in all and by group; what the runs say differently about how they were made.
+def compare(ours: Sequence[Run], theirs: Sequence[Run]) -> RunComparison:
+    """Ours minus theirs, in all and by group.
 
     Each side is one run, or one for each seed (a single one stands for every seed).
     """
     first = theirs[0]
     a, b = _paired(ours, theirs)
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Gain]] = {}
     for key in dict.fromkeys(key for record in first.records for key in record.groups):
         labels = np.array([record.groups.get(key, "(none)") for record in first.records])
         groups[key] = {
-            str(label): _difference(a, b, first.videos, labels == label)
-            for label in np.unique(labels)
+            str(label): _gain(a, b, first.videos, labels == label) for label in np.unique(labels)
         }
-    return {
-        **_difference(a, b, first.videos, np.ones(a.shape[1], bool)),
-        "benchmark": first.benchmark,
-        "seeds": len(a),
-        "videos": len(set(first.videos)),
-        "groups": groups,
-        "differs": differences(ours[0].provenance, first.provenance),
-    }
+    return RunComparison(
+        **vars(_gain(a, b, first.videos, np.ones(a.shape[1], bool))),
+        benchmark=first.benchmark,
+        seeds=len(a),
+        videos=len(set(first.videos)),
+        groups=groups,
+        differs=differences(ours[0].provenance, first.provenance),
+    )
 
 
 def _paired(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[NDArray, NDArray]:
@@ -78,34 +113,27 @@ def _paired(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[NDArray, NDArra
     return a, b
 
 
-def _difference(a: NDArray, b: NDArray, videos: Sequence[str], member: NDArray) -> dict[str, Any]:
+def _gain(a: NDArray, b: NDArray, videos: Sequence[str], member: NDArray) -> Gain:
     clusters = [video for video, here in zip(videos, member, strict=True) if here]
     ours, theirs = a[:, member], b[:, member]
     only_ours, only_theirs = only_right(ours, theirs)
-    return {
-        "n": int(member.sum()),
-        "ours": float(ours.mean()),
-        "theirs": float(theirs.mean()),
-        "difference": paired_difference(ours, theirs, clusters, 2000),
-        "only_ours": only_ours,
-        "only_theirs": only_theirs,
-    }
+    return Gain(
+        n=int(member.sum()),
+        ours=float(ours.mean()),
+        theirs=float(theirs.mean()),
+        difference=paired_difference(ours, theirs, clusters, 2000),
+        only_ours=only_ours,
+        only_theirs=only_theirs,
+    )
 
 
 def survives_shuffling(
     ours: Run, theirs: Run, ours_shuffled: Run, theirs_shuffled: Run
-) -> dict[str, Any]:
-    """Whether a gain is as large when the frames come in no order: then it is not about time.
-
-    `loss` is the gain minus the gain under shuffled frames, on the same questions. "not temporal": there is a
-    gain beyond its interval, and no such loss. None: there is no gain to ask this about.
-    """
+) -> ShuffledGain:
+    """Whether a gain is as large when the frames come in no order: then it is not about time."""
     a, b, c, d = (hits([run], theirs)[0] for run in (ours, theirs, ours_shuffled, theirs_shuffled))
-    gain = paired_difference(a, b, theirs.videos, 2000)
-    loss = paired_difference(a - b, c - d, theirs.videos, 2000)
-    not_temporal = None if gain.low <= 0 else loss.low <= 0
-    shuffled = paired_difference(c, d, theirs.videos, 2000)
-    return {"gain": gain, "shuffled": shuffled, "loss": loss, "not_temporal": not_temporal}
+    pairs = (a, b), (c, d), (a - b, c - d)
+    return ShuffledGain(*(paired_difference(*pair, theirs.videos, 2000) for pair in pairs))
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

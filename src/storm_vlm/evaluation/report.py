@@ -12,6 +12,8 @@ from storm_vlm.data.atomic_write import write_text
 from storm_vlm.evaluation.cells import Cell, Table
 from storm_vlm.evaluation.records import Reliance
 from storm_vlm.evaluation.run_folder import Run
+from storm_vlm.evaluation.statistics import Estimate
+from storm_vlm.evaluation.summary import RunSummary, Shares
 from storm_vlm.evaluation.tables import Measured, build_tables, measure
 from storm_vlm.pages import render
 
@@ -26,7 +28,7 @@ READING = (
 def write_report(runs: Sequence[Run], out: Path | None = None, paper: bool = False) -> list[Table]:
     """The tables of these runs; into `out` go report.md, report.html and report.csv.
 
-    Gains and ratios are against the first run's system. Raises ValueError for runs that cannot be compared.
+    Gains and ratios are against the first run's system. Raises RunError for runs that cannot be compared.
     """
     measured = measure(runs)
     tables = build_tables(measured, paper)
@@ -83,37 +85,30 @@ def as_csv(measured: Measured) -> str:
     return text.getvalue()
 
 
-def _csv_lines(summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    seconds = {"seconds_per_item": summary["seconds"].get("total")}
-    yield {"group": "", "category": "all", **_csv_shares(summary), **seconds}
-    for key, group in summary["groups"].items():
-        low, high = group["macro_interval"]
-        yield {
-            "group": key,
-            "category": "macro",
-            "accuracy": group["macro"],
-            "low": low,
-            "high": high,
-        }
-        for name, category in group["categories"].items():
+def _csv_lines(summary: RunSummary) -> Iterator[dict[str, Any]]:
+    seconds = summary.seconds.total.mean if summary.seconds else None
+    yield {"category": "all", **_csv_shares(summary), "seconds_per_item": seconds}
+    for key, group in summary.groups.items():
+        yield {"group": key, "category": "macro", **_csv_estimate(group.macro), "n": None}
+        for name, category in group.categories.items():
             yield {"group": key, "category": name, **_csv_shares(category)}
 
 
 def _csv_fed(reliance: Reliance) -> Iterator[dict[str, Any]]:
     for kind, line in reliance.interventions.items():
-        fed = {"group": "latents fed", "category": kind}
-        if share := line.accuracy:
-            bounds = {"accuracy": share.mean, "low": share.low, "high": share.high}
-            yield {**fed, "n": share.n, **bounds}
-        else:
-            yield {**fed, "n": 0}
+        yield {"group": "latents fed", "category": kind, **_csv_estimate(line.accuracy)}
 
 
-def _csv_shares(found: dict[str, Any]) -> dict[str, Any]:
-    low, high = found["interval"]
-    official = found["official"]
+def _csv_estimate(accuracy: Estimate | None) -> dict[str, Any]:
+    if accuracy is None:
+        return {"n": 0}
+    bounds = {"low": accuracy.low, "high": accuracy.high}
+    return {"n": accuracy.n, "accuracy": accuracy.mean, **bounds}
+
+
+def _csv_shares(shares: Shares) -> dict[str, Any]:
     return {
-        **{name: found[name] for name in ("n", "accuracy", "unparsed", "errors")},
-        **{"low": low, "high": high, "official": official["accuracy"]},
-        "official_scored": official["scored"],
+        **_csv_estimate(shares.accuracy),
+        **{"unparsed": shares.unparsed, "errors": shares.errors},
+        **{"official": shares.official.accuracy, "official_scored": shares.official.scored},
     }

@@ -4,19 +4,15 @@ says what its answers owe to the latents."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from storm_vlm.errors import AccessError, StormError
 from storm_vlm.evaluation.records import Record, Reliance
-from storm_vlm.evaluation.scoring import RULES
-from storm_vlm.evaluation.statistics import category_intervals, confidence_interval
 
 _RECORD, _RELIANCE = TypeAdapter(Record), TypeAdapter(Reliance)
 RELIANCE = "reliance.json"
@@ -117,91 +113,3 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
             raise AccessError(f"{path} holds no run.json: name the folder of a run")
         runs += [read_run(folder) for folder in found]
     return runs
-
-
-def summarize(run: Run) -> dict[str, Any]:
-    """All that tables need of a run. Shares are over every record; an error or unparsed answer is wrong."""
-    records = run.records
-    if not records:
-        raise RunError(f"{run.folder}: no answers yet")
-    replies = [record.reply for record in records if record.reply]
-    return {
-        "benchmark": run.benchmark,
-        "system": run.system,
-        "control": run.control,
-        "n_expected": run.provenance.get("n_expected", len(records)),
-        "videos": len(set(run.videos)),
-        **_shares(records),
-        "interval": confidence_interval([r.correct for r in records], run.videos),
-        "rules": {
-            name: _scored([rule(r.reply.text, r) if r.reply else 0.0 for r in records])
-            for name, rule in RULES.get(run.benchmark, {}).items()
-        },
-        "groups": {key: _group(run, key) for key in _keys(records)},
-        "seconds": _seconds(run),
-        "rounds": _mean([reply.rounds for reply in replies]),
-        "tokens": _mean([reply.tokens for reply in replies]),
-        "prompt_tokens": _mean([reply.prompt_tokens for reply in replies]),
-        "visual_tokens": _mean([reply.visual_tokens for reply in replies]),
-        "opened": _mean([reply.opened for reply in replies]),
-        "slots_used": _mean([reply.slots_used for reply in replies]),
-        "forced_end": _mean([reply.forced_end for reply in replies if reply.opened]),
-    }
-
-
-def _shares(records: Sequence[Record]) -> dict[str, Any]:
-    n = len(records)
-    return {
-        "n": n,
-        "accuracy": sum(r.correct for r in records) / n,
-        "unparsed": sum(not r.parsed and r.error is None for r in records) / n,
-        "errors": sum(r.error is not None for r in records) / n,
-        "official": _scored([r.official for r in records]),
-    }
-
-
-def _scored(scores: Sequence[float | None]) -> dict[str, Any]:
-    """Mean over those that the rule has a verdict on, and how many these are."""
-    given = [score for score in scores if score is not None]
-    return {"accuracy": _mean(given), "scored": len(given)}
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return mean(map(float, values)) if values else None
-
-
-def _keys(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(key for record in records for key in record.groups))
-
-
-def _group(run: Run, key: str) -> dict[str, Any]:
-    """Shares and intervals of each category of one key, and their plain mean (macro)."""
-    labels = [record.groups.get(key, "(none)") for record in run.records]
-    names = sorted(set(labels))
-    members = np.array([[label == name for name in names] for label in labels])
-    hits = [record.correct for record in run.records]
-    low, high, macro = category_intervals(hits, members, run.videos)
-    categories = {
-        name: {
-            **_shares([r for r, label in zip(run.records, labels, strict=True) if label == name]),
-            "interval": (float(low[i]), float(high[i])),
-        }
-        for i, name in enumerate(names)
-    }
-    average = mean(category["accuracy"] for category in categories.values())
-    return {"macro": average, "macro_interval": macro, "categories": categories}
-
-
-def _seconds(run: Run) -> dict[str, Any]:
-    """Mean wall time of an item by phase, over the items that were timed; the total with its interval."""
-    timed = [r for r in run.records if r.reply and "total" in r.reply.seconds]
-    if not timed:
-        return {}
-    spent = [r.reply.seconds for r in timed if r.reply]
-    totals = [seconds["total"] for seconds in spent]
-    phases = list(dict.fromkeys(phase for seconds in spent for phase in seconds))
-    return {
-        **{phase: mean(seconds.get(phase, 0.0) for seconds in spent) for phase in phases},
-        "interval": confidence_interval(totals, [r.video for r in timed]),
-        "timed": len(timed),
-    }

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.evaluation.exam import Exam, answer_rows
-from storm_vlm.evaluation.run_folder import Run, RunError, read_records, summarize
+from storm_vlm.evaluation.run_folder import Run, RunError, read_records
+from storm_vlm.evaluation.summary import summarize
 from storm_vlm.inference.reasoners import Reasoner
 from storm_vlm.versions import commit, versions
 
@@ -53,7 +54,10 @@ def run(
     records = sorted(read_records(folder), key=lambda record: place[record.id])
     finished = Run(folder, description, tuple(records))
     if state.is_main_process:
-        description |= {"seconds": time.perf_counter() - began, "summary": summarize(finished)}
+        description |= {
+            "seconds": time.perf_counter() - began,
+            "summary": asdict(summarize(finished)),
+        }
         write_json(folder / "run.json", description)
     return finished
 

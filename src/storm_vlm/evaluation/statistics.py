@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Interval = tuple[float, float]
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -63,7 +61,11 @@ def _percentiles(values: NDArray) -> tuple[NDArray, NDArray]:
     return low, high
 
 
-def estimate(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estimate:
+def estimate(
+    values: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = 2000,
+) -> Estimate:
     """The mean of (rows,) values, with an interval over clusters if given, else over values.
 
     Raises ValueError for no values, and where there is not one cluster a value.
@@ -71,37 +73,26 @@ def estimate(values: ArrayLike, clusters: Sequence[Hashable] | None = None) -> E
     each = np.asarray(values, float)
     if not len(each) or (clusters is not None and len(each) != len(clusters)):
         raise ValueError(f"{len(each)} values for {0 if clusters is None else len(clusters)} rows")
-    return Estimate(float(each.mean()), *confidence_interval(each.tolist(), clusters), len(each))
+    (mean,), _ = category_estimates(each, np.ones((len(each), 1), bool), clusters, resamples)
+    return mean
 
 
-def confidence_interval(
-    values: Sequence[float],
-    clusters: Sequence[Hashable] | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """95% percentile bootstrap of the mean, over clusters if given, else over values."""
-    everything = np.ones((len(values), 1), bool)
-    low, high, _ = category_intervals(values, everything, clusters, resamples, seed)
-    return float(low[0]), float(high[0])
-
-
-def category_intervals(
-    values: Sequence[float],
+def category_estimates(
+    values: ArrayLike,
     members: ArrayLike,
     clusters: Sequence[Hashable] | None = None,
     resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[NDArray, NDArray, Interval]:
-    """Lows and highs (M,) of the mean of each category, and the interval of the mean of these means (macro).
+) -> tuple[list[Estimate], Estimate]:
+    """The mean of each category, and the mean of these means (macro); percentile bootstraps over clusters.
 
     `members` (rows, M) says who belongs to which category. One resample of the clusters serves them all.
     """
     member = np.asarray(members, float)
-    data = np.asarray(values, float)[:, None] * member
+    each = np.asarray(values, float)
+    data = each[:, None] * member
     clustered = _clusters(clusters, len(member))
     hits, counts = _sums(data, clustered), _sums(member, clustered)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     with np.errstate(
         invalid="ignore"
     ):  # a rare category may be drawn by no resample: nan, left out
@@ -111,7 +102,12 @@ def category_intervals(
     macro = np.nansum(means, 1) / (~np.isnan(means)).sum(1)
     low, high = _percentiles(means)
     macro_low, macro_high = _percentiles(macro)
-    return low, high, (float(macro_low), float(macro_high))
+    categories = [
+        Estimate(float(each[one].mean()), float(low[i]), float(high[i]), int(one.sum()))
+        for i, one in enumerate(member.astype(bool).T)
+    ]
+    mean = float(np.mean([category.mean for category in categories]))
+    return categories, Estimate(mean, float(macro_low), float(macro_high), len(categories))
 
 
 def paired_difference(

@@ -11,10 +11,11 @@ import yaml
 
 from storm_vlm.errors import InputError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS, GENERAL, REASONING
-from storm_vlm.evaluation.cells import Cell, Line, Table, estimated, percent, signed, span
+from storm_vlm.evaluation.cells import Cell, Line, Table, estimated, percent, signed
 from storm_vlm.evaluation.compare import SHUFFLED, overall, survives_shuffling
 from storm_vlm.evaluation.records import Reliance
-from storm_vlm.evaluation.run_folder import Run, summarize
+from storm_vlm.evaluation.run_folder import Run
+from storm_vlm.evaluation.summary import RunSummary, Shares, summarize
 
 PHASES = ("decode", "vision", "prefill", "latent", "answer", "tool")
 PAPER_FILE = Path(__file__).with_name("paper_tables.yaml")
@@ -25,7 +26,7 @@ class Measured:
     """Runs and their summaries, by system, benchmark and control ("": none)."""
 
     runs: dict[tuple[str, str, str], Run]
-    summaries: dict[tuple[str, str, str], dict[str, Any]]
+    summaries: dict[tuple[str, str, str], RunSummary]
 
     @property
     def systems(self) -> list[str]:
@@ -36,7 +37,7 @@ class Measured:
         measured = {benchmark for _, benchmark, _ in self.runs}
         return [b for b in BENCHMARKS if b in measured] + sorted(measured - BENCHMARKS.keys())
 
-    def get(self, system: str, benchmark: str, control: str = "") -> dict[str, Any] | None:
+    def get(self, system: str, benchmark: str, control: str = "") -> RunSummary | None:
         return self.summaries.get((system, benchmark, control))
 
 
@@ -110,22 +111,20 @@ def _paper_line(row: dict[str, Any], benchmarks: Sequence[str], mark: str) -> Li
     return Line((Cell(row["model"] + mark, label), *figures), paper=True)
 
 
-def _score(summary: dict[str, Any] | None) -> Cell:
+def _score(summary: RunSummary | None) -> Cell:
     if summary is None:
         return Cell()
-    n, expected = summary["n"], summary["n_expected"]
-    said = [f"n {n:,}" if n == expected else f"only {n:,} of {expected:,}"]
-    said.append(f"unparsed {percent(summary['unparsed'])}%")
-    if summary["errors"]:
-        said.append(f"errors {percent(summary['errors'])}%")
-    official = summary["official"]
-    if official["scored"]:
-        of = "" if official["scored"] == n else f" on {official['scored']:,}"
-        said.append(f"official {percent(official['accuracy'])}{of}")
-    for name, score in list(summary["rules"].items())[1:]:  # the first is the official one
-        said.append(f"{name} rule {percent(score['accuracy'])}")
-    text = f"{percent(summary['accuracy'])} {span(summary['interval'])}"
-    return Cell(text, " · ".join(said), warning=n != expected or summary["errors"] > 0)
+    n, expected, official = summary.n, summary.n_expected, summary.official
+    small = [f"n {n:,}" if n == expected else f"only {n:,} of {expected:,}"]
+    small.append(f"unparsed {percent(summary.unparsed)}%")
+    if summary.errors:
+        small.append(f"errors {percent(summary.errors)}%")
+    if official.scored:
+        some = "" if official.scored == n else f" on {official.scored:,}"
+        small.append(f"official {percent(official.accuracy)}{some}")
+    for name, score in list(summary.rules.items())[1:]:  # the first is the official one
+        small.append(f"{name} rule {percent(score.accuracy)}")
+    return estimated(summary.accuracy, " · ".join(small), n != expected or summary.errors > 0)
 
 
 def _gains(measured: Measured) -> Table:
@@ -149,17 +148,17 @@ def _gain(measured: Measured, system: str, base: str, benchmark: str) -> Cell:
     ours, theirs = (measured.runs.get((s, benchmark, "")) for s in (system, base))
     if ours is None or theirs is None:
         return Cell()
-    found = overall([ours], [theirs])
-    said = [f"right: only it {found['only_ours']}, only the other {found['only_theirs']}"]
+    gain = overall([ours], [theirs])
+    small = [f"right: only it {gain.only_ours}, only the other {gain.only_theirs}"]
     shuffled = [measured.runs.get((s, benchmark, SHUFFLED)) for s in (system, base)]
     warning = False
     if shuffled[0] and shuffled[1]:
-        left = survives_shuffling(ours, theirs, shuffled[0], shuffled[1])
-        said.append(f"shuffled {signed(left['shuffled'])}")
-        if left["not_temporal"] is not None:
-            warning = left["not_temporal"]
-            said.append("not temporal" if warning else f"lost {signed(left['loss'])}")
-    return Cell(signed(found["difference"]), " · ".join(said), warning)
+        beside = survives_shuffling(ours, theirs, shuffled[0], shuffled[1])
+        small.append(f"shuffled {signed(beside.shuffled)}")
+        if beside.not_temporal is not None:
+            warning = beside.not_temporal
+            small.append("not temporal" if warning else f"lost {signed(beside.loss)}")
+    return Cell(signed(gain.difference), " · ".join(small), warning)
 
 
 def _controls(measured: Measured) -> Table:
@@ -185,9 +184,8 @@ def _control(full: Run | None, control: Run | None, measured: Measured) -> Cell:
         return Cell()
     summary = next(s for k, s in measured.summaries.items() if measured.runs[k] is control)
     if full is None:
-        return Cell(percent(summary["accuracy"]))
-    cost = overall([control], [full])["difference"]
-    return Cell(f"{percent(summary['accuracy'])} {span(summary['interval'])}", signed(cost))
+        return Cell(percent(summary.accuracy.mean))
+    return estimated(summary.accuracy, signed(overall([control], [full]).difference))
 
 
 def _reliance(measured: Measured) -> Table:
@@ -229,20 +227,26 @@ def _relied(found: Reliance) -> tuple[Cell, ...]:
 def _latency(measured: Measured, paper: dict[str, Any]) -> Table:
     """Seconds per item, and how many times the first system's on the same benchmark."""
     lines: list[Line] = []
-    seen = {phase for summary in measured.summaries.values() for phase in summary["seconds"]}
-    known = [phase for phase in PHASES if phase in seen]
+    timings = [summary.seconds for summary in measured.summaries.values() if summary.seconds]
+    known = [phase for phase in PHASES if any(phase in timing.phases for timing in timings)]
     for benchmark in measured.benchmarks:
-        found = {s: measured.get(s, benchmark) for s in measured.systems}
-        timed = {s: m for s, m in found.items() if m and m["seconds"]}
-        first = next(iter(timed.values()))["seconds"]["total"] if timed else 1.0
-        for system, summary in timed.items():
-            seconds, low_high = summary["seconds"], summary["seconds"]["interval"]
-            total = f"{seconds['total']:.3g} [{low_high[0]:.3g}, {low_high[1]:.3g}]"
-            phases = (Cell(f"{seconds[p]:.3g}" if p in seconds else "-") for p in known)
-            pace = (Cell(f"{seconds['total'] / first:.2f}x"), Cell(f"{1 / seconds['total']:.3g}"))
-            tokens = Cell(f"{summary['tokens']:.1f}", f"slots {summary['slots_used']:.1f}")
-            cells = (_name(system), Cell(title(benchmark)), Cell(total, f"n {seconds['timed']:,}"))
-            lines.append(Line((*cells, *pace, *phases, tokens)))
+        first = None
+        for system in measured.systems:
+            summary = measured.get(system, benchmark)
+            if summary is None or summary.seconds is None:
+                continue
+            total, phases = summary.seconds.total, summary.seconds.phases
+            first = first or total.mean
+            interval = f"{total.mean:.3g} [{total.low:.3g}, {total.high:.3g}]"
+            cells = (
+                _name(system),
+                Cell(title(benchmark)),
+                Cell(interval, f"n {total.n:,}"),
+                *(Cell(f"{total.mean / first:.2f}x"), Cell(f"{1 / total.mean:.3g}")),
+                *(Cell(f"{phases[p]:.3g}" if p in phases else "-") for p in known),
+                Cell(f"{summary.tokens:.1f}", f"slots {summary.slots_used:.1f}"),
+            )
+            lines.append(Line(cells))
     latency = paper.get("latency", {"rows": ()})
     for row in latency["rows"]:
         figures = (Cell(str(row["seconds"])), Cell(), Cell(str(row["items_per_second"])))
@@ -269,27 +273,24 @@ def _categories(measured: Measured, benchmark: str) -> list[Table]:
     systems = [s for s in measured.systems if measured.get(s, benchmark)]
     summaries = [measured.summaries[s, benchmark, ""] for s in systems]
     tables: list[Table] = []
-    for key in dict.fromkeys(key for summary in summaries for key in summary["groups"]):
-        groups = [summary["groups"].get(key, {"categories": {}}) for summary in summaries]
-        names = dict.fromkeys(name for group in groups for name in group["categories"])
+    for key in dict.fromkeys(key for summary in summaries for key in summary.groups):
+        groups = [summary.groups.get(key) for summary in summaries]
+        names = dict.fromkeys(name for group in groups if group for name in group.categories)
         lines = [
-            Line((Cell(name), *(_category(group["categories"].get(name)) for group in groups)))
+            Line((Cell(name), *(_category(g and g.categories.get(name)) for g in groups)))
             for name in names
         ]
-        macro = (
-            Cell(f"{percent(g['macro'])} {span(g['macro_interval'])}") if "macro" in g else Cell()
-            for g in groups
-        )
+        macro = (estimated(group.macro if group else None) for group in groups)
         lines.append(Line((Cell("mean of these (macro)"), *macro)))
         words = key.replace("_", " ")
         tables.append(Table(f"{title(benchmark)} by {words}", (words, *systems), lines))
     return tables
 
 
-def _category(found: dict[str, Any] | None) -> Cell:
-    if found is None:
+def _category(shares: Shares | None) -> Cell:
+    if shares is None:
         return Cell()
-    said = f"n {found['n']:,} · unparsed {percent(found['unparsed'])}%"
-    if found["official"]["scored"]:
-        said += f" · official {percent(found['official']['accuracy'])}"
-    return Cell(f"{percent(found['accuracy'])} {span(found['interval'])}", said)
+    small = f"n {shares.n:,} · unparsed {percent(shares.unparsed)}%"
+    if shares.official.scored:
+        small += f" · official {percent(shares.official.accuracy)}"
+    return estimated(shares.accuracy, small)

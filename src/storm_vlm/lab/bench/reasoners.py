@@ -16,8 +16,9 @@ from storm_vlm.data.row import read_rows
 from storm_vlm.evaluation.controls import CONTROLS
 from storm_vlm.evaluation.exam import evaluate
 from storm_vlm.evaluation.records import Record
-from storm_vlm.evaluation.run_folder import Run, summarize
+from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import paired_difference
+from storm_vlm.evaluation.summary import summarize
 from storm_vlm.inference.frames import FrameCache, Frames
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reasoners import Reasoner, build_reasoner
@@ -25,7 +26,7 @@ from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world
 from storm_vlm.versions import commit, versions
 
-KEPT = ("accuracy", "interval", "unparsed", "slots_used", "forced_end", "tokens", "rounds")
+KEPT = ("unparsed", "slots_used", "forced_end", "tokens", "rounds")
 FIRST = "storm latent"
 
 
@@ -67,4 +68,11 @@ def bench_reasoners(results: Path, count: int, batch_size: int, bound: int) -> d
 def _arm(records: Sequence[Record], first: Sequence[Record]) -> dict[str, Any]:
     ours, theirs = ([[float(r.correct) for r in side]] for side in (first, records))
     summary = summarize(Run(Path(), {"benchmark": "micro"}, tuple(records)))
-    return {**{name: summary[name] for name in KEPT}, "behind": paired_difference(ours, theirs)}
+    share = summary.accuracy
+    kept = {name: getattr(summary, name) for name in KEPT}
+    return {
+        "accuracy": share.mean,
+        "interval": [share.low, share.high],
+        **kept,
+        "behind": paired_difference(ours, theirs),
+    }

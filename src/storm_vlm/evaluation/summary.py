@@ -1,0 +1,143 @@
+"""All that tables need of a run, counted from its records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from storm_vlm.evaluation.records import Record
+from storm_vlm.evaluation.run_folder import Run, RunError
+from storm_vlm.evaluation.scoring import RULES
+from storm_vlm.evaluation.statistics import Estimate, category_estimates, estimate
+
+
+@dataclass(frozen=True)
+class Score:
+    """By another rule than ours."""
+
+    accuracy: float | None  #: mean over those that the rule has a verdict on; None: it has none
+    scored: int  #: how many these are
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of some records. An unparsed answer and one that could not be asked are wrong."""
+
+    n: int
+    accuracy: Estimate
+    unparsed: float
+    errors: float
+    official: Score
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """By one of a benchmark's ways to group its questions."""
+
+    macro: Estimate  #: the plain mean of the categories
+    categories: dict[str, Shares]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall time of an item in seconds, over the items that were timed."""
+
+    total: Estimate
+    phases: dict[str, float]  #: means
+
+
+@dataclass(frozen=True)
+class RunSummary(Shares):
+    benchmark: str
+    system: str
+    control: str
+    n_expected: int
+    videos: int
+    rules: dict[str, Score]
+    groups: dict[str, Breakdown]
+    seconds: Timing | None
+    # Means over replies; None where there was none.
+    rounds: float | None
+    tokens: float | None
+    prompt_tokens: float | None
+    visual_tokens: float | None
+    opened: float | None
+    slots_used: float | None
+    forced_end: float | None
+
+
+def summarize(run: Run) -> RunSummary:
+    """Raises RunError for a run without answers."""
+    records = run.records
+    if not records:
+        raise RunError(f"{run.folder}: no answers yet")
+    replies = [record.reply for record in records if record.reply]
+    counted = ("rounds", "tokens", "prompt_tokens", "visual_tokens", "opened", "slots_used")
+    counts: dict[str, Any] = {name: _mean([getattr(r, name) for r in replies]) for name in counted}
+    overall = estimate([record.correct for record in records], run.videos)
+    return RunSummary(
+        benchmark=run.benchmark,
+        system=run.system,
+        control=run.control,
+        n_expected=run.provenance.get("n_expected", len(records)),
+        videos=len(set(run.videos)),
+        **vars(_shares(records, overall)),
+        rules={
+            name: _score([rule(r.reply.text, r) if r.reply else 0.0 for r in records])
+            for name, rule in RULES.get(run.benchmark, {}).items()
+        },
+        groups={
+            key: _breakdown(run, key)
+            for key in dict.fromkeys(key for record in records for key in record.groups)
+        },
+        seconds=_timing(records),
+        **counts,
+        forced_end=_mean([reply.forced_end for reply in replies if reply.opened]),
+    )
+
+
+def _shares(records: Sequence[Record], accuracy: Estimate) -> Shares:
+    n = len(records)
+    return Shares(
+        n=n,
+        accuracy=accuracy,
+        unparsed=sum(not r.parsed and r.error is None for r in records) / n,
+        errors=sum(r.error is not None for r in records) / n,
+        official=_score([r.official for r in records]),
+    )
+
+
+def _score(scores: Sequence[float | None]) -> Score:
+    verdicts = [score for score in scores if score is not None]
+    return Score(_mean(verdicts), len(verdicts))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return mean(map(float, values)) if values else None
+
+
+def _breakdown(run: Run, key: str) -> Breakdown:
+    labels = [record.groups.get(key, "(none)") for record in run.records]
+    names = sorted(set(labels))
+    members = [[label == name for name in names] for label in labels]
+    hits = [record.correct for record in run.records]
+    accuracies, macro = category_estimates(hits, members, run.videos)
+    shares = {
+        name: _shares([r for r, label in zip(run.records, labels, strict=True) if label == name], a)
+        for name, a in zip(names, accuracies, strict=True)
+    }
+    return Breakdown(macro, shares)
+
+
+def _timing(records: Sequence[Record]) -> Timing | None:
+    timed = [(r.video, r.reply.seconds) for r in records if r.reply and "total" in r.reply.seconds]
+    if not timed:
+        return None
+    spent = [seconds for _, seconds in timed]
+    phases = dict.fromkeys(phase for seconds in spent for phase in seconds if phase != "total")
+    return Timing(
+        estimate([seconds["total"] for seconds in spent], [video for video, _ in timed]),
+        {phase: mean(seconds.get(phase, 0.0) for seconds in spent) for phase in phases},
+    )
