@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from pathlib import Path
@@ -12,8 +11,9 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from storm_vlm.lab.report import accuracy_bars
-from storm_vlm.lab.reproduce.page import grid_of
+from storm_vlm.lab.reproduce.comparison_table import read_tables
+from storm_vlm.lab.reproduce.evidence_charts import dots
+from storm_vlm.lab.reproduce.evidence_page import grid_of
 from storm_vlm.lab.world.clips import HORIZON
 from storm_vlm.lab.world.questions import sample_reasoning
 from storm_vlm.lab.world.render import clip_frames, thought_frames
@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def results(found: dict[str, Any]) -> str:
     """The results section, in Markdown: the first tables of docs/results.md."""
-    micro = recorded("micro")
+    references = found["references"]
+    shortcuts, perception = references["shortcuts"], references["perception"]
+    best = max(shortcuts, key=lambda name: shortcuts[name])
     lines = [
         f"Micro world, {found['n_test']} test questions about the unseen part, every arm with the same rows and the same number of optimizer "
         f"steps ({found['steps']}); 95% intervals over seeds and questions. All tables, with what differs from the paper: "
@@ -33,18 +35,17 @@ def results(found: dict[str, Any]) -> str:
     ]
     for name in ("main", "stages"):
         table = found["tables"][name]
-        lines += [f"**{table['title']}** ({table['paper']} of the paper)", "", grid_of(table), ""]
+        heading = f"**{table['title']}** ({table['paper']} of the paper)"
+        lines += [heading, "", table["paragraph"], "", grid_of(table), ""]
     lines += [
-        f"Best shortcut ({max(micro['shortcuts'], key=micro['shortcuts'].get).replace('_', ' ')}): {micro['shortcut_best']:.1%}; uniform guess: {micro['chance']:.1%}.",
-        "",
-        *(f"- {sentence}" for sentence in found["findings"]["main"] + found["findings"]["stages"]),
+        f"Best shortcut ({best.replace('_', ' ')}): {shortcuts[best]:.1%}; uniform guess: {references['chance']:.1%}.",
         "",
         "![Accuracy of each arm](docs/images/micro.svg)",
         "",
         "Perception of the shipped backbone, in scenes with one ball (as all but the harder split have) and in all: "
         + ", ".join(
-            f"{family} {micro['perception_one_ball'][family]:.1%} / {score:.1%}"
-            for family, score in micro["perception"].items()
+            f"{family} {perception['one'][family]:.1%} / {score:.1%}"
+            for family, score in perception["all"].items()
         )
         + ".",
     ]
@@ -74,11 +75,11 @@ def latency(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(micro: dict[str, Any], folder: Path) -> None:
-    """`micro.svg`, the arms, and `world.png`, a clip and its thought video."""
+def draw(main: dict[str, Any], folder: Path) -> None:
+    """`micro.svg`, the arms of the main table, and `world.png`, a clip and its thought video."""
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "storm"}):
-        accuracy_bars(micro).savefig(folder / "micro.svg", metadata={"Date": None})
+        dots(main).savefig(folder / "micro.svg", metadata={"Date": None})
     scene, question = next(iter(sample_reasoning(random.Random(4), REASONING, 1, HORIZON)))
     gap = np.full((128, 10, 3), 255, np.uint8)
     shown = clip_frames(scene)[1::2]
@@ -93,7 +94,7 @@ SECTIONS = {
 
 
 def recorded(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+    return read_tables((ROOT / "docs" / "results" / f"{name}.json").read_text())
 
 
 def main() -> None:
@@ -108,7 +109,7 @@ def main() -> None:
             "README.md is not what docs/results says: run dev/tables.py" if wanted != text else 0
         )
     readme.write_text(wanted)
-    draw(recorded("micro"), ROOT / "docs/images")
+    draw(recorded("reproduce")["tables"]["main"], ROOT / "docs/images")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from storm_vlm.lab.bench.stub import StubTeacher, completion, send
+from stub_teacher import StubTeacher, completion, send
 
 Script = Callable[[list[dict[str, Any]]], str | int]
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import run_storm
+from kill_trials import _Trial, bare_rows, kill_trials, stub_config
+from stub_teacher import Call, StubTeacher, completion, send
 
 from storm_vlm.construction.build import Builder, Shard, collect, run
 from storm_vlm.construction.config import STEPS, BuildConfig
@@ -19,8 +21,6 @@ from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.data.store import Store
 from storm_vlm.data.video import read_video
 from storm_vlm.errors import StormError
-from storm_vlm.lab.bench.construction import _Trial, bare_rows, kill_trials, stub_config
-from storm_vlm.lab.bench.stub import Call, StubTeacher, completion, send
 from storm_vlm.lab.world.clips import build_world
 
 
@@ -309,7 +309,7 @@ def test_the_world_s_oracle_is_simulated_again(tmp_path: Path) -> None:
 
 
 def test_kills_lose_and_repeat_nothing(source: Path, tmp_path: Path) -> None:
-    """`storm bench build` does the same more often, for the record."""
+    """`tests/kill_trials.py` does the same more often, for the record."""
     found = kill_trials(source, tmp_path, 8, random.Random(0))
     assert found["kills_tried"] == 8
     assert not any(found[name] for name in found if name.startswith(("rows_l", "rows_d", "rows_c")))

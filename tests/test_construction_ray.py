@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import psutil
+from kill_trials import bare_rows, stub_config
+from stub_teacher import StubTeacher
 
 from storm_vlm.construction.build import run
 from storm_vlm.construction.ray_build import on_ray
 from storm_vlm.data.store import Store
-from storm_vlm.lab.bench.construction import bare_rows, stub_config
-from storm_vlm.lab.bench.stub import StubTeacher
 
 
 def kill_workers(store: Path, killed: list[str]) -> None:

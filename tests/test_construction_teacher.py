@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stub_teacher import StubTeacher, completion, send
 
 from storm_vlm.construction.config import TeacherConfig
 from storm_vlm.construction.prompts import Keyframes, ReasoningPlan, VideoPrompt
 from storm_vlm.construction.teacher import BudgetReached, TeacherClient, Unanswered
 from storm_vlm.data.store import Store
 from storm_vlm.errors import StormError
-from storm_vlm.lab.bench.stub import StubTeacher, completion, send
 
 MESSAGES = [{"role": "user", "content": "which frames?"}]
 GOOD = '{"selected": [3, 1]}'

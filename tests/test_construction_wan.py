@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
+from kill_trials import bare_rows
 from PIL import Image
+from stub_teacher import StubTeacher
 from tiny_wan import save_tiny_wan
 
 from storm_vlm.construction.build import run
@@ -18,8 +20,6 @@ from storm_vlm.construction.types import Rejected, Request
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import read_video
 from storm_vlm.errors import StormError
-from storm_vlm.lab.bench.construction import bare_rows
-from storm_vlm.lab.bench.stub import StubTeacher
 
 PROMPT = "a ball rolls over the board"
 SMALL = {"device": "cpu", "dtype": "float32", "area": 48 * 48, "num_frames": 9, "steps": 2}

@@ -1,4 +1,4 @@
-"""The micro experiment and the quickstart, in small."""
+"""The micro experiment, in small."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row
@@ -16,14 +15,13 @@ from storm_vlm.lab.arms import ARMS
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.experiment import (
     LONGEST_ANSWER,
-    MICRO_CONFIGS,
     Size,
     _chain,
     build_data,
     read_results,
     run_arm,
 )
-from storm_vlm.lab.quickstart import quickstart
+from storm_vlm.lab.micro_config import MICRO_CONFIGS
 from storm_vlm.lab.world.backbone import deepen
 from storm_vlm.model.latent import answer_loss
 from storm_vlm.model.rollout import rollout
@@ -31,30 +29,6 @@ from storm_vlm.training.checkpoints import last_whole_checkpoint, seal
 from storm_vlm.training.config import load_config
 
 TINY = Size(train_rows=8, test_rows=6, ood_rows=4, steps=2)
-
-
-def test_quickstart_writes_a_report_and_resumes(tmp_path: Path) -> None:
-    console = Console(record=True, width=200)
-    quickstart(tmp_path, console, TINY)
-    summary = json.loads((tmp_path / "results.json").read_text())
-    assert {"sft", "full", "base", "full_swapped_latents", "full_minus_sft", "chance"} <= set(
-        summary
-    )
-    assert summary["n_test"] == TINY.test_rows and set(summary["shortcuts"]) >= {
-        "majority",
-        "text_only",
-    }
-    page = (tmp_path / "report.html").read_text()
-    for source in re.findall(r'<video src="([^"]+)"', page):
-        assert (tmp_path / source).exists()
-    assert not re.search(r'(src|href)="https?:', page)  # no request leaves the page
-    assert "storm answer" in console.export_text()
-    weights = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
-    assert weights
-    (tmp_path / "report.html").unlink()
-    quickstart(tmp_path, console, TINY)
-    assert (tmp_path / "report.html").exists()
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} == weights
 
 
 @pytest.mark.parametrize("arm", [arm for arm, what in ARMS.items() if what.trained])

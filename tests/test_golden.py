@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 
 from storm_vlm.data.row import read_rows
 from storm_vlm.lab.checkpoints import shipped
-from storm_vlm.lab.experiment import MICRO_CONFIGS
+from storm_vlm.lab.micro_config import MICRO_CONFIGS
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.tokens import add_latent_tokens
 from storm_vlm.training.config import load_config

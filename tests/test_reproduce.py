@@ -13,10 +13,10 @@ from command_line import run_storm
 from storm_vlm.analysis.reliance import KINDS
 from storm_vlm.lab.arms import ARMS, COMPARISONS
 from storm_vlm.lab.experiment import Size, read_results
-from storm_vlm.lab.reproduce.findings import sentences
-from storm_vlm.lab.reproduce.page import markdown, table_rows
-from storm_vlm.lab.reproduce.run import FAST, FULL, Plan, _belongs, _cost, reproduce
-from storm_vlm.lab.reproduce.tables import table
+from storm_vlm.lab.reproduce.comparison_table import comparison_table
+from storm_vlm.lab.reproduce.evidence import FAST, FULL, Plan, _belongs, _cost, reproduce
+from storm_vlm.lab.reproduce.evidence_page import markdown, table_rows
+from storm_vlm.lab.reproduce.evidence_page import verdicts as verdicts_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Plan(Size(train_rows=16, test_rows=8, ood_rows=2, steps=7), 1, probed=3, drawn=6, rounds=1)
@@ -48,7 +48,7 @@ RESULTS = {
 
 
 def test_a_table_counts_over_seeds_and_pairs_what_seeds_share() -> None:
-    found = table(COMPARISONS["main"], RESULTS)
+    found = comparison_table(COMPARISONS["main"], RESULTS)
     lines = {line["arm"]: line for line in found["lines"]}
     assert lines["full"]["accuracy"].mean == 5 / 8 and lines["full"]["by_seed"] == [0.75, 0.5]
     assert lines["full"]["accuracy"].low < 5 / 8 < lines["full"]["accuracy"].high
@@ -61,69 +61,59 @@ def test_a_table_counts_over_seeds_and_pairs_what_seeds_share() -> None:
     assert tampered["own"].mean == 5 / 8 and lines["sft"]["tampered"] is None
     cells = dict(zip(lines, table_rows(found), strict=True))
     assert cells["cot"][1] == "not measured" and cells["full"][1].startswith("62.5% (")
-    assert {len(row) for row in cells.values()} == {9}
+    assert {len(row) for row in cells.values()} == {10}
+    assert cells["sft"][3] == lines["sft"]["paper_agrees"]
 
 
 def test_an_arm_of_another_size_is_set_against_its_own_storm() -> None:
     results = {arm: [run(arm, 0, [arm == "deep_full"] * 4)] for arm in COMPARISONS["sizes"].arms}
-    lines = {line["arm"]: line for line in table(COMPARISONS["sizes"], results)["lines"]}
+    table = comparison_table(COMPARISONS["sizes"], results)
+    lines = {line["arm"]: line for line in table["lines"]}
     assert lines["deep_sft"]["behind"].mean == 1 and lines["sft"]["behind"].mean == 0
 
 
-def said(name: str, ours: float, theirs: float) -> str:
-    """All sentences of a table: its references are right with a share of `ours`, its other arms of `theirs`."""
+def verdicts(name: str, ours: float, theirs: float) -> dict[str, str]:
+    """By arm: the references are right with a share of `ours`, the other arms of `theirs`."""
     comparison = COMPARISONS[name]
     results = {}
     for arm in comparison.arms:
         leads = arm == comparison.reference or arm in comparison.rivals.values()
         share = ours if leads else theirs
         results[arm] = [run(arm, s, [i < 40 * share for i in range(40)]) for s in (0, 1)]
-    return _sentences(name, results)
+    lines = comparison_table(comparison, results)["lines"]
+    return {
+        line["arm"]: line["paper_agrees"] for line in lines if line["arm"] in comparison.claimed
+    }
 
 
-def _sentences(name: str, results: dict[str, Any]) -> str:
-    return " ".join(sentences(name, table(COMPARISONS[name], results)))
-
-
-@pytest.mark.parametrize(
-    ("name", "ahead", "behind", "same"),
-    [
-        (
-            "main",
-            ", as in Tables 1 and 2",
-            ", unlike Tables 1 and 2",
-            "no difference shown, unlike Tables",
-        ),
-        ("stages", ", as in Table 6", ", unlike Table 6", "no difference shown, unlike Table 6"),
-        ("sizes", "leads at both sizes", "not shown", "not shown"),
-        (
-            "latent_sizes",
-            ", as in Table 5",
-            ", unlike Table 5",
-            "no difference shown, unlike Table 5",
-        ),
-        ("targets", "is ahead of", "is behind", "is not shown to differ from"),
-        ("slot_inputs", "is ahead of", "is behind", "is not shown to differ from"),
-        ("rows", "+75.0 points", "-75.0 points", "+0.0 points"),
-    ],
-)
-def test_sentences_follow_the_figures(name: str, ahead: str, behind: str, same: str) -> None:
-    assert ahead in said(name, 1.0, 0.25) and behind not in said(name, 1.0, 0.25)
-    assert behind in said(name, 0.25, 1.0) and ahead not in said(name, 0.25, 1.0)
-    assert same in said(name, 0.5, 0.5) and ahead not in said(name, 0.5, 0.5)
+@pytest.mark.parametrize("name", ["main", "stages", "sizes", "latent_sizes"])
+def test_the_paper_agrees_where_the_interval_says_so(name: str) -> None:
+    for ours, theirs, verdict in (
+        (1.0, 0.25, "yes"),
+        (0.25, 1.0, "no"),
+        (0.5, 0.5, "no difference shown"),
+    ):
+        found = verdicts(name, ours, theirs)
+        assert len(found) >= 3 and set(found.values()) == {verdict}
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_sentences_are_said_of_what_there_is(name: str) -> None:
-    """Any arm may be missing, or share no seed with the others: nothing breaks, and nothing is said of it."""
+def test_nothing_is_concluded_of_what_is_not_measured_or_not_learned(name: str) -> None:
     comparison = COMPARISONS[name]
+    assert set(comparison.claimed) <= set(comparison.arms) - {comparison.reference}
     whole = {arm: [run(arm, 0, [True, False])] for arm in comparison.arms}
     for gone in comparison.arms:
-        _sentences(name, {arm: runs for arm, runs in whole.items() if arm != gone})
-        other_seed = whole | {gone: [run(gone, 1, [True, False])]}
-        _sentences(name, other_seed)
-    assert "points" not in _sentences(name, {})
-    assert "one seed" in _sentences(name, whole) and "one seed" not in said(name, 1.0, 0.5)
+        results = {arm: runs for arm, runs in whole.items() if arm != gone}
+        lines = {line["arm"]: line for line in comparison_table(comparison, results)["lines"]}
+        assert lines[gone]["paper_agrees"] == "" and lines[gone]["accuracy"] is None
+        if gone == comparison.reference and not comparison.rivals:
+            assert not any(line["paper_agrees"] for line in lines.values())
+    rehearsed = comparison_table(comparison, whole, rehearsal=True)["lines"]
+    assert not any(line["paper_agrees"] for line in rehearsed)
+    said = {line["paper_agrees"] for line in comparison_table(comparison, whole)["lines"]}
+    assert said - {"", "not in the paper"} == (
+        {"no difference shown"} if comparison.claimed else set()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +138,13 @@ def test_reproduce_trains_the_chosen_tables_and_writes_down_all(
     for comparison in COMPARISONS.values():
         assert f"## {comparison.title} ({comparison.paper})" in text
     assert "not measured" in text and "A rehearsal" in text  # SFT, say; and seven steps
-    for name in ("micro", "targets", "reliance"):
-        record = (folder / f"docs/results/{name}.json").read_text()
-        assert json.loads(record)["command"] and "NaN" not in record
+    reliance = (folder / "docs/results/reliance.json").read_text()
+    assert json.loads(reliance)["command"] and "NaN" not in reliance
+    assert {"shortcuts", "chance", "perception"} == set(record["references"])
     page = (folder / "report.html").read_text()
     assert page.count("data:image/svg+xml") >= len(COMPARISONS) + 5
+    assert "A rehearsal" in page and not re.search("as in the paper|unlike", page + text)
+    assert [line for line in verdicts_of(found) if "rehearsal" not in line] == []
     assert "Does the answer depend on the latents?" in page and "Watch the thought" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # no request leaves the page
 
@@ -194,7 +186,7 @@ def test_the_shipped_tables_are_made_of_the_shipped_outcomes() -> None:
     assert record["cost"] == _cost(results)
     for name, comparison in COMPARISONS.items():
         assert record["tables"][name] == json.loads(
-            json.dumps(table(comparison, results), default=asdict)
+            json.dumps(comparison_table(comparison, results), default=asdict)
         )
 
 

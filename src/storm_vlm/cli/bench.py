@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import App, Parameter, validators
-from cyclopts.types import NonNegativeFloat, PositiveInt
+from cyclopts.types import PositiveInt
 
 from storm_vlm.cli.terminal import LAB, Switch, console, show_json
 
@@ -50,30 +50,6 @@ def train(
 
 
 @app.command
-def build(
-    *,
-    results: Results = None,
-    kills: PositiveInt = 40,
-    rows: Annotated[int, _at_least(4)] = 48,
-    workers: Annotated[list[PositiveInt], Parameter(negative="")] = [1, 2, 4, 8, 16],  # noqa: B006
-    latency: NonNegativeFloat = 0.1,
-    ray: bool = True,
-) -> None:
-    """Kill data construction at random, count what is lost or paid twice; rows per second by workers.
-
-    Args:
-        kills: Times that a run is killed.
-        rows: Of the micro world.
-        workers: Rows in work at a time; repeat for each.
-        latency: Seconds that the stub teacher takes.
-        ray: Compare with a local Ray cluster, too.
-    """
-    from storm_vlm.lab.bench.construction import bench_build
-
-    show_json(bench_build(results, kills, rows, workers, latency, ray))
-
-
-@app.command
 def latency(
     *,
     shape: Shape = "micro",
@@ -106,27 +82,6 @@ def latency(
     lengths = Lengths(answer_tokens, cot_tokens, grounded_tokens, tool_rounds, tool_tokens)
     figures = bench_latency(shape, device, rows, rounds, batch_size, lengths, results)
     console.print(*latency_tables(figures))
-
-
-@app.command
-def reasoners(
-    *,
-    results: Path = Path("docs/results/reasoners.json"),
-    rows: Annotated[int, _at_least(2)] = 400,
-    batch_size: PositiveInt = 50,
-    max_new_tokens: PositiveInt = 64,
-) -> None:
-    """Accuracy of each way to reason on the micro world, and of the shipped STORM under controls.
-
-    Args:
-        results: JSON file for the record.
-        rows: Questions of the micro world's test split.
-        batch_size: Rows at a time.
-        max_new_tokens: Of a chain of thought's turn.
-    """
-    from storm_vlm.lab.bench.reasoners import bench_reasoners
-
-    show_json(bench_reasoners(results, rows, batch_size, max_new_tokens)["arms"])
 
 
 @app.command

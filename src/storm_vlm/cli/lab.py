@@ -98,8 +98,9 @@ def reproduce(
     """
     from dataclasses import replace
 
-    from storm_vlm.lab.reproduce.run import FAST, FULL
-    from storm_vlm.lab.reproduce.run import reproduce as run
+    from storm_vlm.lab.reproduce.evidence import FAST, FULL
+    from storm_vlm.lab.reproduce.evidence import reproduce as run
+    from storm_vlm.lab.reproduce.evidence_page import verdicts
 
     plan = FAST if fast else FULL
     size = replace(
@@ -111,8 +112,7 @@ def reproduce(
     command += f" --seeds {plan.seeds} --steps {size.steps} --train-rows {size.train_rows}"
     command += "".join(f" --table {name}" for name in table)
     command += f" --out {out}" if out else ""
-    found = run(folder, out or folder, plan, table, jobs, command)
-    for sentences in found["findings"].values():
-        for sentence in sentences:
-            show(f"- {sentence}")
+    evidence = run(folder, out or folder, plan, table, jobs, command)
+    for line in verdicts(evidence):
+        show(line)
     show(f"wrote {(out or folder) / 'results.md'} and {folder / 'report.html'}")

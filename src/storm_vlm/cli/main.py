@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ app.command(bench.app)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: what a user can mend becomes one line, anything else a traceback and how to report it."""
+    # OpenMP's threads are not to spin while they wait: on a busy machine that takes the cores from the work itself.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     logging.basicConfig(format="%(message)s")
     logging.getLogger("storm_vlm").setLevel(logging.INFO)  # what was chosen, and why
     try:

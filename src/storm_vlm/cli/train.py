@@ -25,7 +25,7 @@ def train(config: str, /, *overrides: str) -> None:
         config: A YAML file, or the name of a micro one: stage1, stage2, sft …
         overrides: key=value, e.g. training.max_steps=100 method.latent_budget=4
     """
-    from storm_vlm.lab.experiment import MICRO_CONFIGS
+    from storm_vlm.lab.micro_config import MICRO_CONFIGS
     from storm_vlm.training.config import load_config
     from storm_vlm.training.train import train as run
 

@@ -107,14 +107,17 @@ ARMS: dict[str, Arm] = {
 class Comparison:
     """Arms side by side: the counterpart of a table of the paper, or a question that it leaves open.
 
-    `names` are what an arm is called here, where that is not its own name; `rivals` what an arm is set against,
-    where that is not the `reference`.
+    `paragraph` says how to read the table, and what differs from the paper. `claimed` are the arms that the paper has
+    behind the `reference`. `names` are what an arm is called here, where that is not its own name; `rivals` what an
+    arm is set against, where that is not the `reference`.
     """
 
     title: str
     paper: str
+    paragraph: str
     arms: tuple[str, ...]
     reference: str
+    claimed: tuple[str, ...] = ()
     names: dict[str, str] = field(default_factory=dict)
     rivals: dict[str, str] = field(default_factory=dict)
 
@@ -130,18 +133,31 @@ COMPARISONS: dict[str, Comparison] = {
     "main": Comparison(
         "STORM against its baselines",
         "Tables 1 and 2",
+        "All start from one backbone and take the same rows and steps. The learning rate was searched for STORM; SFT "
+        "is shown with that rate and with a better one of its own. The paper's chains of thought are written by the "
+        "backbone as it is, ours are taught by the oracle's plans. Pause slots show what more computation alone "
+        "does, and another clip's latents whether the answer depends on them: the paper has neither.",
         ("base", "cot", "sft", "sft_slower", "pause", "full"),
         "full",
+        ("cot", "sft", "sft_slower"),
     ),
     "stages": Comparison(
-        "Stages", "Table 6", ("stage1_only", "stage1_first", "stage2_only", "full"), "full"
+        "Stages",
+        "Table 6",
+        "Stage I alone and Stage II alone take as many steps as both stages together, as in the paper. STORM before "
+        "its Stage II has taken fewer, and shows what Stage II adds.",
+        ("stage1_only", "stage1_first", "stage2_only", "full"),
+        "full",
+        ("stage1_only", "stage1_first", "stage2_only"),
     ),
     "targets": Comparison(
         "What slots are aligned to (Stage I alone)",
         "the paper's future work",
+        "Each arm has its slots aligned to something else. Another row's thought video is a control: it teaches what "
+        "such videos have in common, and nothing about this clip.",
         ("stage1_only", "self_distilled", "future", "keyframes", "shuffled", "pause", "sft"),
         "stage1_only",
-        {
+        names={
             "stage1_only": "the oracle's thought video",
             "pause": "none: pause slots",
             "sft": "no slots: SFT",
@@ -150,9 +166,11 @@ COMPARISONS: dict[str, Comparison] = {
     "slot_inputs": Comparison(
         "What slots are fed with in Stage I",
         "not in the paper",
+        "The paper does not say what the slots are fed with while they are aligned. In inference it can only be the "
+        "model's own states.",
         ("stage1_only", "fed_targets", "fed_states", "pause"),
         "stage1_only",
-        {
+        names={
             "stage1_only": "targets at first, then own states",
             "pause": "a pause token, no target",
         },
@@ -160,8 +178,11 @@ COMPARISONS: dict[str, Comparison] = {
     "sizes": Comparison(
         "Two sizes of the backbone",
         "Table 3",
+        "The larger backbone has two more layers, which add nothing before they are trained. SFT of each size is set "
+        "against STORM of that size. The paper's Table 3 has a smaller model beside its own baseline.",
         ("base", "sft", "full", "deep_sft", "deep_full"),
         "full",
+        ("base", "sft", "deep_sft"),
         {
             "base": "Backbone, perception only (either size)",
             "sft": "SFT, four layers",
@@ -172,16 +193,21 @@ COMPARISONS: dict[str, Comparison] = {
     "latent_sizes": Comparison(
         "Latent size",
         "Table 5",
+        "A thought video here has eight steps, so K = 8 is a step a slot. What is not pooled has only two of the "
+        "thought video's frames, or K would be 128.",
         ("k4", "full", "k16", "unpooled"),
         "full",
+        ("k4", "k16", "unpooled"),
         {"full": "K = 8, a step a slot"},
     ),
     "rows": Comparison(
         "How many rows it takes",
         "not in the paper",
+        "All arms take the same number of steps, so fewer rows are seen more often. SFT is set against STORM on as "
+        "many rows.",
         ("sft_eighth", "full_eighth", "sft_third", "full_third", "sft", "full"),
         "full",
-        {"sft": "SFT, all rows", "full": "STORM, all rows"},
-        {"sft_eighth": "full_eighth", "sft_third": "full_third"},
+        names={"sft": "SFT, all rows", "full": "STORM, all rows"},
+        rivals={"sft_eighth": "full_eighth", "sft_third": "full_third"},
     ),
 }

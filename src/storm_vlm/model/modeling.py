@@ -24,6 +24,7 @@ from storm_vlm.model.adapters import adapted_config, merge_adapters
 from storm_vlm.model.backbones import BACKBONES, backbone
 from storm_vlm.model.checkpoint import ADAPTERS, CheckpointError, base_of, checkpoint_path
 from storm_vlm.model.generation import LatentRolloutMixin
+from storm_vlm.model.threads import one_thread_if_small
 
 
 class StormForConditionalGeneration(LatentRolloutMixin):
@@ -111,6 +112,7 @@ def enable_latents(model: Any) -> Any:
 
     Its core also gets what its backbone's adapter says (`storm_vlm.model.backbones`): a Qwen2.5-VL the position rule
     it was trained with. A model type without an adapter gets the latent rollout in ``generate``.
+    A small model sets this process to one thread (`storm_vlm.model.threads`).
 
     Returns:
         The same object.
@@ -129,6 +131,7 @@ def _enable(model: Any, method: type) -> Any:
     if not isinstance(model, method):
         model.__class__ = _extended(type(model), method)
         _extend_core(model)
+    one_thread_if_small(model)
     return model
 
 

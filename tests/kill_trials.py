@@ -1,4 +1,7 @@
-"""Is anything lost or paid twice when data construction is killed, and how fast is it?"""
+"""Is anything lost or paid twice when data construction is killed, and how fast is it?
+
+The tests do a few trials; `python tests/kill_trials.py docs/results/data.json` does many, for the record.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -16,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stub_teacher import StubTeacher
 from tqdm.auto import tqdm
 
 from storm_vlm.construction.build import in_threads, run
@@ -23,7 +28,6 @@ from storm_vlm.construction.config import BuildConfig
 from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.data.store import Store
-from storm_vlm.lab.bench.stub import StubTeacher
 from storm_vlm.lab.world.clips import build_world
 from storm_vlm.versions import commit, versions
 
@@ -211,3 +215,9 @@ def _ray_trial(source: Path, folder: Path, teacher: StubTeacher) -> dict[str, An
         run(source, folder / name, stub_config(teacher), work=how)
     plain, ray = ((folder / name / "rows.jsonl").read_bytes() for name in work)
     return {"ray_rows_equal": plain == ray}
+
+
+if __name__ == "__main__":
+    record = Path(sys.argv[1]) if sys.argv[1:] else None
+    found = bench_build(record, 40, 48, [1, 2, 4, 8, 16], 0.1, ray=True)
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")

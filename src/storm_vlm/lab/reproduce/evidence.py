@@ -17,18 +17,11 @@ from storm_vlm.errors import InputError
 from storm_vlm.lab.arms import ARMS, COMPARISONS
 from storm_vlm.lab.bench.latency import Lengths, bench_latency
 from storm_vlm.lab.checkpoints import shipped
-from storm_vlm.lab.experiment import Result, Size, build_data, read_results, run_arms, summarize
-from storm_vlm.lab.reproduce.findings import findings
-from storm_vlm.lab.reproduce.page import markdown, write_page
-from storm_vlm.lab.reproduce.tables import table
+from storm_vlm.lab.experiment import Result, Size, read_results, run_arms
+from storm_vlm.lab.reproduce.comparison_table import comparison_table, reference_scores
+from storm_vlm.lab.reproduce.evidence_page import markdown, write_page
 from storm_vlm.lab.world.clips import build_world
 from storm_vlm.versions import commit, versions
-
-# Figures for the record that README's tables are made from.
-RECORDS = {
-    "micro": ("base", "sft", "pause", *COMPARISONS["stages"].arms),
-    "targets": COMPARISONS["targets"].arms,
-}
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,7 @@ def reproduce(
     not done again, whatever machine it ran on, and tables show all there are.
 
     Raises:
-        ValueError: no comparison has such a name, or a folder holds runs of other settings.
+        InputError: no comparison has such a name, or a folder holds runs of other settings.
     """
     if unknown := set(chosen) - set(COMPARISONS):
         raise InputError(
@@ -82,35 +75,36 @@ def reproduce(
     run_arms(folder, outcomes, trained, range(plan.seeds), plan.size, jobs)
     run_arms(folder, outcomes, ["base"], [0], plan.size, 1)
     results = read_results(outcomes, plan.size)
-    data = build_data(folder / "data", plan.size)
     latency = _latency(folder / "latency.json", plan.rounds)
-    analysis = _analysis(folder, data["test"], plan)
-    found: dict[str, Any] = {
+    analysis = _analysis(folder, plan)
+    rehearsal = plan.size.steps <= FAST.size.steps
+    tables = {name: comparison_table(c, results, rehearsal) for name, c in COMPARISONS.items()}
+    evidence: dict[str, Any] = {
         "command": command,
         "commit": commit(),
         "versions": versions(),
-        "rehearsal": plan.size.steps <= FAST.size.steps,
+        "rehearsal": rehearsal,
         "steps": plan.size.steps,
         "train_rows": plan.size.train_rows,
         "n_test": plan.size.test_rows,
         "cost": _cost(results),
-        "tables": {name: table(of, results) for name, of in COMPARISONS.items()},
+        "references": reference_scores(
+            plan.size.train_rows, plan.size.test_rows, results.get("sft", ())
+        ),
+        "tables": tables,
         "latency": latency,
         "analysed": {"full-0": "STORM of seed 0", "shipped": "the shipped STORM"}[analysis.name],
         **vars(read_analysis(analysis)),
     }
-    found["findings"] = findings(found)
-    write_json(out / "results" / "reproduce.json", found)
+    write_json(out / "results" / "reproduce.json", evidence)
     about = json.loads((analysis / "reliance.json").read_text())
     reliance = about.pop("reliance")
-    about |= {"command": command, "checkpoint": found["analysed"]}
+    about |= {"command": command, "checkpoint": evidence["analysed"]}
     write_json(out / "results" / "reliance.json", {**about, **reliance})
-    for name, arms in RECORDS.items():
-        runs = [run for arm in arms for run in results.get(arm, ())]
-        write_json(out / "results" / f"{name}.json", summarize(runs, data, command, arms))
-    write_text(out / "results.md", markdown(found))
-    write_page(folder / "report.html", found, json.loads((analysis / "examples.json").read_text()))
-    return found
+    write_text(out / "results.md", markdown(evidence))
+    examples = json.loads((analysis / "examples.json").read_text())
+    write_page(folder / "report.html", evidence, examples)
+    return evidence
 
 
 def _belongs(folder: Path, plan: Plan) -> None:
@@ -127,7 +121,7 @@ def _belongs(folder: Path, plan: Plan) -> None:
 
 def _cost(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
     """What the runs took that were done in one go, of all that there are."""
-    runs = [run for of in results.values() for run in of if ARMS[run["arm"]].trained]
+    runs = [run for arm in results.values() for run in arm if ARMS[run["arm"]].trained]
     timed = [run["seconds"] for run in runs if run["seconds"] is not None]
     return {"runs": len(runs), "timed": len(timed), "core_hours": sum(timed) / 3600}
 
@@ -139,13 +133,14 @@ def _latency(file: Path, rounds: int) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def _analysis(folder: Path, test: Path, plan: Plan) -> Path:
+def _analysis(folder: Path, plan: Plan) -> Path:
     """Folder of what `storm analyze` finds of the STORM of seed 0, or of the shipped one if there is none."""
     trained = (folder / "full-0" / "1-stage2" / "versions.json").exists()
     checkpoint = folder / "full-0" / "1-stage2" if trained else shipped("storm")
     out = folder / "analysis" / ("full-0" if trained else "shipped")
     if not (out / "report.html").exists():  # the last file that an analysis writes
         data = folder / "data"
+        test = build_world(data, "reasoning", "test", plan.size.test_rows)
         probed = build_world(data, "reasoning", "test", plan.probed, questions=4)
         drawn = build_world(data / "drawn", "reasoning", "train", plan.drawn)
         analyze(str(checkpoint), test, out, retrieval_file=probed, decoder_file=drawn)

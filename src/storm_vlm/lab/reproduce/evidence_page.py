@@ -11,13 +11,14 @@ from storm_vlm.analysis.reliance import KINDS
 from storm_vlm.analysis.report import Analysis, Card, shown
 from storm_vlm.charts import svg
 from storm_vlm.data.atomic_write import write_text
-from storm_vlm.lab.reproduce.charts import dots, rows_curve
+from storm_vlm.lab.reproduce.evidence_charts import dots, rows_curve
 from storm_vlm.pages import Estimate, interval, points, render, share
 
 COLUMNS = (
     "",
     "accuracy",
     "behind",
+    "paper agrees",
     "harder split",
     "with another clip's latents",
     "that clip's answer",
@@ -31,76 +32,95 @@ READING = (
     "optimizer steps of 16 rows, of {train_rows}, but where a name says otherwise, and answer the same {n_test} "
     "test questions. Brackets: 95% intervals, over seeds and questions; with three seeds they reach hardly beyond "
     "the worst and the best of them, with one they are over questions alone. Behind: how far this line is behind "
-    "the bold one (SFT behind STORM of the same size or rows), in points, seed by seed. Beside each accuracy "
-    "stands what is left of it when another clip's latents (of another answer) are fed into all slots, how often "
-    "the answer then becomes that clip's, and what is left without slots. Harder split: two balls, five to seven "
-    "mirrors, six or seven hidden steps."
+    "the bold one (SFT behind STORM of the same size or rows), in points, seed by seed. The paper agrees (yes) if "
+    "it has the bold line ahead, too, and this interval leaves out zero. Beside each accuracy stands what is left of "
+    "it when another clip's latents (of another answer) are fed into all slots, how often the answer then becomes "
+    "that clip's, and what is left without slots. Harder split: two balls, five to seven mirrors, six or seven "
+    "hidden steps."
 )
 SPENT = " {timed} of the {runs} runs were done in one go; together these took {core_hours:.1f} hours of a core."
 ANALYSED = "One model, {analysed}; intervals over videos."
-REHEARSAL = "A rehearsal: far too few steps to learn anything, so these figures mean nothing."
+REHEARSAL = (
+    "A rehearsal: far too few steps to learn anything. These figures mean nothing, and nothing is "
+    "concluded from them."
+)
+LATENCY = (
+    "Only the protocol differs between these lines. The paper's Table 4 has 33 times as long for tools and 37 times "
+    "for a grounded chain, each in a harness of its own. "
+)
+RELIANCE = (
+    "STORM of all seeds with all its slots fed as the line says, and answers decoded greedily; the first line is "
+    "what it does by itself. The paper has no such table."
+)
 CAPTIONS = {"rows": "Accuracy by the number of training rows, at equal optimizer steps."}
 CAPTION = (
     "Accuracy with its interval; small dots are seeds, the cross is with another clip's latents."
 )
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """All tables and what they say, in Markdown."""
+def markdown(evidence: dict[str, Any]) -> str:
+    """All tables in Markdown, with how to read them."""
+    made_with = ", ".join(f"{name} {number}" for name, number in evidence["versions"].items())
     parts = [
         "# Results",
-        f"Written by `{found['command']}` (commit {found['commit']}; "
-        + ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-        + "); figures: [reproduce.json](results/reproduce.json). The command also writes a page with every picture.",
-        *([REHEARSAL] if found["rehearsal"] else []),
-        _reading(found),
+        f"Written by `{evidence['command']}` (commit {evidence['commit']}; {made_with}); figures: "
+        "[reproduce.json](results/reproduce.json). The command also writes a page with every picture.",
+        f"**{REHEARSAL}**" if evidence["rehearsal"] else "",
+        _reading(evidence),
     ]
-    for name, table in found["tables"].items():
-        parts.append(f"## {table['title']} ({table['paper']})")
-        parts.append(_bullets(found["findings"][name]))
-        parts.append(grid_of(table))
-    parts.append("## Latency (Table 4)")
-    parts.append(_bullets(found["findings"]["latency"]))
-    parts.append(_grid(LATENCY_COLUMNS, latency_rows(found["latency"]), bold=0))
-    parts.append(found["latency"]["micro cpu"]["note"])
-    parts.append("## Does the answer depend on the latents?")
-    parts.append(RELIANCE)
-    parts.append(_grid(RELIANCE_COLUMNS, reliance_rows(found["tables"]["main"]), bold=0))
-    parts.append("## What the latents hold (Figures 4 to 8)")
-    parts.append(ANALYSED.format(**found))
+    for table in evidence["tables"].values():
+        parts += [f"## {table['title']} ({table['paper']})", table["paragraph"], grid_of(table)]
+    parts += [
+        "## Latency (Table 4)",
+        LATENCY + evidence["latency"]["micro cpu"]["note"],
+        _grid(LATENCY_COLUMNS, latency_rows(evidence["latency"]), bold=0),
+        "## Does the answer depend on the latents?",
+        RELIANCE,
+        _grid(RELIANCE_COLUMNS, reliance_rows(evidence["tables"]["main"]), bold=0),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _reading(found: dict[str, Any]) -> str:
-    return READING.format(**found) + SPENT.format(**found["cost"])
+def verdicts(evidence: dict[str, Any]) -> list[str]:
+    """For the terminal: each table's lines with what the paper says of them; of a rehearsal only that it is one."""
+    if evidence["rehearsal"]:
+        return [REHEARSAL]
+    return [
+        f"{table['title']}: {line['name']} {_share(line['accuracy'])}"
+        + (f", paper agrees: {line['paper_agrees']}" if line["paper_agrees"] else "")
+        for table in evidence["tables"].values()
+        for line in table["lines"]
+        if line["accuracy"]
+    ]
 
 
-def write_page(path: Path, found: dict[str, Any], cards: Sequence[Card]) -> None:
+def _reading(evidence: dict[str, Any]) -> str:
+    return READING.format(**evidence) + SPENT.format(**evidence["cost"])
+
+
+def write_page(path: Path, evidence: dict[str, Any], cards: Sequence[Card]) -> None:
     """The page: tables, charts, and all that `storm analyze` shows."""
-    analysis = Analysis(**{name: found[name] for name in PARTS})
-    tables = found["tables"]
+    tables = evidence["tables"]
     charts = {
         name: svg((rows_curve if name == "rows" else dots)(table)) for name, table in tables.items()
     }
     page = render(
         "reproduce.html",
-        **{name: found[name] for name in ("command", "commit", "versions", "tables", "analysed")},
-        **shown(analysis, cards),
-        reading=_reading(found),
-        rehearsal=REHEARSAL if found["rehearsal"] else "",
-        about_analysis=ANALYSED.format(**found),
-        about_reliance=RELIANCE,
-        reliance_columns=RELIANCE_COLUMNS,
+        evidence=evidence,
+        **shown(Analysis(**{name: evidence[name] for name in PARTS}), cards),
+        reading=_reading(evidence),
+        rehearsal=REHEARSAL if evidence["rehearsal"] else "",
+        about_analysis=ANALYSED.format(**evidence),
         columns=COLUMNS,
-        said=found["findings"],
-        rows={name: table_rows(table) for name, table in tables.items()}
-        | {
-            "latency": latency_rows(found["latency"]),
-            "reliance": reliance_rows(tables["main"]),
-        },
+        rows={name: table_rows(table) for name, table in tables.items()},
         charts=charts,
         captions={name: CAPTIONS.get(name, CAPTION) for name in tables},
-        latency_note=found["latency"]["micro cpu"]["note"],
+        latency_columns=LATENCY_COLUMNS,
+        latency_rows=latency_rows(evidence["latency"]),
+        about_latency=LATENCY + evidence["latency"]["micro cpu"]["note"],
+        reliance_columns=RELIANCE_COLUMNS,
+        reliance_rows=reliance_rows(tables["main"]),
+        about_reliance=RELIANCE,
     )
     write_text(path, page)
 
@@ -118,6 +138,7 @@ def _row(line: dict[str, Any]) -> list[str]:
         line["name"],
         _share(line["accuracy"]),
         f"{points(behind)} ({interval(behind)})" if behind else "",
+        line["paper_agrees"],
         _share(line["harder"]),
         *(_share(tampered.get(kind)) for kind in ("swap_other_answer", "follows", "removed")),
         f"{line['tokens']:.0f}",
@@ -129,10 +150,6 @@ def _share(found: Estimate | None) -> str:
     return f"{share(found)} ({interval(found)})" if found else ""
 
 
-RELIANCE = (
-    "STORM of all seeds with all its slots fed as the line says, and answers decoded greedily; the first line is "
-    "what it does by itself. The paper has no such table."
-)
 RELIANCE_COLUMNS = ("fed into the slots", "accuracy")
 
 
@@ -165,10 +182,6 @@ def grid_of(table: dict[str, Any]) -> str:
     """One table in Markdown, its reference in bold."""
     bold = [line["against"] for line in table["lines"]].index(None)
     return _grid(COLUMNS, table_rows(table), bold)
-
-
-def _bullets(sentences: Sequence[str]) -> str:
-    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], bold: int) -> str:
