@@ -159,3 +159,23 @@ def test_ctrl_c_ends_a_process_in_one_line(tmp_path: Path) -> None:
     _, told = running.communicate(timeout=30)
     assert running.returncode == 130
     assert told.splitlines()[-1].endswith("storm: interrupted") and "Traceback" not in told
+
+
+def test_a_bare_installation_says_which_extra_is_missing(tmp_path: Path) -> None:
+    """ijson, matplotlib, timm and tensorboard are no dependencies: what does not use them works without."""
+    code = (
+        "import sys\n"
+        "for name in ('ijson', 'matplotlib', 'matplotlib.figure', 'timm', 'tensorboard', 'sklearn'):\n"
+        "    sys.modules[name] = None\n"
+        "import storm_vlm.training.train, storm_vlm.evaluation.runner, storm_vlm.analysis.reliance\n"
+        "import storm_vlm.inference.pipeline, storm_vlm.construction.build\n"
+        "from storm_vlm.cli.main import main\nmain(sys.argv[1:])"
+    )
+    (tmp_path / "in.json").write_text("[]")
+    for arguments, extra in (
+        (["import", "video-r1", "in.json", "o.jsonl", "--videos", "."], "storm-vlm[data]"),
+        (["analyze", "nope", "rows.jsonl", "--out", "x"], "storm-vlm[analysis]"),
+    ):
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 1 and extra in done.stderr and "Traceback" not in done.stderr

@@ -16,6 +16,7 @@ from storm_vlm.cli.terminal import DATA, EVALUATION, LAB, TRAINING, USE, errors,
 from storm_vlm.errors import StormError
 from storm_vlm.versions import versions
 
+EXTRAS = {"ijson": "data", "matplotlib": "analysis"}  # packages that some verbs need
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes; `storm build --help` has its own
 
 
@@ -67,7 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (StormError, OSError) as error:  # the hub's and the disk's, too
         show(f"storm: {' '.join(str(error).splitlines())}", to=errors)
         code = FAILED
-    except Exception:  # noqa: BLE001
+    except Exception as error:
+        package = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ImportError) and package in EXTRAS:
+            show(
+                f"storm: this needs {package}: pip install 'storm-vlm[{EXTRAS[package]}]'",
+                to=errors,
+            )
+            raise SystemExit(FAILED) from error
         traceback.print_exc()
         made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
         show(
