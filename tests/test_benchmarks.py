@@ -1,13 +1,17 @@
 """Benchmarks in the form in which they are published, quirks included. All rows are ours."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from storm_vlm.data.json_objects import JSONError
 from storm_vlm.data.prompt import answer_text, build_messages, is_correct
 from storm_vlm.data.row import RowError
+from storm_vlm.datasets.leaks import names
+from storm_vlm.errors import InputError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS
 from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare
 
@@ -352,9 +356,30 @@ def test_a_row_that_does_not_fit_is_named(tmp_path, change, message) -> None:
     with pytest.raises(RowError, match=message) as caught:
         BENCHMARKS["videomme"]().read(tmp_path)
     assert str(file) in str(caught.value)
-    file.write_text("[{")
-    with pytest.raises(RowError, match="not JSON"):
-        BENCHMARKS["videomme"]().read(tmp_path)
+    for content, said in (
+        (b"[{", "not JSON"),
+        (b'["\xe9"]', "not UTF-8 text"),
+        (b"[" * 200_000, "not JSON"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(JSONError, match=rf"videomme\.json.*{said}"):
+            BENCHMARKS["videomme"]().read(tmp_path)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path) -> None:
+    pytest.importorskip("pyarrow")
+    file = put(tmp_path / "videomme/test-00000-of-00001.parquet", [VIDEOMME])
+    for content in (b"", b"PAR1", file.read_bytes()[:-9]):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=r"test-00000-of-00001\.parquet: not whole parquet"):
+            BENCHMARKS["videomme"]().read(tmp_path)
+
+
+def test_a_name_is_found_in_either_form_of_its_accents(tmp_path) -> None:
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    clip = touch(tmp_path / f"{apart}.mp4")
+    assert Path(Videos(tmp_path).find(composed)).samefile(clip)
+    assert names(f"a/{composed}.mp4") == names(f"b/{apart}.mkv")
 
 
 def test_videos_are_found_at_any_depth_with_any_suffix(tmp_path) -> None:

@@ -234,7 +234,7 @@ def test_conversations_give_a_row_for_each_pair(tmp_path, name):
 
 def test_openai_messages(tmp_path):
     parts = [
-        {"type": "video_url", "video_url": {"url": "file:///a.mp4"}},
+        {"type": "video_url", "video_url": {"url": "file://localhost/a%20b.mp4"}},
         {"type": "text", "text": MC},
     ]
     said = [
@@ -246,7 +246,12 @@ def test_openai_messages(tmp_path):
     (row,), counts, _ = imported(
         tmp_path, "openai", {"messages": said}, {"messages": [{"role": "user", "content": image}]}
     )
-    assert (row.id, row.video, row.answer, row.plan) == ("openai-0", "/a.mp4", "a balloon", "round")
+    assert (row.id, row.video, row.answer, row.plan) == (
+        "openai-0",
+        "/a b.mp4",
+        "a balloon",
+        "round",
+    )
     assert row.meta["system"] == "Be brief." and counts.skipped == {"image row": 1}
 
 
@@ -348,7 +353,7 @@ def test_json_lines_are_read_too_and_broken_files_leave_the_old_ones(tmp_path):
     assert import_rows("video-r1", source, out, tmp_path).written == 3
     before = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir() if path != source)
     for broken, message in (
-        ("[" + json.dumps(R1) + ", {", "not a whole JSON list"),
+        ("[" + json.dumps(R1) + ", {", "not JSON"),
         ('{"a": ', ":1: not JSON"),
     ):
         source.write_text(broken)
@@ -358,6 +363,17 @@ def test_json_lines_are_read_too_and_broken_files_leave_the_old_ones(tmp_path):
             (path.name, path.read_bytes()) for path in tmp_path.iterdir() if path != source
         )
         assert after == before
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_marks_nan_and_addresses_in_a_source(tmp_path, as_list):
+    items = [R1 | {"data_source": float("nan")}, R1 | {"path": "https://example.org/a.mp4"}]
+    text = json.dumps(items) if as_list else "\n".join(map(json.dumps, items))
+    source, out = tmp_path / "source.json", tmp_path / "rows.jsonl"
+    source.write_text(text, encoding="utf-8-sig")
+    counts = import_rows("video-r1", source, out, tmp_path)
+    assert counts.written == 1 and read_rows(out)[0].meta["source"] == "LLaVA-Video-178K"
+    assert counts.rejected == {"addresses are not read": 1}
 
 
 def test_the_command_prints_what_became_of_the_rows(tmp_path):

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from storm_vlm.data import json_objects
+from storm_vlm.data.json_objects import JSONError, read_objects
 from storm_vlm.data.row import Row, RowError, ThoughtVideo, read_rows, write_rows
 
 FULL: dict[str, Any] = {
@@ -111,6 +113,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         ({"version": 2}, "version"),
         ({"vidoe": "a.mp4"}, "vidoe"),
         ({"id": None}, "id"),
+        ({"start": "1.0"}, "start"),
+        ({"start": True}, "start"),
+        ({"duration": 3}, "duration: .*put your own into meta"),
         ({"thought_video": {"path": "a", "source": "dreamt", "generator": "g"}}, "thought_video.s"),
     ],
 )
@@ -120,22 +125,76 @@ def test_a_bad_field_is_named_with_file_and_line(tmp_path, changes, field):
         read_rows(path)
 
 
-@pytest.mark.parametrize("line", ['{"id": "a"', "[]", "null", '{"id": NaN}'])
+@pytest.mark.parametrize("line", ['{"id": "a"', "[]", "null", '{"id": NaN}', '{"end": Infinity}'])
 def test_a_line_that_is_no_row_is_named(tmp_path, line):
-    with pytest.raises(RowError, match=r"rows\.jsonl:2: "):
+    with pytest.raises((RowError, JSONError), match=r"rows\.jsonl:2: "):
         read_rows(write_lines(tmp_path / "rows.jsonl", FULL, line))
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 50_000, '"\\ud800"', "{} {}"])
+def test_json_that_is_none_is_one_sentence(tmp_path, text):
+    for file in ("rows.jsonl", "rows.json"):
+        (tmp_path / file).write_text(text if file == "rows.jsonl" else f"[{text}]")
+        with pytest.raises(JSONError, match=rf"{file}.*: not JSON \(.*\): mend it"):
+            list(read_objects(tmp_path / file))
+
+
+def test_rows_as_other_programs_write_them(tmp_path):
+    """A byte order mark, a list, line ends of other systems, null and NaN for what is missing."""
+    path, (wanted,) = tmp_path / "rows.jsonl", [row(plan=None, start=None, meta={"score": None})]
+    loose = {**FULL, "plan": None, "start": float("nan"), "meta": {"score": float("nan")}}
+    other = {**loose, "id": "b", "keyframes": None, "options": None, "meta": None}
+    for text in (
+        f"{json.dumps(loose)}\n\n{json.dumps(other)}",
+        f"{json.dumps(loose)}\r\n{json.dumps(other)}\r\n",
+        f"{json.dumps(loose)}\r{json.dumps(other)}",
+        json.dumps([loose, other]),
+        json.dumps([loose, other], indent=2),
+    ):
+        for encoding in ("utf-8", "utf-8-sig"):
+            path.write_bytes(text.encode(encoding))
+            first, second = read_rows(path)
+            assert first.model_copy(update={"video": "", "thought_video": None}) == (
+                wanted.model_copy(update={"video": "", "thought_video": None})
+            )
+            assert (second.keyframes, second.options, second.meta) == ((), (), {})
+
+
+def test_members_of_a_list_are_read_as_json_reads_it_wherever_a_chunk_ends(tmp_path, monkeypatch):
+    value = [{"a": [1, {"é": "]"}]}, 12, -3.5e7, "x,]", None, [], {}, True]
+    for text in (json.dumps(value), json.dumps(value, indent=3), " [ ] ", "[]\n"):
+        (tmp_path / "a.json").write_text(text)
+        for chunk in range(3, 40):  # the first one holds the bracket
+            monkeypatch.setattr(json_objects, "_CHUNK", chunk)
+            members = [member for _, member in read_objects(tmp_path / "a.json")]
+            assert members == json.loads(text)
+    for broken in ("[1 2]", "[1,", "[", "[1] 2", "[{]"):
+        (tmp_path / "a.json").write_text(broken)
+        with pytest.raises(JSONError, match=r"a\.json: not JSON"):
+            list(read_objects(tmp_path / "a.json"))
+
+
+def test_labels_come_off_options_and_answer():
+    labelled = row(options=["A. left", "B. right"], answer="B. right")
+    assert labelled == row(options=["A. left", "B. right"], answer="right") == row()
+    assert row(options=["A.M.", "P.M."], answer="P.M.").options == ("A.M.", "P.M.")
+    with pytest.raises(ValidationError, match="distinct"):
+        row(options=["A. left", "B. left"], answer="left")
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(FULL).encode() + b'\n{"id": "\xff"}\n')
-    with pytest.raises(RowError, match=r"rows\.jsonl:2: "):
+    with pytest.raises(JSONError, match=r"rows\.jsonl:2: not UTF-8"):
+        read_rows(path)
+    path.write_bytes(json.dumps(FULL).encode("utf-16"))
+    with pytest.raises(JSONError, match=r"rows\.jsonl:1: not UTF-8"):
         read_rows(path)
 
 
 def test_a_repeated_id_is_named_with_both_lines(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", FULL, {**FULL, "id": "b"}, FULL)
-    with pytest.raises(RowError, match=r"rows\.jsonl:3: id: 'a-1' is taken by line 1"):
+    with pytest.raises(RowError, match=r"rows\.jsonl:3: id: 'a-1' is taken by .*rows.jsonl:1;"):
         read_rows(path)
 
 
@@ -149,7 +208,12 @@ def test_rows_are_frozen_and_infinity_is_refused():
 
 def test_home_and_addresses_are_no_relative_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    names = ["~/a.mp4", "https://example.org/a.mp4", "file:///a.mp4"]
+    names = {
+        "~/a.mp4": "/home/me/a.mp4",
+        "https://example.org/a.mp4": "https://example.org/a.mp4",
+        "file:///a%20b.mp4": "/a b.mp4",
+        "file://localhost/a.mp4": "/a.mp4",
+    }
     rows = [{**FULL, "id": name, "video": name} for name in names]
     read = read_rows(write_lines(tmp_path / "rows.jsonl", *rows))
-    assert [row.video for row in read] == ["/home/me/a.mp4", *names[1:]]
+    assert [row.video for row in read] == list(names.values())

@@ -1,27 +1,34 @@
 """The training and evaluation row (paper section 3.2), one JSON object per line.
 
 A file is self-contained: a relative path in it means "relative to the folder of this file", so a
-data set can be moved or packed as one folder. Addresses ("https://…") are not read.
+data set can be moved or packed as one folder. Addresses ("https://…") are not read, but for "file://…".
 """
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from storm_vlm.data.atomic_write import in_one_step
-from storm_vlm.errors import StormError
+from storm_vlm.data.json_objects import read_objects
+from storm_vlm.errors import InputError
 
 Split = Literal["train", "validation", "test", "ood"]
-Seconds = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, strict=True)]
 ThoughtSource = Literal["oracle", "generated", "future", "keyframes"]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
+LABEL = re.compile(
+    r"\s*(?:\(([A-Z])\)[:.]?|([A-Z])\s*[.):])\s*"
+)  #: of an option: "A.", "A)", "(A)", "(A):", "A:"
 
 
-class RowError(StormError, ValueError):
+class RowError(InputError):
     """A line of a row file that is not a valid :class:`Row`; names file, line and field."""
 
 
@@ -44,7 +51,8 @@ class ThoughtVideo(BaseModel):
 class Row(BaseModel):
     """One question about one video. Times are seconds from the start of the video file.
 
-    With ``options``, ``answer`` is the text of exactly one of them; without, it is free text.
+    With ``options``, ``answer`` is the text of exactly one of them; without, it is free text. A null is taken for a
+    field that is left out, and labels come off options that have them ("A. red"): the prompt has its own.
     Raises pydantic's ``ValidationError`` (a ``ValueError``) that names the offending field.
     """
 
@@ -64,6 +72,20 @@ class Row(BaseModel):
     split: Split
     meta: dict[str, Any] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        fields = {name: value for name, value in fields.items() if value is not None}
+        options = fields.get("options")
+        if isinstance(options, list | tuple) and all(isinstance(option, str) for option in options):
+            bare = without_labels(options)
+            if fields.get("answer") in options:
+                fields["answer"] = bare[list(options).index(fields["answer"])]
+            fields["options"] = bare
+        return fields
+
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         if self.start is not None and self.end is not None and self.start >= self.end:
@@ -75,28 +97,32 @@ class Row(BaseModel):
         return self
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """All rows of a JSONL file, paths made absolute. Blank lines are skipped.
+def without_labels(options: Sequence[str]) -> list[str]:
+    """Options without their labels, if all have the right ones, in order; else as they are ("A.M.", "P.M.")."""
+    matches = [LABEL.match(option) for option in options]
+    labels = [match[1] or match[2] for match in matches if match]
+    if not labels or labels != list(ascii_uppercase[: len(options)]):
+        return list(options)
+    return [option[match.end() :] for option, match in zip(options, matches, strict=True) if match]
 
-    Raises :class:`RowError` on the first malformed line or repeated id, ``OSError`` if the file
-    cannot be read.
+
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """All rows of a JSONL file or of a JSON list, paths made absolute. Blank lines are skipped.
+
+    Raises JSONError or RowError on the first malformed row or repeated id, ``OSError`` if the file cannot be read.
     """
-    path = Path(path)
-    folder = path.absolute().parent
+    folder = Path(path).absolute().parent
     rows: list[Row] = []
-    line_of_id: dict[str, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
+    places: dict[str, str] = {}
+    for place, fields in read_objects(path):
         try:
-            row = Row.model_validate_json(line)
+            row = Row.model_validate(fields)
         except ValidationError as error:
-            raise RowError(f"{path}:{number}: {_explain(error)}") from error
-        if row.id in line_of_id:
-            first = line_of_id[row.id]
-            raise RowError(f"{path}:{number}: id: {row.id!r} is taken by line {first}; rename one")
-        line_of_id[row.id] = number
-        rows.append(_with_paths(row, lambda name: _absolute(name, folder)))
+            raise RowError(f"{place}: {_explain(error)}") from error
+        if row.id in places:
+            raise RowError(f"{place}: id: {row.id!r} is taken by {places[row.id]}; rename one")
+        places[row.id] = place
+        rows.append(_with_paths(row, lambda name: absolute(name, folder)))
     return rows
 
 
@@ -122,8 +148,10 @@ def portable(row: Row, folder: Path) -> Row:
     return _with_paths(row, shorten)
 
 
-def _absolute(name: str, folder: Path) -> str:
-    """An address stays one, for the error to come to name it."""
+def absolute(name: str, folder: Path) -> str:
+    """The path of a file that a row in `folder` names. An address stays one, for the error to come to name it."""
+    if name.startswith("file://"):
+        name = unquote(name.removeprefix("file://").removeprefix("localhost"))
     return name if "://" in name else os.path.normpath(folder / os.path.expanduser(name))
 
 
@@ -135,5 +163,15 @@ def _with_paths(row: Row, change: Callable[[str], str]) -> Row:
 
 
 def _explain(error: ValidationError) -> str:
-    faults = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
-    return "; ".join(f"{field or 'row'}: {message}" for field, message in faults)
+    faults: list[str] = []
+    for fault in error.errors():
+        field, message = (
+            ".".join(map(str, fault["loc"])),
+            fault["msg"].removeprefix("Value error, "),
+        )
+        if fault["type"] == "extra_forbidden":
+            message = "a row has no such field; put your own into meta"
+        elif not field and fault["type"] == "model_type":
+            message = "a row is a JSON object, with braces"
+        faults.append(f"{field or 'row'}: {message}")
+    return "; ".join(faults)

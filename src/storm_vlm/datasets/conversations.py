@@ -164,6 +164,5 @@ def _text(part: Fields, media: Fields) -> str:
         raise ValueError(f"part of unknown type: {kind!r}")
     value = part.get(kind)
     url = value.get("url") if isinstance(value, dict) else value
-    name = url.removeprefix("file://") if isinstance(url, str) else url
-    media["videos" if kind.startswith("video") else "images"].append(name)
+    media["videos" if kind.startswith("video") else "images"].append(url)
     return ""

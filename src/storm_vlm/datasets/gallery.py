@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from storm_vlm.data.atomic_write import write_text
 from storm_vlm.data.jpeg import jpeg_uri
+from storm_vlm.data.json_objects import read_objects
 from storm_vlm.data.prompt import option_letter
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import VideoError, read_frames
-from storm_vlm.datasets.parse import read_objects
 from storm_vlm.errors import StormError
 from storm_vlm.pages import render
 
@@ -36,7 +36,7 @@ def write_gallery(source: Path, out: Path | None = None, limit: int = 100) -> Pa
         _reject(item)
         for path in (file.parent / "rejects.jsonl", file.with_suffix(".rejects.jsonl"))
         if path.is_file()
-        for item in read_objects(path)
+        for _, item in read_objects(path)
     ]
     out = out or file.with_suffix(".html")
     shown = [_card(row, out) for row in tqdm(rows[:limit], "rows", leave=False)]

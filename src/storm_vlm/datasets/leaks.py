@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,7 @@ class Comparison:
 
 def names(path: str) -> set[str]:
     """What a video may be called elsewhere: its file's stem without what data sets add; none if that is generic."""
-    stem = _PREFIX.sub("", _SUFFIX.sub("", Path(path).stem))
+    stem = _PREFIX.sub("", _SUFFIX.sub("", unicodedata.normalize("NFC", Path(path).stem)))
     found = set(stem.split("_")) if _SEVERAL.fullmatch(stem) else {stem}
     return {name for name in found if not _GENERIC.fullmatch(name)}
 

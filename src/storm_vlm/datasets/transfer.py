@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from tqdm.auto import tqdm
 
 from storm_vlm.data.atomic_write import in_one_step
+from storm_vlm.data.json_objects import read_objects
 from storm_vlm.data.prompt import answer_text, question_text
-from storm_vlm.data.row import Row, Split, read_rows, write_rows
+from storm_vlm.data.row import Row, Split, absolute, read_rows, write_rows
 from storm_vlm.datasets import EXPORTERS, IMPORTERS
-from storm_vlm.datasets.parse import Fields, Skipped, read_objects
+from storm_vlm.datasets.parse import Fields, Skipped
 from storm_vlm.datasets.videoespresso import find_core_frames
 from storm_vlm.errors import InputError, StormError
 
@@ -64,7 +65,9 @@ def import_rows(
     def finish(fields: Fields, number: int, index: int) -> Row:
         own = f"{name}-{number}" + (f"/{index}" if index else "")
         fields = {"split": split, "id": own} | fields
-        fields["video"] = os.path.normpath(videos.absolute() / fields["video"])
+        fields["video"] = absolute(fields["video"], videos.absolute())
+        if "://" in fields["video"]:
+            raise InputError(f"addresses are not read: download {fields['video']}")
         if check_videos and not os.path.isfile(fields["video"]):
             raise InputError(f"video file missing: {fields['video']}")
         if core_frames and (images := fields["meta"].get("core_frames")):
@@ -76,7 +79,8 @@ def import_rows(
         return row
 
     def rows(rejects: TextIO) -> Iterator[Row]:
-        for number, item in enumerate(tqdm(read_objects(source), source.name, leave=False)):
+        objects = tqdm(read_objects(source), "objects", leave=False)
+        for number, (_, item) in enumerate(objects):
             try:
                 yield from [finish(f, number, i) for i, f in enumerate(importer(item))]
             except Skipped as skipped:

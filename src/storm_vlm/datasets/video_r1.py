@@ -12,7 +12,7 @@ def video_r1_rows(item: Fields) -> list[Fields]:
     kind = item.get("data_type")
     if kind != "video":
         raise Skipped(f"{kind or 'unknown type of'} row")
-    path = PurePosixPath(text_of(item, "path"))  # PurePosixPath drops "./"
+    path = text_of(item, "path").removeprefix("./")
     problem_type = item.get("problem_type")
     options = item.get("options") or []
     if problem_type == "multiple choice" and not options:
@@ -20,13 +20,13 @@ def video_r1_rows(item: Fields) -> list[Fields]:
     solution = text_of(item, "solution")
     process = item.get("process") or ""
     meta = {
-        "source": item.get("data_source") or path.parts[0],
+        "source": item.get("data_source") or PurePosixPath(path).parts[0],
         "problem_type": problem_type,
         "original": {"options": options, "solution": solution},
     }
     fields = choice(text_of(item, "problem"), options, solution)
     plan = unwrapped(process, "think") or None
-    row = fields | {"video": str(path), "plan": plan, "meta": meta}
+    row = fields | {"video": path, "plan": plan, "meta": meta}
     if item.get("problem_id") is not None:
         row["id"] = f"video-r1-{item['problem_id']}"
     return [row]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from storm_vlm.data.atomic_write import in_one_step
+from storm_vlm.data.json_objects import read_json, read_objects
 from storm_vlm.data.row import Row, RowError
 from storm_vlm.datasets.parse import bare_options
 from storm_vlm.errors import AccessError, InputError
@@ -92,21 +93,22 @@ def _files(folder: Path, patterns: Sequence[str], hub: Hub) -> list[Path]:
 
 def _entries(file: Path) -> Iterator[dict[str, Any]]:
     """The published rows of a JSON list, JSON lines or parquet file."""
-    try:
-        if file.suffix == ".parquet":
-            import pyarrow.parquet as parquet  # comes with `datasets`
-
+    if file.suffix == ".jsonl":
+        yield from (entry for _, entry in read_objects(file))
+    elif file.suffix != ".parquet":
+        entries = read_json(file)
+        yield from entries if isinstance(entries, list) else [entries]
+    else:
+        try:
+            import pyarrow  # comes with `datasets`
+            import pyarrow.parquet as parquet
+        except ImportError as error:
+            raise InputError(f"{file}: parquet needs pip install 'storm-vlm[eval]'") from error
+        try:
             for batch in parquet.ParquetFile(file).iter_batches():
                 yield from batch.to_pylist()
-        elif file.suffix == ".jsonl":
-            yield from (json.loads(line) for line in file.read_bytes().splitlines() if line.strip())
-        else:
-            held = json.loads(file.read_bytes())
-            yield from held if isinstance(held, list) else [held]
-    except ImportError as error:
-        raise InputError(f"{file}: parquet needs pip install 'storm-vlm[eval]'") from error
-    except json.JSONDecodeError as error:
-        raise RowError(f"{file}: not JSON: {error}") from error
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{file}: not whole parquet ({error}): download it again") from error
 
 
 class Videos:
@@ -120,8 +122,8 @@ class Videos:
             folders[:] = [f for f in folders if os.path.realpath(f"{root}/{f}") not in seen]
             seen |= {os.path.realpath(f"{root}/{f}") for f in folders}
             for name in sorted(names):
-                if (stem := Path(name)).suffix.lower() in SUFFIXES:
-                    self._by_stem[stem.stem].append(Path(root) / name)
+                if (path := Path(root) / name).suffix.lower() in SUFFIXES:
+                    self._by_stem[unicodedata.normalize("NFC", path.stem)].append(path)
 
     def find(self, name: str, hints: Sequence[str] = (), elsewhere: Sequence[str] = ()) -> str:
         """The file that a row calls `name`: an id, a file name or a path, its suffix right or not.
@@ -136,7 +138,10 @@ class Videos:
         known = asked.suffix.lower() in SUFFIXES
         expected = asked if known else asked.with_name(asked.name + ".mp4")
         stem = asked.stem if known else asked.name
-        found = {os.path.realpath(p): p for p in self._by_stem.get(stem, ())}
+        found = {
+            os.path.realpath(p): p
+            for p in self._by_stem.get(unicodedata.normalize("NFC", stem), ())
+        }
         inside = {p: p.parent.relative_to(self.folder) for p in found.values()}
         paths = [
             p
