@@ -4,7 +4,7 @@ import pytest
 
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row
-from storm_vlm.evaluation.scoring import RULES, vsi_number
+from storm_vlm.evaluation.scoring import RULES, _first_number, vsi_number
 
 LETTERS = "ABCDEF"
 
@@ -74,6 +74,7 @@ def row(gold: str, options: int = 4, id: str = "1", texts: tuple[str, ...] = ())
         ("video_holmes/lmms-eval", "C", "C"),
         ("video_holmes/lmms-eval", "I would say that option text 3 it is", "D"),
         ("video_holmes/lmms-eval", "say that option text 2", "B"),  # five words: a guess, by its id
+        ("video_holmes/lmms-eval", "we say that option text 3", "D"),
         ("video_holmes/lmms-eval", "C. or (B)", "B"),
         ("video_holmes/lmms-eval", "D or C.", "C"),
         ("video_holmes/lmms-eval", "well,C.", "C"),
@@ -174,9 +175,7 @@ def test_plain_answers_are_right_by_most_rules_and_by_ours(text) -> None:
     ],
 )
 def test_numbers_are_read_in_digits_and_in_words(text, number) -> None:
-    for right in (200, 250, 100, 24, 16, 2.5, 1):
-        asked = Row(id="1", video="v.mp4", question="Q?", answer=str(right), split="test")
-        assert (vsi_number(text, asked) == 1) is (right == number), right
+    assert _first_number(text) == number
 
 
 def test_a_number_has_a_share_of_ten_tolerances() -> None:
