@@ -69,17 +69,17 @@ def build_world(
     (folder / "thoughts").mkdir(exist_ok=True)
     drawn = f"{kind}-{split}-{seed}" + (f"-x{questions}" if questions > 1 else "")
     names = (f"{drawn}-{i:05d}" for i in range(count))
-    with ThreadPoolExecutor() as pool:  # encoding leaves Python's lock alone
+    pool = ThreadPoolExecutor()  # encoding leaves Python's lock alone
+    try:
         written = pool.map(
             lambda name, scene: _write_scene(folder, name, split, count, continued, *scene),
             names,
             draw_scenes(kind, split, count, seed, questions),
         )
-        rows = [
-            row
-            for rows in tqdm(written, f"{split} clips", total=count, leave=False)
-            for row in rows
-        ]
+        progress = tqdm(written, f"{split} clips", total=count, leave=False)
+        rows = [row for scene_rows in progress for row in scene_rows]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what is queued
     path = folder / f"{drawn}{'-continued' if continued else ''}.jsonl"
     write_rows(path, rows)
     return path
