@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -12,8 +13,11 @@ from pathlib import Path
 
 import pytest
 from command_line import run_storm
+from rich.table import Table
+from rich.text import Text
 
 from storm_vlm.cli import main as command
+from storm_vlm.cli.terminal import Terminal, show
 from storm_vlm.errors import StormError
 from storm_vlm.inference.reasoners import REASONERS
 
@@ -179,3 +183,34 @@ def test_a_bare_installation_says_which_extra_is_missing(tmp_path: Path) -> None
         command = [sys.executable, "-c", code, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 1 and extra in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_control_character_of_a_name_or_a_cell_reaches_the_terminal() -> None:
+    nasty = "a\x1b[31m\x9b2J\x07\u202e.mp4"
+    table = Table("name")
+    table.add_row(Text(nasty, "bold"))
+    for terminal in (Terminal(file=io.StringIO()), Terminal(file=io.StringIO(), force_terminal=True)):
+        show(nasty, to=terminal)
+        terminal.print(table)
+        terminal.print_json(data={nasty: nasty})
+        terminal.print(nasty)
+        written = re.sub(r"\x1b\[[0-9;]*m", "", terminal.file.getvalue().replace("\x1b[31m", "!"))
+        assert not set(written) & set("!\x1b\x9b\x07\u202e") and "a" in written
+
+
+def test_messages_are_no_part_of_a_progress_bars_line() -> None:
+    code = """
+import logging, storm_vlm.cli.main as m
+from tqdm.auto import tqdm
+from storm_vlm.errors import StormError
+def verb(*_, **__):
+    for i in tqdm(range(3), "rows", delay=0):
+        logging.getLogger("storm_vlm.x").info("chosen\x1b[2J")
+        if i: raise StormError("no such row")
+m.app = verb
+m.main([])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = [line.split("\r")[-1] for line in done.stderr.splitlines()]
+    assert done.returncode == 1 and lines[-1] == "storm: no such row"
+    assert lines.count("chosen\N{REPLACEMENT CHARACTER}[2J") == 2  # each once

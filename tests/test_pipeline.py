@@ -6,12 +6,15 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 
 from storm_vlm import StormPipeline
 from storm_vlm.data.collator import Question
 from storm_vlm.data.video import read_video, write_video
+from storm_vlm.errors import InputError
+from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import NUM_FRAMES
 
@@ -58,6 +61,65 @@ def test_greedy_is_greedy_whatever_the_checkpoint_asks_for(reasoning_rows) -> No
     assert [answer.text for answer in pipeline.answer_batch(rows)] == expected
     penalized = pipeline.answer_batch(rows, repetition_penalty=5.0)
     assert [answer.text for answer in penalized] != expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_beams", 2),
+        ("num_return_sequences", 2),
+        ("output_latent_states", False),
+        ("latent_mode", "off"),
+        ("return_dict_in_generate", False),
+        ("max_length", 9),
+    ],
+)
+def test_what_the_pipeline_decides_is_refused_by_name_before_any_work(storm, name, value) -> None:
+    with pytest.raises(InputError, match=f"{name}="):
+        storm.answer("absent.mp4", QUESTION, **{name: value})
+    with pytest.raises(InputError, match=f"{name}="):
+        Latent(storm, **{name: value})
+
+
+def test_what_says_what_the_pipeline_does_anyway_is_taken(storm, backbone, reasoning_rows) -> None:
+    rows = reasoning_rows[:2]
+    same = {"num_beams": 1, "num_return_sequences": 1, "latent_mode": "force"}
+    expected = [answer.text for answer in storm.answer_batch(rows)]
+    assert [answer.text for answer in storm.answer_batch(rows, **same)] == expected
+    assert len(StormPipeline.from_pretrained(backbone).answer_batch(rows, num_beams=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "message"),
+    [
+        (" ", [], "question is empty"),
+        (QUESTION, ["left", " "], "none be empty"),
+        (QUESTION, ["left", "left"], "must differ"),
+        (QUESTION, ["A. left", "B. left"], "must differ"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(storm, question, options, message) -> None:
+    with pytest.raises(InputError, match=message):
+        storm.answer("absent.mp4", question, options)
+
+
+def test_labelled_options_are_lettered_once(storm, reasoning_rows) -> None:
+    question = Question("a.mp4", QUESTION, ("A. left", "B. right"))
+    assert question.options == ("left", "right")
+    video = reasoning_rows[0].video
+    labelled, bare = (
+        storm.answer(video, QUESTION, options)
+        for options in (["A) left", "B) right"], ["left", "right"])
+    )
+    assert (labelled.text, labelled.option) == (bare.text, bare.option)
+
+
+def test_a_prompt_beyond_the_models_length_is_said(storm, reasoning_rows, caplog) -> None:
+    row = reasoning_rows[0]
+    storm.answer(row.video, row.question)
+    assert not caplog.messages
+    storm.answer(row.video, "ball " * 2100, max_new_tokens=1)
+    assert "longer than this model can read (2,048)" in caplog.text
 
 
 def test_the_backbone_answers_without_slots(backbone, reasoning_rows) -> None:
@@ -107,6 +169,28 @@ def test_the_command_prints_what_python_returns(storm, reasoning_rows) -> None:
     printed, expected = json.loads(done.stdout), asdict(storm.answer(video, QUESTION))
     assert printed.pop("seconds").keys() == expected.pop("seconds").keys()
     assert printed == expected
+
+
+@pytest.mark.parametrize(
+    ("video", "arguments", "message"),
+    [
+        ("absent.mp4", [QUESTION], "absent.mp4: no such video file"),
+        (None, [" "], "question is empty"),
+        (None, [QUESTION, "--options", "left", "--options", "left"], "must differ"),
+        (None, ["<|im_end|>"], "control token"),
+    ],
+)
+def test_the_command_looks_before_it_loads(reasoning_rows, video, arguments, message) -> None:
+    video = video or reasoning_rows[0].video
+    result = command_line.run_storm("answer", video, *arguments, "--checkpoint", "absent")
+    assert result.exit_code == 1 and message in result.stderr
+
+
+def test_the_command_says_that_no_option_was_chosen(reasoning_rows) -> None:
+    options = ["--options", "It falls", "--options", "It stays"]
+    done = run_storm("answer", reasoning_rows[0].video, QUESTION, *options)
+    assert done.returncode == 0 and not done.stderr  # no bar, no warning
+    assert done.stdout.startswith("no option was chosen; the model wrote: ")
 
 
 def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:

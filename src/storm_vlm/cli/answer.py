@@ -34,17 +34,25 @@ def answer(
         as_json: Print slots used, forced end, timings.
         trust_remote_code: Run code that the checkpoint brings.
     """
+    from storm_vlm.data.collator import Question
+    from storm_vlm.data.prompt import question_text
+    from storm_vlm.data.video import video_shape
     from storm_vlm.inference.pipeline import StormPipeline
     from storm_vlm.lab.checkpoints import shipped
 
+    prompt = Question(video, question, tuple(options or ()))
+    question_text(prompt.question, prompt.options)
+    video_shape(video)  # before the model is loaded, which takes longer
     pipeline = StormPipeline.from_pretrained(
         checkpoint or str(shipped("storm")),
         num_frames=num_frames,
         latent_mode=latent_mode,
         trust_remote_code=trust_remote_code,
     )
-    result = pipeline.answer(video, question, options or ())
+    result = pipeline.answer_batch([prompt])[0]
     if as_json:
         show_json(result)
+    elif options and result.option is None:
+        show(f"no option was chosen; the model wrote: {result.text!r}")
     else:
         show(result.option or result.text)

@@ -7,16 +7,27 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from cyclopts import App, CycloptsError
 from pydantic import ValidationError
 
 from storm_vlm.cli import analyze, answer, bench, build, datasets, evaluate, lab, report, train
-from storm_vlm.cli.terminal import DATA, EVALUATION, LAB, TRAINING, USE, errors, show
+from storm_vlm.cli.terminal import (
+    DATA,
+    EVALUATION,
+    LAB,
+    TRAINING,
+    USE,
+    Messages,
+    errors,
+    show,
+    stop_bars,
+)
 from storm_vlm.errors import StormError
 from storm_vlm.versions import versions
 
-EXTRAS = {"ijson": "data", "matplotlib": "analysis"}  # packages that some verbs need
+EXTRAS = {"matplotlib": "analysis"}  # packages that some verbs need
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes; `storm build --help` has its own
 
 
@@ -52,10 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: what a user can mend becomes one line, anything else a traceback and how to report it."""
     # OpenMP's threads are not to spin while they wait: on a busy machine that takes the cores from the work itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("storm_vlm").setLevel(logging.INFO)  # what was chosen, and why
+    os.environ.setdefault("TQDM_DELAY", "1")  # seconds: no bar for what takes less
+    logger = logging.getLogger("storm_vlm")
+    logger.handlers, logger.propagate = [Messages()], False
+    logger.setLevel(logging.INFO)  # what was chosen, and why
     try:
-        code = app(arguments, exit_on_error=False, print_error=False)
+        code = _run(arguments)
     except CycloptsError as error:
         show(f"storm: {_usage_error(error)}", to=errors)
         code = MISUSED
@@ -85,6 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         code = FAILED
     raise SystemExit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> Any:
+    try:
+        return app(arguments, exit_on_error=False, print_error=False)
+    finally:
+        stop_bars()  # a message is no part of their line
 
 
 def _usage_error(error: CycloptsError) -> str:

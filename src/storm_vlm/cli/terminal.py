@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 from cyclopts import Group, Parameter
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from storm_vlm.registry import Registry
 
-console, errors = Console(), Console(stderr=True)  # what a verb is for; what is beside it
+
+class Terminal(Console):
+    """No control character of a text, a table's cell or a file's name passes, such as one that colours or clears."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(_plain(segment.text), segment.style)
+
+
+class Messages(logging.Handler):
+    """Log records, each as plain text beside what a verb prints."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")
+        with tqdm.tqdm.external_write_mode(sys.stderr) if tqdm else nullcontext():
+            show(record.getMessage(), to=errors)
+
+
+console, errors = Terminal(), Terminal(stderr=True)  # what a verb is for; what is beside it
 
 #: Headings of `storm --help`.
 USE, DATA, TRAINING, EVALUATION, LAB = (
@@ -25,12 +50,22 @@ Json = Parameter("--json", negative="")
 
 
 def show(*lines: object, to: Console = console) -> None:
-    """Print plain text: `[x]` is no markup, long paths stay whole, and no control character passes."""
+    """Print plain text: `[x]` is no markup, and long paths stay whole."""
     text = "\n".join(map(str, lines))
-    shown = "".join(
+    to.print(_plain(text), markup=False, highlight=False, soft_wrap=True, emoji=False)
+
+
+def stop_bars() -> None:
+    """End the lines of progress bars that an error left as they were."""
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(tqdm.tqdm._instances):
+            bar.close()
+
+
+def _plain(text: str) -> str:
+    return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
-    to.print(shown, markup=False, highlight=False, soft_wrap=True, emoji=False)
 
 
 def show_json(value: Any) -> None:

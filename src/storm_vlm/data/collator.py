@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from storm_vlm.data.prompt import LatentMode, answer_text, build_messages, render_prompt
-from storm_vlm.data.row import Row
+from storm_vlm.data.row import Row, without_labels
 from storm_vlm.data.video import Clip, read_video, require_proportions, video_metadata
 from storm_vlm.errors import InputError
 from storm_vlm.model.latent import IGNORE_INDEX
@@ -24,13 +24,27 @@ Example = Row | Mapping[str, Any] | tuple[Row, Tensor | None]
 
 @dataclass(frozen=True)
 class Question:
-    """What to ask about which video; a :class:`Row` serves as well. No video: text alone."""
+    """What to ask about which video; a :class:`Row` serves as well. No video: text alone.
+
+    Labels come off options ("A. red"), as they do in a row. Raises InputError for an empty question, and for options
+    that are empty or equal.
+    """
 
     video: str | Clip | None
     question: str
     options: tuple[str, ...] = ()
     start: float | None = None
     end: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise InputError("the question is empty: write one")
+        options = tuple(without_labels(self.options))
+        if len(set(options)) < len(options) or not all(option.strip() for option in options):
+            raise InputError(
+                f"options must differ, and none be empty: {', '.join(map(repr, options))}"
+            )
+        object.__setattr__(self, "options", options)
 
 
 class VideoInputs:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,16 @@ GREEDY: dict[str, Any] = {
         )
     ),
 }
+#: What the pipeline decides itself, and where to say it.
+OWNED = {
+    "latent_mode": "say it when the pipeline is made",
+    "max_length": "use max_new_tokens",
+    "return_dict_in_generate": "call the model's own generate for its output",
+    "output_latent_states": "call the model's own generate for its latent states",
+    "num_return_sequences": "ask once for each answer, or call the model's own generate",
+    "num_beams": "latent slots are recorded along one beam; call the model's own generate for beams",
+}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -148,12 +159,12 @@ class StormPipeline:
         max_new_tokens: int = 32,
         **generate_kwargs: Any,
     ) -> Answer:
-        """One answer. Raises VideoError if the file cannot be read.
+        """One answer. Raises VideoError if the file cannot be read, InputError for what cannot be asked.
 
         `max_new_tokens` bounds the written answer; the latent segment comes on top.
         """
-        asked = Question(video, question, tuple(options))
-        return self.answer_batch([asked], max_new_tokens, **generate_kwargs)[0]
+        questions = [Question(video, question, tuple(options))]
+        return self.answer_batch(questions, max_new_tokens, **generate_kwargs)[0]
 
     @torch.inference_mode()
     def answer_batch(
@@ -162,10 +173,12 @@ class StormPipeline:
         """Answers to a batch, equal to asking one by one.
 
         They are greedy (`GREEDY`), unless `generate_kwargs` say otherwise: the checkpoint's generation_config.json
-        decides on the end of a turn alone.
+        decides on the end of a turn alone. Raises InputError for one of `generate_kwargs` that is in `OWNED`.
         """
+        self.check_kwargs(generate_kwargs)
         began = time.perf_counter()
         inputs = self.collator.collate_prompts(questions, self.latent_mode)
+        self._warn_of_length(inputs["input_ids"].shape[1])
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         ready = time.perf_counter()
         latent = self.latent_mode != "off"
@@ -206,6 +219,30 @@ class StormPipeline:
             )
             for i, (text, question) in enumerate(zip(texts, questions, strict=True))
         ]
+
+    def check_kwargs(self, generate_kwargs: Mapping[str, Any]) -> None:
+        """Raises InputError for what `answer_batch` decides itself, unless it is said as it decides."""
+        latent = self.latent_mode != "off"
+        decided = {
+            **GREEDY,
+            "latent_mode": self.latent_mode,
+            "output_latent_states": latent,
+            "return_dict_in_generate": True,
+        }
+        for name, remedy in OWNED.items():
+            beams = name == "num_beams" and not latent
+            if name in generate_kwargs and generate_kwargs[name] != decided.get(name) and not beams:
+                raise InputError(f"{name}={generate_kwargs[name]!r} does not go here: {remedy}")
+
+    def _warn_of_length(self, tokens: int) -> None:
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and tokens > longest:
+            log.warning(
+                "a prompt of %s tokens is longer than this model can read (%s): its answer may be nonsense; shorten "
+                "the question, or take fewer or smaller frames",
+                f"{tokens:,}",
+                f"{longest:,}",
+            )
 
     def _opened(self, new_ids: Tensor) -> list[bool]:
         if self.latent_mode != "auto":

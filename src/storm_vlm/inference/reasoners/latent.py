@@ -27,6 +27,7 @@ class Latent(Reasoner):
         max_new_tokens: int | None = None,
         **generate_kwargs: Any,
     ) -> None:
+        pipeline.check_kwargs(generate_kwargs)
         super().__init__(frames or Frames(pipeline.collator.videos.num_frames), max_new_tokens)
         self.pipeline, self.generate_kwargs = pipeline, generate_kwargs
 
