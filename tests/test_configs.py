@@ -9,7 +9,7 @@ import pytest
 
 from storm_vlm.configs import ConfigError, parse_config
 from storm_vlm.construction.config import BuildConfig
-from storm_vlm.training.config import TrainConfig
+from storm_vlm.training.config import TrainConfig, load_config
 
 WHOLE = {"model": "m", "data": "d", "output_dir": "o"}
 
@@ -128,3 +128,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"cannot read the config .*utf-8"):
         parse_config(TrainConfig, tmp_path / "bytes.yaml")
+
+
+def test_the_last_word_on_the_length_of_a_run_wins(tmp_path: Path) -> None:
+    path = tmp_path / "stage.yaml"
+    path.write_text("{model: m, data: d, output_dir: o, training: {num_train_epochs: 1}}\n")
+    assert load_config(path, ["training.max_steps=10"]).training == {"max_steps": 10}
+    path.write_text("{model: m, data: d, output_dir: o, training: {max_steps: 10}}\n")
+    assert load_config(path, ["training.num_train_epochs=2"]).training == {"num_train_epochs": 2}
+    empty = load_config(path, {"training": None, "training.max_steps": 3})
+    assert empty.training == {"max_steps": 3}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from stub_teacher import StubTeacher, completion, send
 
-from storm_vlm.construction.config import TeacherConfig
+from storm_vlm.construction.config import BuildConfig, TeacherConfig
 from storm_vlm.construction.prompts import Keyframes, ReasoningPlan, VideoPrompt
 from storm_vlm.construction.teacher import BudgetReached, TeacherClient, Unanswered
 from storm_vlm.data.store import Store
@@ -185,7 +185,7 @@ def test_the_cost_is_told_and_bounded_over_runs(tmp_path: Path) -> None:
             "cost": 0.006,
         }
     with pytest.raises(ValueError, match="needs prices"):
-        TeacherConfig.model_validate({"max_cost": 1})
+        BuildConfig.model_validate({"teacher": {"model": "m", "max_cost": 1}})
 
 
 def test_the_response_is_safe_before_it_is_looked_at(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,9 +19,11 @@ class Settings(BaseModel):
     """Base of all configs: nothing unknown, nothing changed after it is made, no `nan`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    #: an override of one of these keys drops the other, which says the same in another way
+    ALTERNATIVES: ClassVar[dict[str, str]] = {}
 
 
-Config = TypeVar("Config", bound=BaseModel)
+Config = TypeVar("Config", bound=Settings)
 
 
 class ConfigError(StormError, ValueError):
@@ -71,6 +73,9 @@ def parse_config(
         else:
             values = [_parse_override(kind, text) for text in change]
         for key, value in values:
+            if key in kind.ALTERNATIVES:
+                parent, _, other = kind.ALTERNATIVES[key].rpartition(".")
+                ((raw.get(parent) or {}) if parent else raw).pop(other, None)
             _set(raw, key, value)
     try:
         return kind.model_validate(raw)

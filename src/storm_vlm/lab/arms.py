@@ -144,7 +144,7 @@ COMPARISONS: dict[str, Comparison] = {
     "stages": Comparison(
         "Stages",
         "Table 6",
-        "Stage I alone and Stage II alone take as many steps as both stages together, as in the paper. STORM before "
+        "Stage I alone and Stage II alone take as many steps as both stages together, like the paper's. STORM before "
         "its Stage II has taken fewer, and shows what Stage II adds.",
         ("stage1_only", "stage1_first", "stage2_only", "full"),
         "full",

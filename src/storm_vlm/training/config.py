@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -94,6 +94,11 @@ class TrainConfig(Settings):
 
     `training` holds the fields of transformers' TrainingArguments, under their own names.
     """
+
+    ALTERNATIVES: ClassVar = {
+        "training.max_steps": "training.num_train_epochs",
+        "training.num_train_epochs": "training.max_steps",
+    }
 
     model: str
     data: str
