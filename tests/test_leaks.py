@@ -152,6 +152,8 @@ def test_the_command_reports_and_removes(tmp_path, reasoning_file, reasoning_row
     result = run_storm(*arguments)
     assert result.exit_code == 0, result.output
     assert "1 of 12" in result.output and "cannot be read" in result.output
+    folded = "".join(line.split()[0] for line in result.stdout.splitlines()[1:4])
+    assert folded.startswith(Path(reasoning_rows[3].video).name[:30]) and "…" not in result.stdout
     told = json.loads((tmp_path / "leaks.json").read_text())
     assert [leak["train_rows"] for leak in told["leaks"]] == [[reasoning_rows[3].id]]
     assert list(told["unreadable"]) == [str(tmp_path / "gone away.mp4")]

@@ -304,8 +304,20 @@ def test_commands(tmp_path) -> None:
     assert said.exit_code == 0, said.output
     assert sorted(file.name for file in out.iterdir()) == ["report.csv", "report.html", "report.md"]
     assert "STORM (7B)" in said.output and "Gain over direct" in said.output
+    assert "…" not in said.stdout and "s per item      1.02 [1.02, 1.02]" in said.stdout
+    tables = [line for line in said.stdout.splitlines() if not line.startswith(("- ", "wrote"))]
+    assert max(map(len, tables)) <= 80
     said = run_storm("download", "imagenet", str(tmp_path))
     assert said.exit_code == 2 and "choose from videomme" in said.stderr
+
+
+def test_a_long_setting_is_cut_where_runs_are_compared(tmp_path) -> None:
+    suite(tmp_path, False)
+    description = json.loads((tmp_path / "base/run.json").read_text())
+    changed = description | {"first_prompt": "Where?\n" * 99}
+    (tmp_path / "base/run.json").write_text(json.dumps(changed))
+    said = run_storm("compare", tmp_path / "storm", tmp_path / "base")
+    assert "first_prompt: " in said.stdout and max(map(len, said.stdout.splitlines())) < 130
 
 
 def test_intervals_of_runs_are_over_videos(tmp_path) -> None:

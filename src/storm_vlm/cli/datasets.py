@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts.types import NonNegativeInt, PositiveInt
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from storm_vlm.cli.terminal import Switch, console, part_of, show
 from storm_vlm.datasets import EXPORTERS, IMPORTERS
@@ -62,9 +62,9 @@ def export_command(format: Annotated[str, part_of(EXPORTERS)], rows: Path, out: 
 def _report(counts: Counts, out: Path) -> None:
     from storm_vlm.datasets.transfer import rejects_file
 
-    table = Table("", "reason", "count", box=None)
+    table = Table("", Column("reason", overflow="fold"), "count", box=None)
     table.columns[2].justify = "right"
-    table.add_row("written", str(out), f"{counts.written:,}")
+    table.add_row("written", escape(str(out)), f"{counts.written:,}")
     if counts.renamed:
         table.add_row("", "of those, renamed: their id was taken", f"{counts.renamed:,}")
     for name, reasons in (("skipped", counts.skipped), ("rejected", counts.rejected)):
@@ -106,9 +106,9 @@ def leaks(
     rows = read_rows(train)
     found = find_leaks(rows, read_rows(evaluation), cache, num_frames)
     kept = without_leaks(rows, found)
-    table = Table(
-        "training clip", "rows", "evaluation clip", "rows", "why", "share", "distance", box=None
-    )
+    clips = (Column(f"{kind} clip", overflow="fold") for kind in ("training", "evaluation"))
+    heads = (Column(name, no_wrap=True) for name in ("rows", "rows", "why", "share", "distance"))
+    table = Table(next(clips), next(heads), next(clips), *heads, box=None)
     for leak in found.leaks[:20]:
         apart = "" if leak.distance is None else f"{leak.distance:.3f}"
         table.add_row(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich import box
+from rich.console import RenderableType
 from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -13,8 +14,10 @@ from rich.text import Text
 from storm_vlm.cli.terminal import Json, Switch, console, show, show_json
 
 if TYPE_CHECKING:
-    from storm_vlm.evaluation.cells import Table
+    from storm_vlm.evaluation.cells import Cell, Line, Table
     from storm_vlm.evaluation.compare import Gain
+
+SHORT = 40  # characters of a setting in which runs differ
 
 
 def compare_runs(ours: Path, theirs: Path, /, *, as_json: Annotated[bool, Json] = False) -> None:
@@ -44,8 +47,14 @@ def compare_runs(ours: Path, theirs: Path, /, *, as_json: Annotated[bool, Json] 
     console.print(table)
     seeds = f", {comparison.seeds} seeds" if comparison.seeds > 1 else ""
     show(f"{comparison.benchmark}, {comparison.videos} videos{seeds}; 95% intervals over videos")
-    differs = "; ".join(f"{key}: {a} / {b}" for key, (a, b) in comparison.differs.items())
-    show(f"differ in: {differs or 'nothing that they say'}")
+    differs = [f"{key}: {_short(a)} / {_short(b)}" for key, (a, b) in comparison.differs.items()]
+    between = "\n  ".join(differs)
+    show(f"differ in: {between or 'nothing that they say'}")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= SHORT else f"{' '.join(text.split())[:SHORT]} …"
 
 
 def _compared(gain: Gain) -> list[str]:
@@ -69,23 +78,46 @@ def report_runs(
     from storm_vlm.evaluation.run_folder import find_runs
 
     for table in write_report(find_runs(list(runs)), out, paper):
-        console.print(_printed(table))
+        console.print(*_printed(table, console.width), sep="\n")
         for note in table.notes:
             show(f"- {note}")
     if out:
         show(f"wrote {out}/report.html, report.md and report.csv")
 
 
-def _printed(table: Table) -> RichTable:
+def _printed(table: Table, width: int) -> list[RenderableType]:
+    """The table; or, where it is wider than that, a list for each of its lines. No figure is cut or broken."""
+    names, *figures = zip(*(line.cells for line in table.lines), strict=True)
+    texts = [" ".join(cell.text for cell in names).split()]
+    texts += [[cell.text for cell in column] for column in figures]
+    widths = [
+        max(map(len, (*head.split(), *column)))
+        for head, column in zip(table.columns, texts, strict=True)
+    ]
     title = Text(table.title, "bold")
-    printed = RichTable(*table.columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    if sum(widths) + 3 * len(widths) > width:
+        return [title, *(_listed(table, line) for line in table.lines)]
+    heads = [
+        Column(Text(head), min_width=least)
+        for head, least in zip(table.columns, widths, strict=True)
+    ]
+    printed = RichTable(*heads, title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for line in table.lines:
-        cells: list[Text] = []
-        for cell in line.cells:
-            style = "red" if cell.warning else "italic" if line.paper else "bold"
-            small = f"\n{cell.small}" if cell.small else ""
-            cells.append(
-                Text.assemble((cell.text, style), (small, "red" if cell.warning else "dim"))
-            )
-        printed.add_row(*cells)
+        printed.add_row(*(_cell(cell, line, "\n") for cell in line.cells))
+    return [printed]
+
+
+def _listed(table: Table, line: Line) -> RichTable:
+    """A line's cells below each other, each behind its column's name."""
+    first, *others = line.cells
+    printed = RichTable(Column(no_wrap=True), Column(), show_header=False, box=None)
+    printed.add_row(Text(table.columns[0], "dim"), _cell(first, line, "  "))
+    for name, cell in zip(table.columns[1:], others, strict=True):
+        printed.add_row(Text(f"  {name}", "dim"), _cell(cell, line, "  "))
     return printed
+
+
+def _cell(cell: Cell, line: Line, separator: str) -> Text:
+    style = "red" if cell.warning else "italic" if line.paper else "bold"
+    small = f"{separator}{cell.small}" if cell.small else ""
+    return Text.assemble((cell.text, style), (small, "red" if cell.warning else "dim"))
