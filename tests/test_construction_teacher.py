@@ -1,6 +1,7 @@
 """The teacher's client against a real server that misbehaves."""
 
 import json
+import re
 import socket
 import struct
 import threading
@@ -16,9 +17,10 @@ from stub_teacher import StubTeacher, completion, send
 
 from storm_vlm.construction.config import BuildConfig, TeacherConfig
 from storm_vlm.construction.prompts import Keyframes, ReasoningPlan, VideoPrompt
-from storm_vlm.construction.teacher import BudgetReached, TeacherClient, Unanswered
+from storm_vlm.construction.teacher import BudgetReached, TeacherClient
 from storm_vlm.data.store import Store
 from storm_vlm.errors import StormError
+from storm_vlm.inference.client import UnansweredError
 
 MESSAGES = [{"role": "user", "content": "which frames?"}]
 GOOD = '{"selected": [3, 1]}'
@@ -108,7 +110,7 @@ def test_retry_after_is_obeyed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", [status(500), status(429, Retry_After="0.01"), reset, truncated])
 def test_lasting_trouble_leaves_the_row_for_later(fault: Fault, tmp_path: Path) -> None:
     with BadTeacher(fault) as server:
-        with pytest.raises(Unanswered):
+        with pytest.raises(UnansweredError):
             ask(make(server, tmp_path, retries=1))
         assert not Store(tmp_path).files("teacher")
         server.script = [GOOD]
@@ -135,12 +137,18 @@ def test_an_answer_that_cannot_be_used_is_repaired(bad: str, told: str, tmp_path
         assert server.calls[1].body["messages"][-2] == {"role": "assistant", "content": bad}
 
 
-def test_repairs_end_and_are_not_paid_again(tmp_path: Path) -> None:
+def test_repairs_end_and_the_next_run_asks_anew(tmp_path: Path) -> None:
+    """A teacher that was badly set up may have been mended; what it wrote before is told, and counts as paid."""
     with BadTeacher('{"selected": [9]}') as server:
-        for _ in range(2):
-            asked = ask(make(server, tmp_path, repairs=2))
-            assert (asked.value, asked.status) == (None, "invalid")
-            assert len(server.calls) == 3
+        asked = ask(make(server, tmp_path, repairs=2))
+        assert (asked.value, asked.status, len(asked.keys)) == (None, "invalid", 3)
+        assert "no [9]" in asked.detail and '{"selected": [9]}' in asked.detail
+        server.script = [GOOD]
+        teacher = make(server, tmp_path, repairs=2)
+        assert ask(teacher).status == "ok" and len(server.calls) == 4
+        assert teacher.spent.totals(teacher.config)["calls"] == 4
+        assert make(server, tmp_path).spent.totals(teacher.config)["calls"] == 4
+        assert {p.stem for p in Store(tmp_path).files("teacher")} > set(asked.keys)
 
 
 def test_a_refusal_is_not_argued_with(tmp_path: Path) -> None:
@@ -188,15 +196,108 @@ def test_the_cost_is_told_and_bounded_over_runs(tmp_path: Path) -> None:
         BuildConfig.model_validate({"teacher": {"model": "m", "max_cost": 1}})
 
 
-def test_the_response_is_safe_before_it_is_looked_at(tmp_path: Path) -> None:
-    """Whatever becomes of the process after the last byte came in, the answer is not asked for again."""
-    with BadTeacher('{"selected": "nonsense"}') as server:
-        teacher = make(server, tmp_path, repairs=0)
-        ask(teacher)
+def test_the_response_is_safe_before_it_is_used(tmp_path: Path) -> None:
+    """Whatever becomes of the conversation after the last byte came in, the answer is not asked for again."""
+    with BadTeacher('{"selected": "nonsense"}', status(500)) as server:
+        with pytest.raises(UnansweredError):
+            ask(make(server, tmp_path, retries=0))
         (path,) = Store(tmp_path).files("teacher")
         assert path.stem == server.calls[0].key
-        stored = json.loads(path.read_bytes())
-        assert stored == completion('{"selected": "nonsense"}')
+        assert json.loads(path.read_bytes()) == completion('{"selected": "nonsense"}')
+        server.script = [GOOD]
+        assert ask(make(server, tmp_path)).status == "repaired" and len(server.calls) == 3
+
+
+def answer(content: Any, reason: str = "stop", **message: Any) -> Fault:
+    """A chat completion of that content."""
+    whole = completion("")
+    whole["choices"][0]["message"] |= {"content": content, **message}
+    whole["choices"][0]["finish_reason"] = reason
+    return lambda handler: send(handler, 200, whole)
+
+
+def without(**fields: Any) -> Fault:
+    return lambda handler: send(handler, 200, {**completion(GOOD), **fields})
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        answer(f'<think>{{"selected": [0]}} or maybe {{1, 2}}?</think>\n{GOOD}'),
+        answer(f"The set {{a, b}}.\n```json\n{GOOD}\n```\nI left out {{c, d}}."),
+        answer('{"reason": "it\nfalls", "selected": [3, 1]}'),
+        answer([{"type": "thinking", "thinking": "{}"}, {"type": "text", "text": GOOD}]),
+        answer('{"name": "answer", "arguments": {"selected": ["3", "1"]}}'),
+        without(usage=None),
+        without(usage={"prompt_tokens": None, "completion_tokens": None}),
+    ],
+)
+def test_answers_as_real_models_write_them_are_read(act: Fault, tmp_path: Path) -> None:
+    with BadTeacher(act) as server:
+        asked = ask(make(server, tmp_path))
+        assert (asked.value.selected, asked.status) == ([1, 3], "ok") and len(server.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("act", "reason", "detail"),
+    [
+        (answer(None, reasoning_content=f"I say {GOOD}"), "invalid", "reasoning_content.*I say"),
+        (answer(GOOD[:9], "length"), "invalid", r"cut off at max_tokens=1024.*\{\"selecte"),
+        (answer("", "content_filter"), "refused", "filtered"),
+        (status(400, "data_inspection_failed"), "refused", "data_inspection_failed"),
+        (status(400, "context_length_exceeded"), "refused", "context_length_exceeded"),
+        (status(403, "moderation_blocked"), "refused", "moderation_blocked"),
+        (status(413), "refused", "413"),
+        (status(422), "refused", "422"),
+    ],
+)
+def test_one_request_s_fate_is_told_and_not_final(
+    act: Fault, reason: str, detail: str, tmp_path: Path
+) -> None:
+    with BadTeacher(act) as server:
+        asked = ask(make(server, tmp_path))
+        assert (asked.value, asked.status) == (None, reason)
+        assert re.search(detail, asked.detail), asked.detail
+        server.script = [GOOD]
+        assert ask(make(server, tmp_path)).status == "ok"
+
+
+@pytest.mark.parametrize("act", [without(choices=None), without(choices=[]), answer(None)])
+def test_a_response_is_read_before_it_is_stored(act: Fault, tmp_path: Path) -> None:
+    with BadTeacher(act, GOOD) as server:
+        assert ask(make(server, tmp_path)).value.selected == [1, 3]
+        assert len(server.calls) == 2
+
+
+class Strict(StubTeacher):
+    """Takes neither max_tokens, nor a temperature, nor a schema, as o-series models do."""
+
+    def respond(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        mends = {
+            "max_tokens": "use max_completion_tokens",
+            "temperature": "",
+            "response_format": "",
+        }
+        for name, mend in mends.items():
+            if name in body:
+                error = {"message": f"Unsupported parameter: '{name}' is not supported; {mend}"}
+                send(handler, 400, {"error": error})
+                return
+        send(handler, 200, completion(GOOD))
+
+
+def test_settings_that_a_model_refuses_are_left_out_from_then_on(tmp_path: Path) -> None:
+    with Strict() as server:
+        teacher = make(server, tmp_path)
+        assert ask(teacher).status == "ok" and len(server.calls) == 4
+        assert ask(teacher, [{"role": "user", "content": "others?"}]).status == "ok"
+        assert len(server.calls) == 5
+        assert server.calls[-1].body["max_completion_tokens"] == teacher.config.max_tokens
+
+
+def test_a_limit_of_nothing_is_no_missing_limit() -> None:
+    with pytest.raises(ValueError, match="max_cost"):
+        TeacherConfig.model_validate({"max_cost": 0})
 
 
 def test_many_threads_share_one_teacher(tmp_path: Path) -> None:

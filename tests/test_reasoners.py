@@ -17,7 +17,8 @@ from storm_vlm import StormPipeline
 from storm_vlm.data.collator import Question
 from storm_vlm.data.video import read_video
 from storm_vlm.errors import StormError
-from storm_vlm.inference.chat import RefusedError, Turn
+from storm_vlm.inference.chat import Turn
+from storm_vlm.inference.client import RefusedError
 from storm_vlm.inference.frames import FrameCache, Frames
 from storm_vlm.inference.local_chat import LocalChat
 from storm_vlm.inference.reasoners import build_reasoner

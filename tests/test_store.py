@@ -1,14 +1,20 @@
 """The one store: what its keys are made of, files that are whole, and what processes share."""
 
+import json
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from storm_vlm.data.store import Ledger, Store, key_of, read_json
+from storm_vlm.data.store import Ledger, Store, key_of
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
 
 
 def test_a_key_is_what_its_parts_say_in_any_order() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -33,11 +34,14 @@ from storm_vlm.analysis.report import Analysis, Example, card, write_page
 from storm_vlm.analysis.retrieval import retrieval
 from storm_vlm.analysis.states import States, extract
 from storm_vlm.data.atomic_write import write_json
+from storm_vlm.data.check import check_videos, row_faults, told
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row, read_rows
+from storm_vlm.data.video import read_video
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.versions import commit, versions
 
+log = logging.getLogger(__name__)
 PARTS = tuple(field.name for field in fields(Analysis))
 EXAMPLES = 3  # right ones, and as many wrong ones
 
@@ -57,7 +61,7 @@ def analyze(
     Raises what `extract` and `latent_reliance` raise, and RowError.
     """
     pipeline = StormPipeline.from_pretrained(checkpoint)
-    rows = read_rows(rows_file)[:limit]
+    rows = _readable_rows(rows_file, pipeline, limit)
     states = extract(pipeline, rows, out, checkpoint, batch_size)
     about = {
         "checkpoint": Path(checkpoint).name if Path(checkpoint).is_absolute() else checkpoint,
@@ -68,7 +72,7 @@ def analyze(
     }
     probed, probed_states = rows, states
     if retrieval_file is not None:
-        probed = read_rows(retrieval_file)
+        probed = _readable_rows(retrieval_file, pipeline)
         probed_states = extract(pipeline, probed, out / "retrieval", checkpoint, batch_size)
     decoder, held_out = _decoder(pipeline, rows, states, decoder_file, batch_size)
     analysis = Analysis(
@@ -94,6 +98,23 @@ def analyze(
     return analysis
 
 
+def _readable_rows(file: Path, pipeline: StormPipeline, limit: int | None = None) -> list[Row]:
+    """The rows whose clips can be decoded; the others are named."""
+    num_frames = pipeline.collator.videos.num_frames
+
+    def check(row: Row) -> None:
+        check_videos(row)
+        read_video(row.video, num_frames, row.start, row.end)
+        if row.thought_video is not None:
+            read_video(row.thought_video.path, num_frames)
+
+    rows = read_rows(file)[:limit]
+    if faults := row_faults(rows, check):
+        named = told(faults, file)
+        log.warning("%d of %d rows are left out:\n%s", len(faults), len(rows), named)
+    return [row for row in rows if row.id not in faults]
+
+
 def read_analysis(folder: Path) -> Analysis:
     """What `analyze` wrote into the folder."""
     parts = {part: json.loads((folder / f"{part}.json").read_bytes())[part] for part in PARTS}
@@ -110,7 +131,7 @@ def _decoder(
     """A decoder, and the rows that it was not trained on and that have a thought video."""
     drawable = [i for i, row in enumerate(rows) if row.thought_video is not None]
     if file is not None:
-        training = [row for row in read_rows(file) if row.thought_video is not None]
+        training = [r for r in _readable_rows(file, pipeline) if r.thought_video is not None]
         latents = rolled_out(pipeline, training, batch_size) if training else states.latents[:0]
         shared = {row.video for row in training}
         held_out = [i for i in drawable if rows[i].video not in shared]

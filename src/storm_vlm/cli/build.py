@@ -115,6 +115,11 @@ def _report(summary: dict[str, Any], out: Path) -> int:
         }
         show(told[why])
         return STOPPED[why]
+    if summary.get("asked_again"):
+        show(
+            f"the teacher gave {summary['asked_again']} rows nothing usable ({out / 'rejects.jsonl'} says what it "
+            "wrote): the next run asks again"
+        )
     if summary.get("unfinished"):
         show("unfinished rows are not in this store, as these settings would make them")
     elif summary["rows"] and summary.get("kept") == 0:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from storm_vlm.inference.pipeline import StormPipeline
 
 RELIANCE_ROWS = 200
+MANY_UNPARSED = 0.5  # a share that wants an example
+NAMED = 10  # rows that could not be asked, of those that only the asking showed
 Benchmark = Annotated[str | None, part_of(BENCHMARKS, "Which one the folder holds.")]
 Reasoner = Annotated[
     str | None,
@@ -74,6 +76,7 @@ def evaluate(
         reliance_rows: Rows to tell latent reliance from (STORM only), 200 by default; 0: none.
         trust_remote_code: Run code that the checkpoint brings.
     """
+    from storm_vlm.data.check import told
     from storm_vlm.data.video import read_video
     from storm_vlm.evaluation.exam import Exam
     from storm_vlm.evaluation.run_folder import RunError
@@ -115,11 +118,14 @@ def evaluate(
     exam = Exam.read(source, benchmark, limit, frames=frames, control=control, prompt=prompt)
     settings = {"model": checkpoint, "reasoner": name}
     rows = RELIANCE_ROWS if reliance_rows is None else reliance_rows
+    if exam.faults and state.is_main_process:
+        count = f"{len(exam.faults)} of {len(exam.rows)} rows cannot be asked, and are skipped"
+        show(f"{count}:\n{told(exam.faults, source)}", to=errors)
     with TemporaryDirectory() as unkept:
         finished = run(out or Path(unkept), found, exam, settings, batch_size)
     if not state.is_main_process:
         return
-    _tell(finished, max_errors)
+    _tell(finished, exam, max_errors)
     if pipeline and name == "latent" and control is None and rows:
         _tell_reliance(pipeline, exam, finished, rows, batch_size, out)
 
@@ -131,21 +137,27 @@ def _refuse(options: dict[str, Any], mode: str) -> None:
             raise StormError(f"{name} does nothing with {mode}")
 
 
-def _tell(finished: Run, max_errors: float) -> None:
+def _tell(finished: Run, exam: Exam, max_errors: float) -> None:
     """The summary, and what went wrong. Raises RunError if that is too much."""
-    from storm_vlm.evaluation.run_folder import RunError
+    from storm_vlm.evaluation.run_folder import FAULTS, RunError
 
     summary = finished.provenance["summary"]
     console.print_json(data=summary)
-    share = summary["accuracy"]
+    share, faults = summary["accuracy"], summary["faults"]
+    counts = {"unparsed": summary["unparsed"], **faults}
     show(  # beside the JSON, for people
         f"{share['mean']:.1%} right ({share['low']:.1%} to {share['high']:.1%}) of {summary['n']}, "
-        f"{summary['unparsed']:.1%} unparsed",
+        + ", ".join(f"{count:.1%} {name.replace('_', ' ')}" for name, count in counts.items()),
+        *(f"{name.replace('_', ' ')}: {FAULTS[name]}" for name in faults),
         to=errors,
     )
     records = finished.records
+    unparsed = [r for r in records if r.reply and not r.parsed and not r.reply.fault]
+    if unparsed and summary["unparsed"] > MANY_UNPARSED:
+        reply = unparsed[0].reply
+        show(f"unparsed, e.g. {unparsed[0].id}: {reply.text[:100]!r}" if reply else "", to=errors)
     failed = [record for record in records if record.error]
-    for record in failed:
+    for record in [r for r in failed if r.id not in exam.faults][:NAMED]:
         show(f"not asked: {record.id}: {record.error}", to=errors)
     if len(failed) > max_errors * len(records):
         raise RunError(

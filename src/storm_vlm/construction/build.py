@@ -23,13 +23,16 @@ from tqdm.auto import tqdm
 from storm_vlm.construction.config import BuildConfig, FilterConfig
 from storm_vlm.construction.filters import LOW_IS_BAD, Duplicates
 from storm_vlm.construction.steps import STEP_FUNCTIONS, Draft, Resources
-from storm_vlm.construction.teacher import BudgetReached, Unanswered
+from storm_vlm.construction.teacher import BudgetReached
 from storm_vlm.construction.types import Rejected
 from storm_vlm.data.atomic_write import write_json, write_text
+from storm_vlm.data.check import check_text
+from storm_vlm.data.prompt import PromptError
 from storm_vlm.data.row import Row, portable, read_rows, write_rows
 from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.video import VideoError
 from storm_vlm.errors import StormError
+from storm_vlm.inference.client import UnansweredError
 from storm_vlm.versions import commit, versions
 
 log = logging.getLogger(__name__)
@@ -74,22 +77,25 @@ class Builder:
     def finished(self, row: Row) -> Draft | None:
         """The row's result, if it is there."""
         try:
+            check_text(row)
             key = self.key(row)
+        except PromptError as error:
+            return Draft(row=row, rejected="text", detail=str(error))
         except OSError as error:
             return Draft(row=row, rejected="video", detail=str(error))
         draft = self.store.read("rows", key, lambda p: Draft.model_validate_json(p.read_bytes()))
         return None if draft is None else self._placed(draft, row)
 
     def advance(self, draft: Draft, steps: Iterable[str]) -> Draft:
-        """Through some steps. Raises `Unanswered` or `BudgetReached` if the teacher cannot be asked."""
+        """Through some steps. Raises `UnansweredError` or `BudgetReached` if the teacher cannot be asked."""
         for step in steps:
             if draft.rejected is None:
                 try:
                     draft = STEP_FUNCTIONS[step](self.resources, draft)  # type: ignore[index]
                 except Rejected as reject:
-                    draft = draft.model_copy(
-                        update={"rejected": reject.reason, "detail": reject.detail}
-                    )
+                    fate = {"rejected": reject.reason, "detail": reject.detail}
+                    fate |= {"final": draft.final and reject.final}
+                    draft = draft.model_copy(update=fate)
                 except VideoError as error:
                     draft = draft.model_copy(update={"rejected": "video", "detail": str(error)})
         return draft
@@ -107,11 +113,11 @@ class Builder:
 
     def build(self, row: Row) -> State:
         """All steps of one row."""
-        if self.finished(row):
+        if (draft := self.finished(row)) and draft.final:
             return "done"
         try:
             self.finish(row, self.advance(Draft(row=row), self.config.steps))
-        except Unanswered as error:
+        except UnansweredError as error:
             log.warning("%s is left for the next run: %s", row.id, error)
             return "unanswered"
         except BudgetReached:
@@ -214,6 +220,7 @@ def collect(
         "kept": len(kept),
         "rejected": dict(Counter(str(reject["reason"]) for reject in rejects)),
         "unfinished": len(drafts) - len(done),
+        "asked_again": sum(not draft.final for draft in done),
         "first_unfinished": next((id for id, draft in drafts if draft is None), None),
         **(account or {}),
         "config": config.model_dump(mode="json"),

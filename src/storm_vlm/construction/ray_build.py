@@ -14,9 +14,10 @@ from typing import Any
 from storm_vlm.construction.build import Builder
 from storm_vlm.construction.config import BuildConfig
 from storm_vlm.construction.steps import Draft
-from storm_vlm.construction.teacher import BudgetReached, Unanswered
+from storm_vlm.construction.teacher import BudgetReached
 from storm_vlm.data.row import Row
 from storm_vlm.errors import StormError
+from storm_vlm.inference.client import UnansweredError
 
 PREPARING = ("keyframes", "plans", "prompts")
 Item = dict[
@@ -77,7 +78,7 @@ def _builder(config: str, store: str) -> Builder:
 def prepare(item: Item, config: str, store: str) -> Item:
     """Decoding and the teacher."""
     builder, row = _builder(config, store), Row.model_validate_json(item["row"])
-    if builder.finished(row):
+    if (draft := builder.finished(row)) and draft.final:
         return {**item, "state": "done"}
     return _advanced(builder, {**item, "draft": Draft(row=row).model_dump_json()}, PREPARING)
 
@@ -109,7 +110,7 @@ def _advanced(builder: Builder, item: Item, steps: tuple[str, ...]) -> Item:
     draft = Draft.model_validate_json(item["draft"])
     try:
         draft = builder.advance(draft, [step for step in steps if step in builder.config.steps])
-    except Unanswered:
+    except UnansweredError:
         return {**item, "state": "unanswered"}
     except BudgetReached:
         return {**item, "state": "budget"}

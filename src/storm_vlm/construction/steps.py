@@ -38,13 +38,18 @@ JUDGED = 32  # frames of a thought video that the filters look at
 
 
 class Draft(BaseModel):
-    """A row in the making. ``rejected`` says why it is out, if it is; scores come from the last step."""
+    """A row in the making. ``rejected`` says why it is out, if it is; scores come from the last step.
+
+    ``final``: the next run leaves it as it is. What a teacher failed to give is asked for again: it may have been
+    badly set up.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     row: Row
     rejected: str | None = None
     detail: str = ""
+    final: bool = True
     scores: dict[str, float] = {}
     fingerprint: str = ""
 
@@ -93,7 +98,8 @@ def select_keyframes(resources: Resources, draft: Draft) -> Draft:
         if reply.value:
             chosen = tuple(times[i] for i in reply.value.selected)
             return draft.noted("keyframes", note, keyframes=chosen)
-        note["status"] += ", uniform"
+        note |= {"status": f"{reply.status}, uniform", "detail": reply.detail}
+        draft = draft.model_copy(update={"final": False})
     spread = np.linspace(0, len(times) - 1, min(config.keyframes, len(times))).round().astype(int)
     return draft.noted("keyframes", note, keyframes=tuple(times[i] for i in spread))
 
@@ -196,7 +202,7 @@ STEP_FUNCTIONS: dict[StepName, Callable[[Resources, Draft], Draft]] = {
 
 def _needed(step: str, reply: TeacherReply[Any]) -> Any:
     if reply.value is None:
-        raise Rejected(f"{step}_{reply.status}", "the teacher gave nothing that could be used")
+        raise Rejected(f"{step}_{reply.status}", reply.detail, final=False)
     return reply.value
 
 

@@ -14,12 +14,14 @@ from storm_vlm.data.row import Row, ThoughtSource
 
 
 class Rejected(Exception):
-    """A row that cannot be used, now or later: ``reason`` is one word, ``detail`` says more."""
+    """A row that cannot be used: ``reason`` is one word, ``detail`` says more.
 
-    def __init__(self, reason: str, detail: str) -> None:
+    ``final``: nor will it be, as long as row and config stay; the next run does not try again.
+    """
+
+    def __init__(self, reason: str, detail: str, final: bool = True) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+        self.reason, self.detail, self.final = reason, detail, final
 
 
 @dataclass(frozen=True)

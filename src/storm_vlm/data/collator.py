@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from storm_vlm.data.decode import VideoError
 from storm_vlm.data.prompt import LatentMode, answer_text, build_messages, render_prompt
 from storm_vlm.data.row import Row, without_labels
 from storm_vlm.data.video import Clip, read_video, require_proportions, video_metadata
@@ -182,7 +183,12 @@ class StormCollator:
     def _video(self, item: Row | Question) -> dict[str, Tensor]:
         if isinstance(item.video, Clip):
             return self.videos.process(item.video)
-        return self.videos.get(str(item.video), item.start, item.end)
+        try:
+            return self.videos.get(str(item.video), item.start, item.end)
+        except VideoError as error:
+            raise VideoError(
+                f"{item.id}: {error}" if isinstance(item, Row) else str(error)
+            ) from error
 
     def _labels(self, rows: Sequence[Row]) -> Tensor:
         end_of_turn = self.processor.tokenizer.eos_token

@@ -11,6 +11,11 @@ from typing import Any, Literal
 from storm_vlm.data.row import Row
 from storm_vlm.errors import InputError
 
+
+class PromptError(InputError):
+    """A question or an answer that cannot be put to a model."""
+
+
 LatentMode = Literal["force", "auto", "off"]
 LATENT_MODES: tuple[LatentMode, ...] = ("force", "auto", "off")
 LATENT_START = "<|latent_start|>"
@@ -29,9 +34,9 @@ _NAMED = re.compile(r"(?i:\boption\s+(?:is\s+)?)" + _LETTER + _SEVERAL % 0)
 
 
 def option_letter(index: int) -> str:
-    """0 -> "A", 1 -> "B", ... Raises ``ValueError`` beyond "Z"."""
+    """0 -> "A", 1 -> "B", ... Raises `PromptError` beyond "Z"."""
     if not 0 <= index < len(ascii_uppercase):
-        raise InputError(f"option {index}: a question can have at most 26 options")
+        raise PromptError(f"option {index}: a question can have at most 26 options")
     return ascii_uppercase[index]
 
 
@@ -41,7 +46,7 @@ def question_text(
     """What is asked, line by line: the question, its lettered options, how to answer.
 
     ``instruction`` None: `OPTIONS_INSTRUCTION` where there are options, else nothing. Raises
-    ``ValueError`` for text that holds control tokens such as ``<|im_end|>``, which would otherwise
+    `PromptError` for text that holds control tokens such as ``<|im_end|>``, which would otherwise
     end the turn or claim a video that is not there.
     """
     lines = [question.strip()]
@@ -57,7 +62,7 @@ def build_messages(
     """One user turn in the chat format of transformers: the videos, then the question.
 
     No system message: the model's own chat template adds the one it was trained with. Raises
-    ``ValueError`` as `question_text` does.
+    `PromptError` as `question_text` does.
     """
     text = question_text(question, options)
     videos: list[dict[str, Any]] = [{"type": "video"} for _ in range(num_videos)]
@@ -143,5 +148,5 @@ def without_control_tokens(text: str) -> str:
 
 def _plain(text: str) -> str:
     if found := _CONTROL_TOKEN.search(text):
-        raise InputError(f"text holds the control token {found[0]!r}: remove it from {text!r}")
+        raise PromptError(f"text holds the control token {found[0]!r}: remove it from {text!r}")
     return text

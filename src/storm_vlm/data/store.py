@@ -39,11 +39,6 @@ def key_of(**parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """To `Store.read` with."""
-    return json.loads(path.read_bytes())
-
-
 class Ledger:
     """Short facts that processes tell each other: a file of lines `key value .`, which only grows.
 
@@ -111,6 +106,14 @@ class Store:
     def write(self, kind: str, key: str, data: bytes) -> None:
         with self.place(kind, key) as unfinished:
             unfinished.write_bytes(data)
+
+    def set_aside(self, kind: str, key: str) -> str:
+        """Free the key, as if nothing had been stored; what was stays under the key that is returned."""
+        other = key_of(aside=[key, uuid4().hex])
+        self.path(kind, other).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.replace(self.path(kind, key), self.path(kind, other))
+        return other
 
     @contextmanager
     def place(self, kind: str, key: str, suffix: str = ".json") -> Iterator[Path]:

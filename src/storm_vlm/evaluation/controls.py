@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Control:
     """Changes the row, before it is posed and scored, or the question that is posed. Made without arguments."""
 
+    SHOWS_VIDEO: ClassVar[bool] = True
     PERMUTES_OPTIONS: ClassVar[bool] = False  #: needs rows with options, in our own prompt
 
     def row(self, row: Row) -> Row:
@@ -36,6 +37,8 @@ CONTROLS: Registry[type[Control]] = Registry("controls")
 @CONTROLS.register("text_only")
 class TextOnly(Control):
     """Without the video."""
+
+    SHOWS_VIDEO: ClassVar[bool] = False
 
     def question(self, question: Asked, frames: Frames, seed: str) -> Asked:
         return _about(question, None)

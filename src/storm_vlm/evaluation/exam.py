@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from storm_vlm.data.check import check_text, check_video, row_faults, told
 from storm_vlm.data.collator import Question
-from storm_vlm.data.prompt import is_correct
+from storm_vlm.data.prompt import PromptError, is_correct
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import VideoError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS, Benchmark
 from storm_vlm.evaluation.controls import CONTROLS, Control
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import RunError
-from storm_vlm.inference.chat import RefusedError
+from storm_vlm.inference.client import RefusedError, UnansweredError
 from storm_vlm.inference.frames import Asked, Frames
 from storm_vlm.inference.reasoners import Reasoner
 from storm_vlm.inference.reply import Reply
@@ -33,13 +35,15 @@ class Exam:
     benchmark: Benchmark | None = None
     control: str | None = None  #: a name in `CONTROLS`
     prompt: Literal["ours", "official"] = "ours"
+    faults: Mapping[str, str] = field(default_factory=dict)  #: of rows not to be asked, by id
 
     @classmethod
     def read(cls, source: Path, benchmark: str | None, limit: int | None, **kwargs: Any) -> Exam:
         """From a JSONL file of rows, or from a folder of published files of the named benchmark.
 
         Raises:
-            RunError: a folder without a benchmark, an unknown one; a prompt or a control that does not apply.
+            RunError: a folder without a benchmark, an unknown one; a prompt or a control that does not apply; no
+                row that can be asked.
             RowError, OSError: bad data.
         """
         found = BENCHMARKS[benchmark]() if benchmark else None
@@ -47,10 +51,13 @@ class Exam:
             raise RunError(
                 f"{source} is a folder: name its benchmark (--benchmark), or give a file of rows"
             )
-        rows = read_rows(source) if found is None else found.read(source)
-        exam = cls(rows[:limit], benchmark=found, **kwargs)
+        rows = (read_rows(source) if found is None else found.read(source))[:limit]
+        exam = cls(rows, benchmark=found, **kwargs)
         exam.check(source)
-        return exam
+        faults = row_faults(rows, check_video if exam._control.SHOWS_VIDEO else check_text)
+        if len(faults) == len(rows):
+            raise RunError(f"no row can be asked:\n{told(faults, source)}")
+        return dataclasses.replace(exam, faults=faults)
 
     def check(self, source: Path) -> None:
         """Raises RunError for a prompt or a control that does not apply to these rows."""
@@ -113,21 +120,25 @@ class Exam:
 def answer_rows(
     reasoner: Reasoner, exam: Exam, rows: Sequence[Row], batch_size: int
 ) -> Iterator[list[Record]]:
-    """Records, batch by batch; a row that cannot be asked gets one with its error. Raises OSError."""
+    """Records, batch by batch; a row that cannot be asked gets one with its error. Raises EndpointError."""
     for first in range(0, len(rows), batch_size):
         batch = [exam.shown(row) for row in rows[first : first + batch_size]]
-        replies = _replies(reasoner, exam, batch)
+        outcomes: dict[str, Reply | str] = {r.id: exam.faults.get(r.id, "") for r in batch}
+        sound = [row for row in batch if not outcomes[row.id]]
+        outcomes |= zip((row.id for row in sound), _replies(reasoner, exam, sound), strict=True)
         yield [
-            exam.record(row, *((None, reply) if isinstance(reply, str) else (reply, None)))
-            for row, reply in zip(batch, replies, strict=True)
+            exam.record(row, *((None, out) if isinstance(out, str) else (out, None)))
+            for row, out in ((row, outcomes[row.id]) for row in batch)
         ]
 
 
 def _replies(reasoner: Reasoner, exam: Exam, batch: Sequence[Row]) -> list[Reply | str]:
     """A reply each, or what is wrong with the row; the others of its batch are then asked one by one."""
+    if not batch:
+        return []
     try:
         return list(reasoner.answer([exam.asked(row) for row in batch]))
-    except (VideoError, RefusedError) as error:
+    except (VideoError, PromptError, RefusedError, UnansweredError) as error:
         if len(batch) == 1:
             return [str(error)]
         return [reply for row in batch for reply in _replies(reasoner, exam, [row])]

@@ -23,7 +23,7 @@ class Record:
     official: float | None = (
         None  #: by the benchmark's own rule on the same text; None: needs a judge
     )
-    error: str | None = None  #: a missing or broken video; counted, and wrong
+    error: str | None = None  #: why it could not be asked; counted, and wrong
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,14 @@ from storm_vlm.evaluation.records import Record, Reliance
 
 _RECORD, _RELIANCE = TypeAdapter(Record), TypeAdapter(Reliance)
 RELIANCE = "reliance.json"
+#: Of an endpoint's answers (`Reply.fault`), and what to do about it.
+FAULTS = {
+    "cut_off": "they ended at the bound on tokens, which a reasoning model may spend on thinking: raise "
+    "--max-new-tokens",
+    "empty": "no text came: raise --max-new-tokens for a model that thinks first, or mend its server's reasoning "
+    "parser, which may have taken the answer for a thought",
+    "filtered": "the endpoint's content filter held them back",
+}
 
 
 class RunError(StormError, ValueError):
@@ -88,20 +96,23 @@ def read_records(folder: Path) -> list[Record]:
             if not line.strip():
                 continue
             place = f"{shard}:{number}"
-            record = _record(line, place)
+            record = read_record(line, place)
             if record.id in records:
                 raise RunError(f"{place}: id: {record.id!r} is at {places[record.id]}, too")
             records[record.id], places[record.id] = record, place
     return list(records.values())
 
 
-def _record(line: bytes, place: str) -> Record:
+def read_record(line: bytes, place: str) -> Record:
+    """A line of an answers file. Raises RunError, which names `place`."""
     try:
         return _RECORD.validate_json(line)
     except ValidationError as error:
         fault = error.errors()[0]
         field = ".".join(map(str, fault["loc"])) or "torn or malformed line"
-        raise RunError(f"{place}: {field}: {fault['msg']}") from error
+        raise RunError(
+            f"{place}: {field}: {fault['msg']}; without the line, its row is asked again"
+        ) from error
 
 
 def find_runs(paths: Iterable[Path]) -> list[Run]:

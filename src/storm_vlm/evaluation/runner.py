@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Set
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.evaluation.exam import Exam, answer_rows
-from storm_vlm.evaluation.run_folder import Run, RunError, read_records
+from storm_vlm.evaluation.run_folder import Run, RunError, read_record, read_records
 from storm_vlm.evaluation.summary import summarize
 from storm_vlm.inference.reasoners import Reasoner
 from storm_vlm.versions import commit, versions
@@ -95,9 +96,10 @@ def _begin(
                 f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --out, or remove "
                 "that one"
             )
+    first = next(row for row in exam.rows if row.id not in exam.faults)
     description = {
         **settings,
-        "first_prompt": reasoner.prompt(exam.question(exam.shown(exam.rows[0]))),
+        "first_prompt": reasoner.prompt(exam.question(exam.shown(first))),
         "draws": "controls are drawn by each row's id",
         "n_expected": len(exam.rows),
         "batch_size": batch_size,
@@ -109,16 +111,21 @@ def _begin(
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("answers-*.jsonl"):
-            _mend(file)
+            _mend(file, {row.id for row in exam.rows})
         write_json(known, description)
     return description
 
 
-def _mend(file: Path) -> None:
-    """Cut off a line that a kill left half written, and rows that could not be asked: they are due again."""
-    whole = [
-        line
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines(True)
-        if line.endswith("\n")
-    ]
-    write_text(file, "".join(line for line in whole if json.loads(line)["error"] is None))
+def _mend(file: Path, ids: Set[str]) -> None:
+    """Cut off what a kill or a power cut left of a last line, and rows that could not be asked: they are due again.
+
+    Raises RunError for a line of something else, which is not ours to remove.
+    """
+    *whole, _ = file.read_bytes().split(b"\n")
+    lines = {number: line.strip(b"\0") for number, line in enumerate(whole, start=1)}
+    records = {n: read_record(line, f"{file}:{n}") for n, line in lines.items() if line.strip()}
+    for number, record in records.items():
+        if record.id not in ids:
+            raise RunError(f"{file}:{number}: {record.id!r} is no row of this run: remove the line")
+    kept = [lines[number] + b"\n" for number, record in records.items() if record.error is None]
+    write_text(file, b"".join(kept).decode())

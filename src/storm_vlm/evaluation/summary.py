@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -29,6 +30,7 @@ class Shares:
     accuracy: Estimate
     unparsed: float
     errors: float
+    faults: dict[str, float]  #: of an endpoint's answers, by `Reply.fault`; those that there were
     official: Score
 
 
@@ -100,11 +102,13 @@ def summarize(run: Run) -> RunSummary:
 
 def _shares(records: Sequence[Record], accuracy: Estimate) -> Shares:
     n = len(records)
+    faults = Counter(r.reply.fault for r in records if r.reply and r.reply.fault)
     return Shares(
         n=n,
         accuracy=accuracy,
         unparsed=sum(not r.parsed and r.error is None for r in records) / n,
         errors=sum(r.error is not None for r in records) / n,
+        faults={fault: count / n for fault, count in sorted(faults.items())},
         official=_score([r.official for r in records]),
     )
 

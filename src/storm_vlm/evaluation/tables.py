@@ -116,15 +116,17 @@ def _score(summary: RunSummary | None) -> Cell:
         return Cell()
     n, expected, official = summary.n, summary.n_expected, summary.official
     small = [f"n {n:,}" if n == expected else f"only {n:,} of {expected:,}"]
-    small.append(f"unparsed {percent(summary.unparsed)}%")
+    shares = {"unparsed": summary.unparsed, **summary.faults}
     if summary.errors:
-        small.append(f"errors {percent(summary.errors)}%")
+        shares["errors"] = summary.errors
+    small += [f"{name.replace('_', ' ')} {percent(share)}%" for name, share in shares.items()]
     if official.scored:
         some = "" if official.scored == n else f" on {official.scored:,}"
         small.append(f"official {percent(official.accuracy)}{some}")
     for name, score in list(summary.rules.items())[1:]:  # the first is the official one
         small.append(f"{name} rule {percent(score.accuracy)}")
-    return estimated(summary.accuracy, " · ".join(small), n != expected or summary.errors > 0)
+    odd = n != expected or summary.errors > 0 or bool(summary.faults)
+    return estimated(summary.accuracy, " · ".join(small), odd)
 
 
 def _gains(measured: Measured) -> Table:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from storm_vlm.data.video import Clip
-from storm_vlm.errors import StormError
+from storm_vlm.inference.client import Fault
 from storm_vlm.inference.frames import Asked, Frames
 from storm_vlm.inference.reply import Reply
 
@@ -32,10 +32,7 @@ class Completion:
     prompt_tokens: int
     visual_tokens: int  #: 0 where an endpoint does not tell
     seconds: Mapping[str, float]  #: by phase, see `Reply`
-
-
-class RefusedError(StormError, ValueError):
-    """A model would not take this conversation, though it takes others (an endpoint's status 400)."""
+    fault: Fault = ""  #: see `Reply`
 
 
 class ChatModel(Protocol):
@@ -47,7 +44,7 @@ class ChatModel(Protocol):
         ...
 
     def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Completion]:
-        """The next turn of each conversation, greedily. Raises `RefusedError`, `OSError`."""
+        """The next turn of each conversation, greedily. Raises `RefusedError`, `EndpointError`."""
         ...
 
 
@@ -87,4 +84,5 @@ class Conversation:
             prompt_tokens=last.prompt_tokens,
             visual_tokens=last.visual_tokens,
             seconds={**self.seconds, "total": sum(self.seconds.values())},
+            fault=last.fault,
         )

@@ -8,9 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from storm_vlm.data.jpeg import jpeg_uri
-from storm_vlm.errors import AccessError
-from storm_vlm.inference.chat import Completion, RefusedError, Turn
-from storm_vlm.inference.client import connect
+from storm_vlm.data.store import key_of
+from storm_vlm.errors import StormError
+from storm_vlm.inference.chat import Completion, Turn
+from storm_vlm.inference.client import (
+    Endpoint,
+    EndpointError,
+    RefusedError,
+    UnansweredError,
+)
+
+SILENT = 3  # requests without an answer, one after another: the server is down, not these rows odd
 
 
 class RemoteChat:
@@ -36,38 +44,51 @@ class RemoteChat:
         timeout: float = 600.0,
     ) -> None:
         self.url, self.model, self.max_side = url, model, max_side
-        self._client = connect(url, "OPENAI_API_KEY", retries, timeout)
+        self._endpoint = Endpoint(url, "OPENAI_API_KEY", retries, timeout)
+        self._paid: dict[str, Completion] = {}  # of a batch that another of its requests undid
 
     @property
     def settings(self) -> dict[str, Any]:
         return {"endpoint": self.url, "max_side": self.max_side}
 
     def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Completion]:
+        bodies: list[dict[str, Any]] = [
+            {
+                "model": self.model,
+                "messages": [self._message(turn) for turn in chat],
+                "max_tokens": max_new_tokens,
+                "temperature": 0,
+            }
+            for chat in chats
+        ]
+        keys = [key_of(**body) for body in bodies]
         with ThreadPoolExecutor(len(chats)) as pool:
-            return list(pool.map(lambda chat: self._ask(chat, max_new_tokens), chats))
+            outcomes = list(pool.map(self._ask, keys, bodies))
+        errors = [outcome for outcome in outcomes if isinstance(outcome, StormError)]
+        if not errors:
+            return [outcome for outcome in outcomes if isinstance(outcome, Completion)]
+        self._paid = {
+            key: outcome
+            for key, outcome in zip(keys, outcomes, strict=True)
+            if isinstance(outcome, Completion)
+        }
+        raise min(errors, key=lambda error: isinstance(error, (RefusedError, UnansweredError)))
 
-    def _ask(self, chat: Sequence[Turn], max_new_tokens: int) -> Completion:
-        import openai
-
-        messages: Any = [self._message(turn) for turn in chat]
+    def _ask(self, key: str, body: dict[str, Any]) -> Completion | StormError:
+        if (paid := self._paid.pop(key, None)) is not None:
+            return paid
         began = time.perf_counter()
         try:
-            response = self._client.chat.completions.create(
-                model=self.model,
-                messages=messages,
-                max_tokens=max_new_tokens,
-                temperature=0,
-            )
-        except openai.BadRequestError as error:
-            raise RefusedError(f"{self.url} refused the question: {error}") from error
-        except openai.OpenAIError as error:
-            raise AccessError(
-                f"{self.url}: {error}; check address, key and model, then run again"
-            ) from error
-        text, usage = response.choices[0].message.content or "", response.usage
-        spent = {"answer": time.perf_counter() - began}
-        counts = (usage.completion_tokens, usage.prompt_tokens) if usage else (0, 0)
-        return Completion(text.strip(), *counts, 0, spent)
+            _, response = self._endpoint.complete(body)
+        except UnansweredError as error:
+            if self._endpoint.silence < SILENT:
+                return error
+            return EndpointError(f"{error}; check address, key and model, then run again")
+        except StormError as error:
+            return error
+        seconds = {"answer": time.perf_counter() - began}
+        counts = (response.tokens, response.prompt_tokens, 0)
+        return Completion(response.text.strip(), *counts, seconds, response.fault)
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         if turn.clip is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from storm_vlm.inference.client import Fault
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -25,3 +27,4 @@ class Reply:
     opened: bool = False  #: there was a latent segment
     #: wall time by phase: decode (video), vision, prefill, latent, answer (all written tokens), tool, total
     seconds: dict[str, float] = field(default_factory=dict)
+    fault: Fault = ""  #: why an endpoint's text may be no answer: cut off, filtered or empty

@@ -117,6 +117,11 @@ class TrainConfig(Settings):
     quantization: dict[str, Any] | None = Field(
         None, description="Fields of transformers' BitsAndBytesConfig (QLoRA); needs `lora`."
     )
+    skip_bad_rows: bool = Field(
+        False,
+        description="Train without rows that cannot be worked on (a missing or odd clip, control tokens, more than "
+        "26 options). By default a run does not begin with such rows.",
+    )
     eval_samples: int = Field(
         8, ge=0, description="Validation questions answered at each evaluation (`eval_strategy`)."
     )

@@ -16,8 +16,9 @@ from transformers.integrations.integration_utils import is_tensorboard_available
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from storm_vlm.data.atomic_write import write_json, write_text
+from storm_vlm.data.check import check_video, check_videos, row_faults, told
 from storm_vlm.data.collator import StormCollator, VideoInputs
-from storm_vlm.data.row import Row, read_rows
+from storm_vlm.data.row import Row, RowError, read_rows
 from storm_vlm.model.adapters import token_rows
 from storm_vlm.model.attention import SDPA_IN_PARTS
 from storm_vlm.model.backbones import unwrap
@@ -59,22 +60,22 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
         ConfigError: no training rows, arguments that transformers refuses, or a folder that holds another run.
         DivergedError: the loss, or a weight, is no longer a number.
         SaveError: the disk is full; the last whole checkpoint is kept.
-        RowError, VideoError: bad data; names the file.
+        RowError, VideoError: bad data; names the rows, or the file.
     """
-    rows = rows if rows is not None else read_rows(config.data)
-    validation = [row for row in rows if row.split == "validation"]
-    rows = [row for row in rows if row.split == "train"]
-    if not rows:
-        raise ConfigError(f"{config.data} has no row of the split 'train'")
     arguments = training_arguments(config)
-    if arguments.eval_strategy != "no" and not validation:
-        raise ConfigError(
-            f"{config.data} has no row of the split 'validation': set training.eval_strategy to no"
-        )
     output = Path(config.output_dir)
     if _finished(config, output):
         logger.info("%s holds this run, finished: remove it to train again", output)
         return output
+    rows = sound_rows(config, rows if rows is not None else read_rows(config.data))
+    validation = [row for row in rows if row.split == "validation"]
+    rows = [row for row in rows if row.split == "train"]
+    if not rows:
+        raise ConfigError(f"{config.data} has no row of the split 'train'")
+    if arguments.eval_strategy != "no" and not validation:
+        raise ConfigError(
+            f"{config.data} has no row of the split 'validation': set training.eval_strategy to no"
+        )
     if arguments.save_only_model and (kept := last_whole_checkpoint(output)):
         raise ConfigError(
             f"{kept} has no optimizer (training.save_only_model): going on from it would be another run. Remove "
@@ -88,6 +89,26 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
     trainer.train(resume_from_checkpoint=resumed)
     _save(trainer, processor)
     return output
+
+
+def sound_rows(config: TrainConfig, rows: list[Row]) -> list[Row]:
+    """The rows that a run would come to and can work on, looked at before the model is loaded.
+
+    Raises:
+        RowError: some cannot be worked on, and `skip_bad_rows` is not set.
+    """
+    rows = [row for row in rows if row.split in ("train", "validation")]
+    source = config.method.target_source if config.method.needs_targets else "none"
+    imagined = source in ("thought_video", "shuffled", "self_distilled")
+    faults = row_faults(rows, check_videos if imagined else check_video)
+    if not faults:
+        return rows
+    named = f"{len(faults)} of {len(rows)} rows cannot be worked on"
+    if not config.skip_bad_rows:
+        mend = "mend or remove them, or set skip_bad_rows=true"
+        raise RowError(f"{named}: {mend}\n{told(faults, config.data)}")
+    logger.warning("%s, and are skipped:\n%s", named, told(faults, config.data))
+    return [row for row in rows if row.id not in faults]
 
 
 def build_trainer(

@@ -41,7 +41,7 @@ class Reasoner(ABC):
 
     @abstractmethod
     def answer(self, questions: Sequence[Asked]) -> list[Reply]:
-        """One reply each, in order. Raises VideoError, RefusedError, OSError."""
+        """One reply each, in order. Raises VideoError, PromptError, RefusedError, EndpointError."""
 
 
 REASONERS: Registry[type[Reasoner]] = Registry(
