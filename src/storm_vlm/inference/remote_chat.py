@@ -67,7 +67,7 @@ class RemoteChat:
         errors = [outcome for outcome in outcomes if isinstance(outcome, StormError)]
         if not errors:
             return [outcome for outcome in outcomes if isinstance(outcome, Completion)]
-        self._paid = {
+        self._paid |= {
             key: outcome
             for key, outcome in zip(keys, outcomes, strict=True)
             if isinstance(outcome, Completion)
