@@ -29,6 +29,7 @@ from storm_vlm.model.modeling import enable_latents
 from storm_vlm.model.rollout import rollout
 from storm_vlm.training.plan_request import PlanRequest
 from storm_vlm.training.planning import Step, plan, plan_config, video_grid
+from storm_vlm.training.train import LORA_TARGETS
 
 GRID, BUDGET, TEXT, HIDDEN = (8, 8, 12), 4, 100, 128
 # 16 frames of that grid, and the prompt of tiny_model.prompt: three tokens, two around the video, TEXT
@@ -49,7 +50,6 @@ def replace(request: PlanRequest, **changes: Any) -> PlanRequest:
 
 
 KINDS = ("SFT", "Stage I", "Stage II")
-LORA = ("q_proj", "v_proj", "down_proj")
 
 
 def config() -> Qwen2_5_VLConfig:
@@ -78,11 +78,10 @@ def model(request: PlanRequest) -> Any:
     made.set_attn_implementation({"text_config": SDPA_IN_PARTS})
     if request.dtype == "bf16":
         made.to(torch.bfloat16)
-    if request.freeze_vision:
-        made.model.visual.requires_grad_(False)
+    made.model.visual.requires_grad_(False)
     if request.lora_rank:
-        targets = rf".*language_model.*\.({'|'.join(request.lora_targets)})"
-        made = get_peft_model(made, LoraConfig(r=request.lora_rank, target_modules=targets)).train()
+        settings = LoraConfig(r=request.lora_rank, target_modules=LORA_TARGETS)
+        made = get_peft_model(made, settings).train()
     if request.checkpointing:
         inner = unwrap(made)
         enable = "activation_checkpointing_enable"
@@ -136,12 +135,10 @@ CASES = {
     "checkpointed": {"checkpointing": True},
     "padded batch": {"batch_size": 2},
     "padded batch, checkpointed": {"batch_size": 2, "checkpointing": True},
-    "all trainable": {"freeze_vision": False},
-    "all trainable, checkpointed": {"freeze_vision": False, "checkpointing": True},
     "bf16": {"dtype": "bf16"},
-    "lora": {"lora_rank": 8, "lora_targets": LORA},
-    "lora, checkpointed": {"lora_rank": 8, "lora_targets": LORA, "checkpointing": True},
-    "lora, bf16": {"lora_rank": 8, "lora_targets": LORA, "dtype": "bf16"},
+    "lora": {"lora_rank": 8},
+    "lora, checkpointed": {"lora_rank": 8, "checkpointing": True},
+    "lora, bf16": {"lora_rank": 8, "dtype": "bf16"},
 }
 
 
@@ -157,9 +154,8 @@ def test_a_step_does_and_keeps_what_the_plan_says(case: str, kind: str) -> None:
 
 STATES = [
     {},
-    {"freeze_vision": False},
     {"dtype": "bf16"},
-    {"lora_rank": 8, "lora_targets": LORA},
+    {"lora_rank": 8},
     {"lora_rank": 4, "dtype": "bf16"},
 ]
 
@@ -268,7 +264,7 @@ def test_the_7b_at_32_frames_costs_what_first_principles_say() -> None:
     step = costs.steps["SFT"]
     body = costs.parameters.decoder - 2 * 152064 * 3584
     attention = 4 * step.sequence**2 * 3584 * 28 * 3.5
-    text = step.decoder_flops + step.backward_flops
+    text = step.flops - step.vision_flops
     assert text == pytest.approx(6 * body * step.sequence + attention, rel=0.005)
     assert costs.steps["Stage II"].flops == pytest.approx(step.flops, rel=0.02)
 
@@ -279,7 +275,7 @@ def test_checkpointing_trades_memory_for_compute() -> None:
         published("7B"), Qwen2VLVideoProcessor(), replace(LARGE, checkpointing=True)
     ).steps["SFT"]
     assert again.activations < plain.activations / 5 and again.peak < plain.peak
-    assert plain.recompute_flops == 0 and again.flops > 1.2 * plain.flops
+    assert again.flops > 1.2 * plain.flops
 
 
 def test_the_rollouts_prompt_goes_backward_last() -> None:
@@ -316,8 +312,6 @@ def test_accumulation_and_devices() -> None:
 
 
 def test_what_cannot_be_planned_says_why() -> None:
-    with pytest.raises(StormError, match="no layer named nothing"):
-        planned(replace(REQUEST, lora_rank=8, lora_targets=("nothing",)), "SFT")
     with pytest.raises(StormError, match="not for 'qwen2_5_vl_text'"):
         plan_config(config().get_text_config(), tiny_processor().video_processor, REQUEST)
     with pytest.raises(StormError, match="frames of 2000 x 1 cannot be resized"):

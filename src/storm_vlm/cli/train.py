@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from storm_vlm.training.planning import Plan
 
 GIB, TERA = 2**30, 1e12
+STATES = ("weights", "gradients", "optimizer")
 
 
 def train(config: str, /, *overrides: str) -> None:
@@ -72,20 +73,11 @@ def _table(costs: Plan, tflops: float | None) -> Table:
     for name in ("one step of one device", *costs.steps):
         table.add_column(name, justify="right" if name in costs.steps else "left")
     lines = [("tokens of a row", "sequence", 1.0)]
-    for part in ("vision", "decoder", "backward", "recompute"):
-        lines.append((f"TFLOP, {part}", f"{part}_flops", TERA))
+    lines.append(("TFLOP, vision", "vision_flops", TERA))
     lines.append(("[b]TFLOP[/b]", "flops", TERA))
     if tflops:
         lines.append((f"[b]seconds[/b] at {tflops:g} TFLOP/s", "flops", tflops * TERA))
-    for part in (
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "logits",
-        "kv_cache",
-        "working",
-    ):
+    for part in (*STATES, "activations", "logits", "kv_cache", "working"):
         lines.append((f"GiB, {part.replace('_', ' ')}", part, GIB))
     lines.append(("[b]GiB at the peak[/b]", "peak", GIB))
     for label, field, unit in lines:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from storm_vlm.configs import Settings
 
@@ -32,22 +32,11 @@ class PlanRequest(Settings):
     lora_rank: int = Field(
         default=0,
         ge=0,
-        description="0: full fine-tuning. Adapters are in the decoder, all else is frozen.",
+        description="0: full fine-tuning; else of adapters on the decoder, and all else is frozen.",
     )
-    lora_targets: tuple[str, ...] = Field(
-        default=("q_proj", "k_proj", "v_proj", "o_proj"),
-        description="Linear layers of the decoder: a,b,c.",
-    )
-    freeze_vision: bool = Field(default=True, description="The vision tower does not train.")
     checkpointing: bool = Field(
         default=False, description="Compute activations again for backward."
     )
     dtype: Literal["bf16", "fp32"] = Field(
         default="bf16", description="Of weights and computation."
     )
-
-    @field_validator("lora_targets", mode="before")
-    @classmethod
-    def _names_between_commas(cls, names: Any) -> tuple[str, ...]:
-        names = (names,) if isinstance(names, str) else names
-        return tuple(part for name in names for part in name.split(","))
