@@ -17,7 +17,7 @@ from storm_vlm.data.prompt import option_letter
 from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.data.video import VideoError
 from storm_vlm.evaluation.controls import CONTROLS
-from storm_vlm.evaluation.exam import Exam, evaluate
+from storm_vlm.evaluation.question_set import QuestionSet, evaluate
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import accuracy
@@ -49,8 +49,8 @@ def test_accuracy_with_its_own_latents_is_that_of_the_evaluation(storm, reasonin
     end = storm.model.config.latent_end_token_id
     greedy = evaluate(Latent(storm, suppress_tokens=[end]), reasoning_rows, FRAMES)
     assert all(record.reply and record.reply.slots_used == 8 for record in greedy)
-    exam = Exam(reasoning_rows, FRAMES)
-    found = sampled_reliance(storm, exam, Run(Path(), {}, tuple(greedy)), 200, 5)
+    questions = QuestionSet(reasoning_rows, FRAMES)
+    found = sampled_reliance(storm, questions, Run(Path(), {}, tuple(greedy)), 200, 5)
     own = found.interventions["own"].accuracy
     assert own and own.mean == sum(record.correct for record in greedy) / len(greedy)
     assert own.n == found.n == found.drawn_from == len(reasoning_rows)
@@ -85,17 +85,17 @@ def test_permuted_options_are_scored_as_they_were_shown(reasoning_rows) -> None:
     rows = [
         row.model_copy(update={"options": options, "answer": "three"}) for row in reasoning_rows
     ]
-    exam = Exam(rows, FRAMES, control="permuted_options")
+    questions = QuestionSet(rows, FRAMES, control="permuted_options")
     seen = set()
     for row in rows:
-        shown = exam.shown(row)
-        assert exam.asked(shown).options == shown.options and sorted(shown.options) == sorted(
-            options
-        )
+        shown = questions.controlled_row(row)
+        assert questions.controlled_question(shown).options == shown.options and sorted(
+            shown.options
+        ) == sorted(options)
         right = shown.options.index("three")
         seen.add(right)
         for index in range(4):
-            record = exam.record(shown, Reply(option_letter(index)), None)
+            record = questions.record(shown, Reply(option_letter(index)), None)
             assert record.correct == (index == right) and record.options == shown.options
     assert len(seen) > 1
 
@@ -118,13 +118,13 @@ class Spoken:
 
 def test_a_benchmark_asks_in_its_own_words_and_scores_by_its_own_rule(reasoning_rows) -> None:
     row = reasoning_rows[0].model_copy(update={"start": 0.25})
-    exam = Exam([row], FRAMES, Spoken(), prompt="official")
-    asked = exam.asked(row)
+    questions = QuestionSet([row], FRAMES, Spoken(), prompt="official")
+    asked = questions.controlled_question(row)
     assert asked.question == f"Say it: {row.question}" and asked.start == 0.25
-    record = exam.record(row, Reply("who knows"), None)
+    record = questions.record(row, Reply("who knows"), None)
     assert (record.correct, record.parsed, record.official) == (False, True, 1.0)
     assert record.groups == {"family": row.meta["family"]}
-    unanswered = exam.record(row, None, "gone")
+    unanswered = questions.record(row, None, "gone")
     assert (unanswered.correct, unanswered.official, unanswered.error) == (False, None, "gone")
 
 
@@ -147,20 +147,20 @@ def test_evaluation_leaves_the_model_as_it_was(storm, reasoning_rows) -> None:
 # ------------------------------------------------------------------------------------------ latent reliance
 def test_reliance_is_of_a_seeded_sample_of_what_could_be_asked(storm, reasoning_rows) -> None:
     gone = reasoning_rows[0].model_copy(update={"id": "gone", "video": "/nowhere.mp4"})
-    exam = Exam([gone, *reasoning_rows], FRAMES)
-    records = [exam.record(row, Reply("b2"), None) for row in exam.rows]
+    questions = QuestionSet([gone, *reasoning_rows], FRAMES)
+    records = [questions.record(row, Reply("b2"), None) for row in questions.rows]
     records[0] = replace(records[0], reply=None, error="no such video")
     run = Run(Path(), {}, tuple(records))
-    found = sampled_reliance(storm, exam, run, 7, 4)
+    found = sampled_reliance(storm, questions, run, 7, 4)
     assert (found.n, found.drawn_from) == (7, 12)
-    assert found == sampled_reliance(storm, exam, run, 7, 4)
-    assert found != sampled_reliance(storm, exam, run, 7, 4, seed=1)
+    assert found == sampled_reliance(storm, questions, run, 7, 4)
+    assert found != sampled_reliance(storm, questions, run, 7, 4, seed=1)
 
 
 def test_latents_are_asked_for_in_the_benchmarks_words(storm, reasoning_rows) -> None:
-    exam = Exam(reasoning_rows, FRAMES, Spoken(), prompt="official")
-    run = Run(Path(), {}, tuple(exam.record(row, Reply("b2"), None) for row in exam.rows))
-    found = sampled_reliance(storm, exam, run, 12, 12)
+    questions = QuestionSet(reasoning_rows, FRAMES, Spoken(), prompt="official")
+    run = Run(Path(), {}, tuple(questions.record(row, Reply("b2"), None) for row in questions.rows))
+    found = sampled_reliance(storm, questions, run, 12, 12)
     spoken = [
         row.model_copy(update={"question": f"Say it: {row.question}"}) for row in reasoning_rows
     ]

@@ -15,8 +15,8 @@ import pytest
 
 from storm_vlm import StormPipeline
 from storm_vlm.data.row import Row, write_rows
-from storm_vlm.evaluation.exam import Exam, evaluate
 from storm_vlm.evaluation.lmms import write_task
+from storm_vlm.evaluation.question_set import QuestionSet, evaluate
 from storm_vlm.inference.frames import Frames
 from storm_vlm.inference.reasoners import build_reasoner
 from storm_vlm.lab.checkpoints import shipped
@@ -40,8 +40,8 @@ def rows(reasoning_rows) -> list[Row]:
 def task(rows, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     write_rows(folder / "rows.jsonl", rows)
-    exam = Exam.read(folder / "rows.jsonl", None, None, frames=FRAMES)
-    assert write_task(folder, "micro world", exam) == "storm_micro_world"
+    questions = QuestionSet.read(folder / "rows.jsonl", None, None, frames=FRAMES)
+    assert write_task(folder, "micro world", questions) == "storm_micro_world"
     return folder
 
 

@@ -14,7 +14,7 @@ from stub_teacher import completion
 from storm_vlm.data.check import row_faults, told
 from storm_vlm.data.row import Row, RowError, read_rows, write_rows
 from storm_vlm.data.video import write_video
-from storm_vlm.evaluation.exam import Exam
+from storm_vlm.evaluation.question_set import QuestionSet
 from storm_vlm.evaluation.run_folder import RunError, read_records
 from storm_vlm.evaluation.runner import run
 from storm_vlm.inference.client import EndpointError
@@ -76,13 +76,13 @@ def test_an_evaluation_goes_on_behind_odd_rows(odd: Path, tmp_path: Path) -> Non
 
 
 def test_text_alone_needs_no_clip(odd: Path) -> None:
-    exam = Exam.read(odd, None, None, frames=FRAMES, control="text_only")
-    assert list(exam.faults) == ["r2", "r3"]
+    questions = QuestionSet.read(odd, None, None, frames=FRAMES, control="text_only")
+    assert list(questions.faults) == ["r2", "r3"]
 
 
 def test_nothing_to_ask_is_an_error(odd: Path) -> None:
     with pytest.raises(RunError, match=r"rows.jsonl:1: r0: gone.mp4|no row can be asked"):
-        Exam.read(odd, None, 4, frames=FRAMES)
+        QuestionSet.read(odd, None, 4, frames=FRAMES)
 
 
 def test_a_training_is_refused_before_its_first_step_or_skips(
@@ -111,7 +111,7 @@ def evaluated(
     """The run's summary, and how many requests it took."""
     with serving(script) as (url, requests):
         chat = Chat(url, "m", max_side=32, retries=retries)
-        finished = run(folder, Direct(chat, FRAMES), Exam(rows, FRAMES), {}, batch_size)
+        finished = run(folder, Direct(chat, FRAMES), QuestionSet(rows, FRAMES), {}, batch_size)
     assert [record.id for record in finished.records] == [row.id for row in rows]
     return finished.provenance["summary"], len(requests)
 

@@ -13,10 +13,10 @@ from runs_on_disk import chance, make_records, write_reliance, write_run
 
 from storm_vlm.evaluation.compare import compare, differences, overall, survives_shuffling
 from storm_vlm.evaluation.report import write_report
+from storm_vlm.evaluation.result_tables import PAPER_FILE, build_tables, measure
 from storm_vlm.evaluation.run_folder import RunError, find_runs, read_run
 from storm_vlm.evaluation.statistics import Estimate
 from storm_vlm.evaluation.summary import Score, summarize
-from storm_vlm.evaluation.tables import PAPER_FILE, build_tables, measure
 
 
 def test_a_run_is_read_as_it_was_written_in_one_file_or_in_shards(tmp_path) -> None:

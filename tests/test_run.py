@@ -15,7 +15,7 @@ from storm_vlm import StormPipeline
 from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.errors import StormError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS
-from storm_vlm.evaluation.exam import Exam
+from storm_vlm.evaluation.question_set import QuestionSet
 from storm_vlm.evaluation.run_folder import RunError, read_records, read_run
 from storm_vlm.evaluation.runner import run
 from storm_vlm.evaluation.summary import summarize
@@ -45,12 +45,12 @@ def rows_file(reasoning_file: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def whole(storm, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process that nothing disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    run(folder, Latent(storm), exam(rows_file), {"model": "c"}, 2)
+    run(folder, Latent(storm), question_set(rows_file), {"model": "c"}, 2)
     return folder
 
 
-def exam(rows_file: Path, **kwargs: Any) -> Exam:
-    return Exam.read(rows_file, None, None, frames=FRAMES, **kwargs)
+def question_set(rows_file: Path, **kwargs: Any) -> QuestionSet:
+    return QuestionSet.read(rows_file, None, None, frames=FRAMES, **kwargs)
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on(storm, whole, rows_file, tmp_path) -> None:
             asked.extend(row.id for row in rows)
             return super().answer(rows)
 
-    run(torn, Watched(storm), exam(rows_file), {"model": "c"}, 1)
+    run(torn, Watched(storm), question_set(rows_file), {"model": "c"}, 1)
     ids = [row.id for row in read_rows(rows_file)]
     assert asked == [ids[i] for i in (3, 4, 6)]  # and 2 still has no video
     assert content(torn) == content(whole) and len(read_records(torn)) == 7
@@ -100,23 +100,25 @@ def test_a_killed_run_goes_on(storm, whole, rows_file, tmp_path) -> None:
 def test_a_folder_of_another_run_is_refused(storm, whole, rows_file) -> None:
     before = (whole / "run.json").read_bytes()
     with pytest.raises(RunError, match="model"):
-        run(whole, Latent(storm), exam(rows_file), {"model": "other"}, 2)
+        run(whole, Latent(storm), question_set(rows_file), {"model": "other"}, 2)
     with pytest.raises(RunError, match="control"):
-        run(whole, Latent(storm), exam(rows_file, control="one_frame"), {"model": "c"}, 2)
+        run(whole, Latent(storm), question_set(rows_file, control="one_frame"), {"model": "c"}, 2)
     with pytest.raises(RunError, match="max_new_tokens"):
-        run(whole, Latent(storm, None, 5), exam(rows_file), {"model": "c"}, 2)
+        run(whole, Latent(storm, None, 5), question_set(rows_file), {"model": "c"}, 2)
     assert (whole / "run.json").read_bytes() == before
 
 
 def test_what_does_not_apply_is_refused(rows_file, tmp_path) -> None:
     with pytest.raises(RunError, match="--benchmark"):
-        Exam.read(tmp_path, None, None, frames=FRAMES)
+        QuestionSet.read(tmp_path, None, None, frames=FRAMES)
     with pytest.raises(RunError, match="no official prompt"):
-        exam(rows_file, prompt="official")
+        question_set(rows_file, prompt="official")
     with pytest.raises(RunError, match="no options"):
-        exam(rows_file, control="permuted_options")
+        question_set(rows_file, control="permuted_options")
     with pytest.raises(RunError, match="published order"):
-        Exam(read_rows(rows_file), FRAMES, None, "permuted_options", "official").check(rows_file)
+        QuestionSet(read_rows(rows_file), FRAMES, None, "permuted_options", "official").check(
+            rows_file
+        )
     with pytest.raises(
         StormError, match="benchmarks: there is no 'nonsense'; choose from videomme,"
     ):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from storm_vlm.data.row import Row, ThoughtVideo, read_rows, write_rows
     from storm_vlm.data.video import Clip
     from storm_vlm.errors import StormError
-    from storm_vlm.evaluation.exam import evaluate
+    from storm_vlm.evaluation.question_set import evaluate
     from storm_vlm.inference.pipeline import Answer, StormPipeline
     from storm_vlm.model.modeling import StormForConditionalGeneration, enable_latents
     from storm_vlm.model.tokens import add_latent_tokens
@@ -47,7 +47,7 @@ _MODULES = {
     "data.row": ("Row", "ThoughtVideo", "read_rows", "write_rows"),
     "data.video": ("Clip",),
     "errors": ("StormError",),
-    "evaluation.exam": ("evaluate",),
+    "evaluation.question_set": ("evaluate",),
     "inference.pipeline": ("Answer", "StormPipeline"),
     "model.modeling": ("StormForConditionalGeneration", "enable_latents"),
     "model.tokens": ("add_latent_tokens",),

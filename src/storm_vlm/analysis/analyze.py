@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from storm_vlm.analysis.embeddings import Embeddings, nearness, project
+from storm_vlm.analysis.page import Analysis, Example, card, write_page
 from storm_vlm.analysis.readouts import (
     Decoder,
     DrawingQuality,
@@ -30,7 +31,6 @@ from storm_vlm.analysis.reliance import (
     rolled_out,
     slot_accuracy,
 )
-from storm_vlm.analysis.report import Analysis, Example, card, write_page
 from storm_vlm.analysis.retrieval import retrieval
 from storm_vlm.analysis.states import States, extract
 from storm_vlm.data.atomic_write import write_json

@@ -18,7 +18,7 @@ from storm_vlm.analysis import AnalysisError
 from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import answer_text, is_correct, parse_answer
 from storm_vlm.data.row import Row
-from storm_vlm.evaluation.exam import Exam
+from storm_vlm.evaluation.question_set import QuestionSet
 from storm_vlm.evaluation.records import Intervention, Movement, Reliance, Sensitivity
 from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import Estimate, estimate, paired_difference
@@ -163,17 +163,22 @@ def latent_reliance(
 
 
 def sampled_reliance(
-    pipeline: StormPipeline, exam: Exam, run: Run, count: int, batch_size: int, seed: int = 0
+    pipeline: StormPipeline,
+    questions: QuestionSet,
+    run: Run,
+    count: int,
+    batch_size: int,
+    seed: int = 0,
 ) -> Reliance:
     """`latent_reliance` of `count` rows drawn from those that a run could ask, put as it put them.
 
     Raises as `latent_reliance` does, and VideoError.
     """
     failed = {record.id for record in run.records if record.error}
-    answered = [row for row in exam.rows if row.id not in failed]
+    answered = [row for row in questions.rows if row.id not in failed]
     places = random.Random(seed).sample(range(len(answered)), min(count, len(answered)))
     rows = [answered[place] for place in sorted(places)]
-    asked = [exam.question(row) for row in rows]
+    asked = [questions.question(row) for row in rows]
     reliance = latent_reliance(pipeline, rows, None, batch_size, seed, asked)
     return replace(reliance, drawn_from=len(answered))
 

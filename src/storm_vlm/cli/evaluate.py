@@ -17,7 +17,7 @@ from storm_vlm.evaluation.controls import CONTROLS
 from storm_vlm.inference.reasoners import REASONERS, build_reasoner, default_reasoner
 
 if TYPE_CHECKING:
-    from storm_vlm.evaluation.exam import Exam
+    from storm_vlm.evaluation.question_set import QuestionSet
     from storm_vlm.evaluation.run_folder import Run
     from storm_vlm.inference.pipeline import StormPipeline
 
@@ -78,7 +78,7 @@ def evaluate(
     """
     from storm_vlm.data.check import told
     from storm_vlm.data.video import read_video
-    from storm_vlm.evaluation.exam import Exam
+    from storm_vlm.evaluation.question_set import QuestionSet
     from storm_vlm.evaluation.run_folder import RunError
     from storm_vlm.evaluation.runner import distributed, run
     from storm_vlm.inference.frames import FrameCache, Frames
@@ -115,19 +115,21 @@ def evaluate(
     if name != "latent":
         _refuse({"--reliance-rows": reliance_rows or None}, f"the reasoner {name}")
     found = build_reasoner(name, model, frames, max_new_tokens)
-    exam = Exam.read(source, benchmark, limit, frames=frames, control=control, prompt=prompt)
+    questions = QuestionSet.read(
+        source, benchmark, limit, frames=frames, control=control, prompt=prompt
+    )
     settings = {"model": checkpoint, "reasoner": name}
     rows = RELIANCE_ROWS if reliance_rows is None else reliance_rows
-    if exam.faults and state.is_main_process:
-        count = f"{len(exam.faults)} of {len(exam.rows)} rows cannot be asked, and are skipped"
-        show(f"{count}:\n{told(exam.faults, source)}", to=errors)
+    if questions.faults and state.is_main_process:
+        count = f"{len(questions.faults)} of {len(questions.rows)} rows cannot be asked, and are skipped"
+        show(f"{count}:\n{told(questions.faults, source)}", to=errors)
     with TemporaryDirectory() as unkept:
-        finished = run(out or Path(unkept), found, exam, settings, batch_size)
+        finished = run(out or Path(unkept), found, questions, settings, batch_size)
     if not state.is_main_process:
         return
-    _tell(finished, exam, max_errors)
+    _tell(finished, questions, max_errors)
     if pipeline and name == "latent" and control is None and rows:
-        _tell_reliance(pipeline, exam, finished, rows, batch_size, out)
+        _tell_reliance(pipeline, questions, finished, rows, batch_size, out)
 
 
 def _refuse(options: dict[str, Any], mode: str) -> None:
@@ -137,7 +139,7 @@ def _refuse(options: dict[str, Any], mode: str) -> None:
             raise StormError(f"{name} does nothing with {mode}")
 
 
-def _tell(finished: Run, exam: Exam, max_errors: float) -> None:
+def _tell(finished: Run, questions: QuestionSet, max_errors: float) -> None:
     """The summary, and what went wrong. Raises RunError if that is too much."""
     from storm_vlm.evaluation.run_folder import FAULTS, RunError
 
@@ -157,7 +159,7 @@ def _tell(finished: Run, exam: Exam, max_errors: float) -> None:
         reply = unparsed[0].reply
         show(f"unparsed, e.g. {unparsed[0].id}: {reply.text[:100]!r}" if reply else "", to=errors)
     failed = [record for record in records if record.error]
-    for record in [r for r in failed if r.id not in exam.faults][:NAMED]:
+    for record in [r for r in failed if r.id not in questions.faults][:NAMED]:
         show(f"not asked: {record.id}: {record.error}", to=errors)
     if len(failed) > max_errors * len(records):
         raise RunError(
@@ -166,7 +168,12 @@ def _tell(finished: Run, exam: Exam, max_errors: float) -> None:
 
 
 def _tell_reliance(
-    pipeline: StormPipeline, exam: Exam, finished: Run, rows: int, batch_size: int, out: Path | None
+    pipeline: StormPipeline,
+    questions: QuestionSet,
+    finished: Run,
+    rows: int,
+    batch_size: int,
+    out: Path | None,
 ) -> None:
     """The table of latent reliance, from the run's folder if it is there, else measured and kept there."""
     from storm_vlm.analysis.reliance import sampled_reliance
@@ -176,7 +183,7 @@ def _tell_reliance(
 
     kept = read_reliance(out) if out else None
     try:
-        found = kept or sampled_reliance(pipeline, exam, finished, rows, batch_size)
+        found = kept or sampled_reliance(pipeline, questions, finished, rows, batch_size)
     except ValueError as error:
         show(f"no latent reliance: {error}", to=errors)
         return
@@ -205,12 +212,12 @@ def lmms_task(
         out: Folder to write, for lmms-eval's --include_path.
         prompt: As for evaluate.
     """
-    from storm_vlm.evaluation.exam import Exam
     from storm_vlm.evaluation.lmms import write_task
+    from storm_vlm.evaluation.question_set import QuestionSet
     from storm_vlm.inference.frames import Frames
 
-    exam = Exam.read(source, benchmark, None, frames=Frames(1), prompt=prompt)
-    show(f"wrote task {write_task(out, benchmark or source.stem, exam)}")
+    questions = QuestionSet.read(source, benchmark, None, frames=Frames(1), prompt=prompt)
+    show(f"wrote task {write_task(out, benchmark or source.stem, questions)}")
 
 
 def download(benchmark: Annotated[str, part_of(BENCHMARKS)], folder: Path, /) -> None:

@@ -14,8 +14,8 @@ from rich.text import Text
 from storm_vlm.cli.terminal import Json, Switch, console, show, show_json
 
 if TYPE_CHECKING:
-    from storm_vlm.evaluation.cells import Cell, Line, Table
     from storm_vlm.evaluation.compare import Gain
+    from storm_vlm.evaluation.result_tables import Cell, Line, Table
 
 SHORT = 40  # characters of a setting in which runs differ
 
@@ -58,7 +58,7 @@ def _short(value: object) -> str:
 
 
 def _compared(gain: Gain) -> list[str]:
-    from storm_vlm.evaluation.cells import percent, signed
+    from storm_vlm.evaluation.result_tables import percent, signed
 
     shares = [percent(gain.ours), percent(gain.theirs), signed(gain.difference)]
     return [str(gain.n), *shares, str(gain.only_ours), str(gain.only_theirs)]

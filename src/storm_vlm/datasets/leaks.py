@@ -36,7 +36,7 @@ SHARE = 0.1  # of one clip's frames that the other must show
 SIDE = 256  # pixels that frames are read at
 _CHUNK = 512  # training frames compared at a time
 
-Clip = tuple[str, float | None, float | None]  #: file, start, end
+Window = tuple[str, float | None, float | None]  #: file, start, end
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Leak:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LeakReport:
     """Every leak, and what could not be compared."""
 
     leaks: tuple[Leak, ...]
@@ -70,7 +70,7 @@ def names(path: str) -> set[str]:
 
 def find_leaks(
     train: Sequence[Row], evaluation: Sequence[Row], cache: Path, num_frames: int = 32
-) -> Comparison:
+) -> LeakReport:
     """Compare the clips of two sets of rows.
 
     By name: see :func:`names`. By frames: ``num_frames`` spread over each clip (0: names only), and at least two, and
@@ -79,8 +79,8 @@ def find_leaks(
     ``num_frames`` for long videos); not mirrored or cropped ones. Hashes are kept in the folder ``cache``.
     """
     ours, theirs = _rows_by_clip(train), _rows_by_clip(evaluation)
-    why: dict[tuple[Clip, Clip], list[str]] = defaultdict(list)
-    called: dict[str, list[Clip]] = defaultdict(list)
+    why: dict[tuple[Window, Window], list[str]] = defaultdict(list)
+    called: dict[str, list[Window]] = defaultdict(list)
     for clip in theirs:
         for name in {os.path.realpath(clip[0])} | names(clip[0]):
             called[name].append(clip)
@@ -89,7 +89,7 @@ def find_leaks(
             for pair in {(clip, other) for name in known for other in called.get(name, ())}:
                 why[pair].append(reason)
     unreadable: dict[str, str] = {}
-    alike: dict[tuple[Clip, Clip], tuple[float, float]] = {}
+    alike: dict[tuple[Window, Window], tuple[float, float]] = {}
     if num_frames:
         hashes = _hashes({**ours, **theirs}, Store(cache), num_frames, unreadable)
         alike = _alike(
@@ -104,28 +104,28 @@ def find_leaks(
         )
         for (a, b), reasons in why.items()
     )  # fmt: skip
-    return Comparison(leaks, unreadable, sum(not names(clip[0]) for clip in {**ours, **theirs}))
+    return LeakReport(leaks, unreadable, sum(not names(clip[0]) for clip in {**ours, **theirs}))
 
 
-def without_leaks(train: Iterable[Row], comparison: Comparison) -> list[Row]:
+def without_leaks(train: Iterable[Row], comparison: LeakReport) -> list[Row]:
     """The training rows whose clips leak nowhere."""
     leaking = {row for leak in comparison.leaks for row in leak.train_rows}
     return [row for row in train if row.id not in leaking]
 
 
-def _rows_by_clip(rows: Iterable[Row]) -> dict[Clip, list[str]]:
-    found: dict[Clip, list[str]] = defaultdict(list)
+def _rows_by_clip(rows: Iterable[Row]) -> dict[Window, list[str]]:
+    found: dict[Window, list[str]] = defaultdict(list)
     for row in rows:
         found[row.video, row.start, row.end].append(row.id)
     return dict(found)
 
 
 def _hashes(
-    clips: Iterable[Clip], store: Store, num_frames: int, unreadable: dict[str, str]
-) -> dict[Clip, np.ndarray]:
+    clips: Iterable[Window], store: Store, num_frames: int, unreadable: dict[str, str]
+) -> dict[Window, np.ndarray]:
     """uint8 (T, 64) for every clip that can be read."""
 
-    def hashes(clip: Clip) -> np.ndarray | str:
+    def hashes(clip: Window) -> np.ndarray | str:
         path, start, end = clip
         try:
             content = store.content(path) if os.path.isfile(path) else ""
@@ -139,7 +139,7 @@ def _hashes(
             save_file({"hashes": computed}, unfinished)
         return computed
 
-    by_clip: dict[Clip, np.ndarray] = {}
+    by_clip: dict[Window, np.ndarray] = {}
     clips = list(clips)
     with ThreadPoolExecutor() as pool:
         results = tqdm(pool.map(hashes, clips), "clips", len(clips), leave=False)
@@ -152,8 +152,8 @@ def _hashes(
 
 
 def _alike(
-    ours: dict[Clip, np.ndarray], theirs: dict[Clip, np.ndarray]
-) -> dict[tuple[Clip, Clip], tuple[float, float]]:
+    ours: dict[Window, np.ndarray], theirs: dict[Window, np.ndarray]
+) -> dict[tuple[Window, Window], tuple[float, float]]:
     """(share, distance) of the pairs that show the same."""
     if not ours or not theirs:
         return {}
@@ -170,7 +170,7 @@ def _alike(
         pair[0].add(i)
         pair[1].add(j)
         pair[2].append(distance)
-    found: dict[tuple[Clip, Clip], tuple[float, float]] = {}
+    found: dict[tuple[Window, Window], tuple[float, float]] = {}
     for (i, j), (mine, others, apart) in seen.items():
         a, b = our_clips[i], their_clips[j]
         share = max(len(mine) / len(ours[a]), len(others) / len(theirs[b]))

@@ -13,7 +13,7 @@ from storm_vlm.registry import Registry
 if TYPE_CHECKING:
     from storm_vlm.data.row import Row
     from storm_vlm.data.video import Clip
-    from storm_vlm.inference.frames import Asked, Frames
+    from storm_vlm.inference.frames import Frames, QuestionLike
 
 
 class Control:
@@ -26,7 +26,7 @@ class Control:
         """The row as it is scored."""
         return row
 
-    def question(self, question: Asked, frames: Frames, seed: str) -> Asked:
+    def question(self, question: QuestionLike, frames: Frames, seed: str) -> QuestionLike:
         """The question as it is put. Raises VideoError."""
         return question
 
@@ -40,14 +40,14 @@ class TextOnly(Control):
 
     SHOWS_VIDEO: ClassVar[bool] = False
 
-    def question(self, question: Asked, frames: Frames, seed: str) -> Asked:
+    def question(self, question: QuestionLike, frames: Frames, seed: str) -> QuestionLike:
         return _about(question, None)
 
 
 class _FrameOrder(Control):
     """Other frames at the same times; their number stays."""
 
-    def question(self, question: Asked, frames: Frames, seed: str) -> Asked:
+    def question(self, question: QuestionLike, frames: Frames, seed: str) -> QuestionLike:
         clip = frames.read(question)
         if clip is None:
             return question
@@ -94,7 +94,7 @@ class PermutedOptions(Control):
         return row.model_copy(update={"options": tuple(order)})
 
 
-def _about(question: Asked, clip: Clip | None) -> Asked:
+def _about(question: QuestionLike, clip: Clip | None) -> QuestionLike:
     from storm_vlm.data.collator import Question  # needs torch, which the controls' names do not
 
     return Question(clip, question.question, question.options, question.start, question.end)

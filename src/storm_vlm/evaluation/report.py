@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.data.atomic_write import write_text
-from storm_vlm.evaluation.cells import Cell, Table
 from storm_vlm.evaluation.records import Reliance
+from storm_vlm.evaluation.result_tables import Cell, Measured, Table, build_tables, measure
 from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import Estimate
 from storm_vlm.evaluation.summary import RunSummary, Shares
-from storm_vlm.evaluation.tables import Measured, build_tables, measure
 from storm_vlm.pages import render
 
 HEADING = "STORM: evaluation"

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from storm_vlm.data.atomic_write import write_json, write_text
-from storm_vlm.evaluation.exam import Exam, answer_rows
+from storm_vlm.evaluation.question_set import QuestionSet, answer_rows
 from storm_vlm.evaluation.run_folder import Run, RunError, read_record, read_records
 from storm_vlm.evaluation.summary import summarize
 from storm_vlm.inference.reasoners import Reasoner
@@ -30,28 +30,32 @@ PATIENCE = timedelta(days=7)  # of a process that is done, for those that are no
 
 
 def run(
-    folder: Path, reasoner: Reasoner, exam: Exam, settings: dict[str, Any], batch_size: int
+    folder: Path,
+    reasoner: Reasoner,
+    questions: QuestionSet,
+    settings: dict[str, Any],
+    batch_size: int,
 ) -> Run:
     """All rows, shared between the processes that Accelerate started; the records are in the rows' order.
 
     `settings`: all else that decides the answers. Raises RunError if the folder holds a run with other settings.
     """
     state, began = distributed(), time.perf_counter()
-    description = _begin(folder, reasoner, exam, settings, batch_size, state)
+    description = _begin(folder, reasoner, questions, settings, batch_size, state)
     state.wait_for_everyone()  # the folder is in order
     done = {record.id for record in read_records(folder)}
     state.wait_for_everyone()  # all know what is left
-    left = [row for row in exam.rows if row.id not in done][
+    left = [row for row in questions.rows if row.id not in done][
         state.process_index :: state.num_processes
     ]
     with (folder / f"answers-{state.process_index}.jsonl").open("a", encoding="utf-8") as file:
         bar = tqdm(total=len(left), desc="rows", disable=not state.is_main_process)
-        for records in answer_rows(reasoner, exam, left, batch_size):
+        for records in answer_rows(reasoner, questions, left, batch_size):
             file.writelines(json.dumps(asdict(r)) + "\n" for r in records)
             file.flush()
             bar.update(len(records))
     state.wait_for_everyone()
-    place = {row.id: number for number, row in enumerate(exam.rows)}
+    place = {row.id: number for number, row in enumerate(questions.rows)}
     records = sorted(read_records(folder), key=lambda record: place[record.id])
     finished = Run(folder, description, tuple(records))
     if state.is_main_process:
@@ -72,19 +76,19 @@ def distributed() -> PartialState:
 def _begin(
     folder: Path,
     reasoner: Reasoner,
-    exam: Exam,
+    questions: QuestionSet,
     settings: dict[str, Any],
     batch_size: int,
     state: PartialState,
 ) -> dict[str, Any]:
     """Check that the folder is this run's, and put it in order; returns what `run.json` says."""
     settings = {
-        "benchmark": exam.benchmark.name if exam.benchmark else "rows",
+        "benchmark": questions.benchmark.name if questions.benchmark else "rows",
         **settings,
-        "rows": exam.fingerprint(),
-        "control": exam.control,
-        "prompt": exam.prompt,
-        "num_frames": exam.frames.num_frames,
+        "rows": questions.fingerprint(),
+        "control": questions.control,
+        "prompt": questions.prompt,
+        "num_frames": questions.frames.num_frames,
         **reasoner.settings,
     }
     settings = json.loads(json.dumps(settings))  # as it will be read again
@@ -96,12 +100,12 @@ def _begin(
                 f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --out, or remove "
                 "that one"
             )
-    first = next(row for row in exam.rows if row.id not in exam.faults)
+    first = next(row for row in questions.rows if row.id not in questions.faults)
     description = {
         **settings,
-        "first_prompt": reasoner.prompt(exam.question(exam.shown(first))),
+        "first_prompt": reasoner.prompt(questions.question(questions.controlled_row(first))),
         "draws": "controls are drawn by each row's id",
-        "n_expected": len(exam.rows),
+        "n_expected": len(questions.rows),
         "batch_size": batch_size,
         "processes": state.num_processes,
         "device": str(state.device),
@@ -111,7 +115,7 @@ def _begin(
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("answers-*.jsonl"):
-            _mend(file, {row.id for row in exam.rows})
+            _mend(file, {row.id for row in questions.rows})
         write_json(known, description)
     return description
 

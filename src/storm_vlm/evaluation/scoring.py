@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 
-class Asked(Protocol):
+class Item(Protocol):
     """What a rule needs of an example: `Row` and `Record` both have it."""
 
     @property
@@ -27,7 +27,7 @@ class Asked(Protocol):
     def answer(self) -> str: ...
 
 
-Rule = Callable[[str, Asked], float | None]
+Rule = Callable[[str, Item], float | None]
 _QUALIFIED = ("the {}", "{}", "the correct {}", "correct {}", "the best {}", "best {}")
 _PHRASES = (
     *(form.format("answer is") for form in _QUALIFIED),
@@ -37,13 +37,13 @@ _PHRASES = (
 )
 
 
-def letter(asked: Asked) -> str:
+def letter(item: Item) -> str:
     """Of the right option."""
-    return ascii_uppercase[asked.options.index(asked.answer)]
+    return ascii_uppercase[item.options.index(item.answer)]
 
 
-def _letters(asked: Asked) -> str:
-    return ascii_uppercase[: len(asked.options)]
+def _letters(item: Item) -> str:
+    return ascii_uppercase[: len(item.options)]
 
 
 def _stripped(text: str, marks: str) -> str:
@@ -52,7 +52,7 @@ def _stripped(text: str, marks: str) -> str:
     return text
 
 
-def videomme_lmms_eval(text: str, asked: Asked) -> float:
+def videomme_lmms_eval(text: str, item: Item) -> float:
     """The best-ranked letter: at the start, at the end, after "answer is", "(C)", "C." … Later ones win a tie.
 
     "A man walks so the answer is C" is A, "DNA" is A, "The best answer is: C. Because A is wrong" is A.
@@ -74,96 +74,94 @@ def videomme_lmms_eval(text: str, asked: Asked) -> float:
             found.append((rank, padded.rfind(form), choice))
         found.append((6, padded.rfind(f"({choice})"), choice))
     _, _, choice = max((f for f in found if f[1] >= 0), default=(0, -1, ""))
-    return float(choice == letter(asked))
+    return float(choice == letter(item))
 
 
-def videomme_vlmevalkit(text: str, asked: Asked) -> float:
+def videomme_vlmevalkit(text: str, item: Item) -> float:
     """The first capital A to D after some phrases are cut out: "Based on the video, C" is B."""
     for phrase in ("The best answer is", "The correct answer is", "The answer", "Answer:"):
         text = text.replace(phrase, "")
-    return first_capital(text, asked)
+    return first_capital(text, item)
 
 
-def first_capital(text: str, asked: Asked) -> float:
+def first_capital(text: str, item: Item) -> float:
     """VideoEspresso's own rule: the first capital A to D, of whatever word."""
     found = re.search("[ABCD]", text)
-    return float(found is not None and found[0] == letter(asked))
+    return float(found is not None and found[0] == letter(item))
 
 
-def mvbench_original(text: str, asked: Asked) -> float:
+def mvbench_original(text: str, item: Item) -> float:
     """MVBench's own rule, as VLMEvalKit has it before its judge: the first word is part of "(c)", or holds it.
 
     Part of it are "C" and "(C)", but "" and "(", too; "The answer is (C)" is wrong.
     """
     first = text.lower().strip().split(" ")[0]
-    right = f"({letter(asked).lower()})"
+    right = f"({letter(item).lower()})"
     return float(first.replace(".", "") in right or right in first)
 
 
-def mvbench_lmms_eval(text: str, asked: Asked) -> float | None:
+def mvbench_lmms_eval(text: str, item: Item) -> float | None:
     """The first A to E that is a word, small or not: "It is a dog, so (C)" is A. "" is dropped."""
     if text == "":
         return None
     if stated := re.match(r"([A-E])\.\s*.+$", text.strip(), re.IGNORECASE):
-        return float(stated[1].upper() == letter(asked))
+        return float(stated[1].upper() == letter(item))
     text = re.sub(r"[\n\t]", " ", text).strip()
     numbers, plain = re.search(r"\d,\d", text), text
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         beside_space = f"{mark} " in text or f" {mark}" in text
         plain = plain.replace(mark, "" if beside_space or numbers else " ")
     found = re.search(r"\b[A-E]\b", re.sub(r"\.(?!\d)", "", plain), re.IGNORECASE)
-    return float(found is not None and found[0].upper() == letter(asked))
+    return float(found is not None and found[0].upper() == letter(item))
 
 
-def video_holmes_official(text: str, asked: Asked) -> float:
+def video_holmes_official(text: str, item: Item) -> float:
     """In the last <answer>: the first of A to F that stands as "X ", "X:" or "[X", else that occurs at all."""
     tagged = re.findall(r"<answer>\s*(.*?)\s*</answer>", text, re.DOTALL)
     said = tagged[-1].strip() if tagged else ""
     marked = [x for x in "ABCDEF" if any(f in said for f in (f"{x} ", f"{x}:", f"[{x}"))]
     chosen = marked or [x for x in "ABCDEF" if x in said]
-    return float(chosen[:1] == [letter(asked)])
+    return float(chosen[:1] == [letter(item)])
 
 
-def video_holmes_lmms_eval(text: str, asked: Asked) -> float:
+def video_holmes_lmms_eval(text: str, item: Item) -> float:
     """The last "(X)", else "X ", else "X.", else an option's text; else at random, as for <answer>C</answer>."""
     padded = f" {_stripped(text, ',.!?;:' + chr(39))} "
     chosen: list[tuple[int, str]] = []
     for form, counted in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
         if not chosen:
-            kept = [x for x in _letters(asked) if form.format(x) in padded]
+            kept = [x for x in _letters(item) if form.format(x) in padded]
             chosen = [(padded.rfind(counted.format(x)), x) for x in kept]
     if not chosen and len(padded.split()) > 5:
-        places = [padded.lower().rfind(option.lower()) for option in asked.options]
-        chosen = [(at, x) for at, x in zip(places, _letters(asked), strict=True) if at >= 0]
-    guess = _random_letter(asked) if not chosen else max(chosen, key=lambda pair: pair[0])[1]
-    return float(guess == letter(asked))
+        places = [padded.lower().rfind(option.lower()) for option in item.options]
+        chosen = [(at, x) for at, x in zip(places, _letters(item), strict=True) if at >= 0]
+    guess = _random_letter(item) if not chosen else max(chosen, key=lambda pair: pair[0])[1]
+    return float(guess == letter(item))
 
 
-def _random_letter(asked: Asked) -> str:
-    drawn = int.from_bytes(hashlib.sha256(asked.id.encode()).digest()[:8], "big")
-    return _letters(asked)[drawn % len(asked.options)]
+def _random_letter(item: Item) -> str:
+    drawn = int.from_bytes(hashlib.sha256(item.id.encode()).digest()[:8], "big")
+    return _letters(item)[drawn % len(item.options)]
 
 
-def tomato_lmms_eval(text: str, asked: Asked) -> float:
+def tomato_lmms_eval(text: str, item: Item) -> float:
     """The only capital that is an option's letter, else the last "(X)", else the first such letter; else A."""
     padded = f" {_stripped(text, ',.!?;:' + chr(39))} "
-    chosen = [(padded.rfind(f"({x})"), x) for x in _letters(asked) if x in padded]
+    chosen = [(padded.rfind(f"({x})"), x) for x in _letters(item) if x in padded]
     if not chosen and len(padded.split()) > 5:
-        places = [padded.lower().rfind(option.lower()) for option in asked.options]
-        chosen = [(at, x) for at, x in zip(places, _letters(asked), strict=True) if at >= 0]
+        places = [padded.lower().rfind(option.lower()) for option in item.options]
+        chosen = [(at, x) for at, x in zip(places, _letters(item), strict=True) if at >= 0]
     guess = max(chosen, key=lambda pair: pair[0])[1] if chosen else "A"
-    return float(guess == letter(asked))
+    return float(guess == letter(item))
 
 
-def tvbench_lmms_eval(text: str, asked: Asked) -> float:
+def tvbench_lmms_eval(text: str, item: Item) -> float:
     """The first letter that is a word ("a" is A), else the first character, else the one option named."""
-    letters, upper = _letters(asked), text.strip().upper()
+    letters, upper = _letters(item), text.strip().upper()
     word, first = re.search(r"\b[A-Z]\b", upper), re.match(r"[(\[]?([A-Z])", upper)
     said = " ".join(text.lower().split())
     named = [
-        x
-        for x, o in zip(letters, asked.options, strict=True)
-        if " ".join(o.lower().split()) in said
+        x for x, o in zip(letters, item.options, strict=True) if " ".join(o.lower().split()) in said
     ]
     if word and word[0] in letters:
         guess = word[0]
@@ -171,25 +169,25 @@ def tvbench_lmms_eval(text: str, asked: Asked) -> float:
         guess = first[1]
     else:
         guess = named[0] if len(named) == 1 else ""
-    return float(guess == letter(asked))
+    return float(guess == letter(item))
 
 
-def mmvu_lmms_eval(text: str, asked: Asked) -> float | None:
+def mmvu_lmms_eval(text: str, item: Item) -> float | None:
     """Options: the right letter anywhere as a word, or the option's text. Open: one is part of the other.
 
     Gold A, "It is a cat, answer C" is right; open, "" and "o" and "not a Dolly Zoom" are right. An open answer
     that no rule takes goes to a judge: None.
     """
     said = text.strip().lower()
-    if asked.options:
-        gold = letter(asked).lower()
+    if item.options:
+        gold = letter(item).lower()
         words = [
-            w for w in (w.strip(punctuation) for w in asked.answer.lower().split()) if len(w) > 2
+            w for w in (w.strip(punctuation) for w in item.answer.lower().split()) if len(w) > 2
         ]
         named = gold in said and any(word in said for word in words)
         as_word = re.search(rf"\b{gold}\b", said) is not None
-        return float(as_word or asked.answer.strip().lower() in said or named)
-    said, right = _plain_powers(said), _plain_powers(asked.answer.strip().lower())
+        return float(as_word or item.answer.strip().lower() in said or named)
+    said, right = _plain_powers(said), _plain_powers(item.answer.strip().lower())
     if said in right or right in said:
         return 1.0
     ours, theirs = re.findall(r"\d+\.?\d*", said), re.findall(r"\d+\.?\d*", right)
@@ -241,14 +239,14 @@ def _caption_match(text: str, published: str, options: Sequence[str]) -> float |
     return None if said is None else float(said == published.partition(":")[0])
 
 
-def vsi_choice(text: str, asked: Asked) -> float:
+def vsi_choice(text: str, item: Item) -> float:
     """VSI-Bench, options: the first word is the letter, in either case ("c. red"); "(C)" is wrong."""
-    return float(text.split(" ")[0].rstrip(".").strip().lower() == letter(asked).lower())
+    return float(text.split(" ")[0].rstrip(".").strip().lower() == letter(item).lower())
 
 
-def vsi_number(text: str, asked: Asked) -> float:
+def vsi_number(text: str, item: Item) -> float:
     """VSI-Bench, numbers: mean relative accuracy, the share of ten tolerances (50% to 5%) that is kept."""
-    said, right = _first_number(text), float(asked.answer)
+    said, right = _first_number(text), float(item.answer)
     if said is None or right == 0:
         return 0.0
     return float((abs(said - right) / right <= 1 - np.linspace(0.5, 0.95, 10)).mean())

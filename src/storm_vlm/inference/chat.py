@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from storm_vlm.data.video import Clip
 from storm_vlm.inference.client import Fault
-from storm_vlm.inference.frames import Asked, Frames
+from storm_vlm.inference.frames import Frames, QuestionLike
 from storm_vlm.inference.reply import Reply
 
 
@@ -52,7 +52,10 @@ class Conversation:
     """One question's turns, and what they have taken so far."""
 
     def __init__(
-        self, question: Asked, frames: Frames, prompt: Callable[[Asked, Clip | None], str]
+        self,
+        question: QuestionLike,
+        frames: Frames,
+        prompt: Callable[[QuestionLike, Clip | None], str],
     ) -> None:
         began = time.perf_counter()
         clip = frames.read(question)

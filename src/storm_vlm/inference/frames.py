@@ -13,7 +13,7 @@ from storm_vlm.data.row import Row
 from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.video import Clip, read_video
 
-Asked = Row | Question
+QuestionLike = Row | Question
 
 
 class FrameCache:
@@ -46,8 +46,8 @@ class Frames:
     num_frames: int
     window: Reader = read_video  #: or a `FrameCache`
 
-    def read(self, asked: Asked) -> Clip | None:
+    def read(self, question: QuestionLike) -> Clip | None:
         """None for a question without a video. Raises VideoError."""
-        if asked.video is None or isinstance(asked.video, Clip):
-            return asked.video
-        return self.window(asked.video, self.num_frames, asked.start, asked.end)
+        if question.video is None or isinstance(question.video, Clip):
+            return question.video
+        return self.window(question.video, self.num_frames, question.start, question.end)

@@ -23,7 +23,7 @@ from storm_vlm.analysis.reliance import tamper
 from storm_vlm.data.atomic_write import in_one_step
 from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.errors import InputError
-from storm_vlm.evaluation.exam import evaluate
+from storm_vlm.evaluation.question_set import evaluate
 from storm_vlm.evaluation.records import Record
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reasoners.latent import Latent

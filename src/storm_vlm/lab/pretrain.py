@@ -23,7 +23,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainingAr
 from storm_vlm.data.collator import VideoInputs, expand_video
 from storm_vlm.data.prompt import build_messages
 from storm_vlm.data.row import Row, read_rows
-from storm_vlm.evaluation.exam import evaluate
+from storm_vlm.evaluation.question_set import evaluate
 from storm_vlm.evaluation.statistics import accuracy
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reasoners.latent import Latent

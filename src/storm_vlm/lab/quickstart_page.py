@@ -14,9 +14,9 @@ from storm_vlm.charts import BLUE, GREY, svg
 from storm_vlm.data.atomic_write import write_text
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.evaluation.report import READING
+from storm_vlm.evaluation.result_tables import build_tables, measure
 from storm_vlm.evaluation.run_folder import Run, read_run
 from storm_vlm.evaluation.summary import summarize
-from storm_vlm.evaluation.tables import build_tables, measure
 from storm_vlm.pages import render
 
 EXAMPLES = 8

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from storm_vlm.data.atomic_write import write_text
 from storm_vlm.data.prompt import question_text
-from storm_vlm.evaluation.exam import Exam
+from storm_vlm.evaluation.question_set import QuestionSet
 
 
-def write_task(folder: Path, name: str, exam: Exam) -> str:
+def write_task(folder: Path, name: str, questions: QuestionSet) -> str:
     """Write the task into `folder`, for `--include_path`; returns its name there, `storm_<name>`."""
     task = "storm_" + re.sub(r"\W+", "_", name.lower())
     lines = []
-    for row in exam.rows:
-        asked = exam.question(row)
+    for row in questions.rows:
+        asked = questions.question(row)
         text = question_text(asked.question, asked.options)
         window = {"video": row.video, "start": row.start, "end": row.end}
         doc = {"id": row.id, **window, "text": text, "answer": row.answer}

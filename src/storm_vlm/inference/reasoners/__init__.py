@@ -16,7 +16,7 @@ from storm_vlm.registry import Registry
 
 if TYPE_CHECKING:
     from storm_vlm.inference.chat import ChatModel
-    from storm_vlm.inference.frames import Asked, Frames
+    from storm_vlm.inference.frames import Frames, QuestionLike
     from storm_vlm.inference.pipeline import StormPipeline
     from storm_vlm.inference.reply import Reply
 
@@ -36,11 +36,11 @@ class Reasoner(ABC):
         """What decides its answers, as JSON, for the record."""
 
     @abstractmethod
-    def prompt(self, question: Asked) -> str:
+    def prompt(self, question: QuestionLike) -> str:
         """The text that a question is put with."""
 
     @abstractmethod
-    def answer(self, questions: Sequence[Asked]) -> list[Reply]:
+    def answer(self, questions: Sequence[QuestionLike]) -> list[Reply]:
         """One reply each, in order. Raises VideoError, PromptError, RefusedError, EndpointError."""
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import question_text
-from storm_vlm.inference.frames import Asked, Frames
+from storm_vlm.inference.frames import Frames, QuestionLike
 from storm_vlm.inference.local_chat import model_settings
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reasoners import Reasoner
@@ -41,10 +41,10 @@ class Latent(Reasoner):
             **self.generate_kwargs,
         }
 
-    def prompt(self, question: Asked) -> str:
+    def prompt(self, question: QuestionLike) -> str:
         return question_text(question.question, question.options)
 
-    def answer(self, questions: Sequence[Asked]) -> list[Reply]:
+    def answer(self, questions: Sequence[QuestionLike]) -> list[Reply]:
         began = time.perf_counter()
         clips = [self.frames.read(question) for question in questions]
         reading = time.perf_counter() - began

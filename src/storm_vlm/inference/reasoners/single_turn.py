@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from storm_vlm.data.prompt import question_text
 from storm_vlm.inference.chat import ChatModel, Conversation
-from storm_vlm.inference.frames import Asked, Frames
+from storm_vlm.inference.frames import Frames, QuestionLike
 from storm_vlm.inference.local_chat import chat_model
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reasoners import Reasoner
@@ -31,12 +31,12 @@ class Direct(Reasoner):
     def settings(self) -> dict[str, Any]:
         return {"max_new_tokens": self.max_new_tokens, **self.chat.settings}
 
-    def prompt(self, question: Asked) -> str:
+    def prompt(self, question: QuestionLike) -> str:
         letter = ", as the option's letter," if question.options else ""
         instruction = self.INSTRUCTION and self.INSTRUCTION.format(letter=letter)
         return question_text(question.question, question.options, instruction)
 
-    def answer(self, questions: Sequence[Asked]) -> list[Reply]:
+    def answer(self, questions: Sequence[QuestionLike]) -> list[Reply]:
         conversations = [
             Conversation(question, self.frames, lambda question, _: self.prompt(question))
             for question in questions

@@ -16,7 +16,7 @@ from storm_vlm.data.prompt import question_text, without_control_tokens
 from storm_vlm.data.video import Clip, VideoError
 from storm_vlm.errors import StormError
 from storm_vlm.inference.chat import ChatModel, Completion, Conversation, Turn
-from storm_vlm.inference.frames import Asked, Frames
+from storm_vlm.inference.frames import Frames, QuestionLike
 from storm_vlm.inference.local_chat import chat_model
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reasoners import Reasoner
@@ -69,11 +69,11 @@ class ToolLoop(Reasoner):
             **self.chat.settings,
         }
 
-    def prompt(self, question: Asked) -> str:
+    def prompt(self, question: QuestionLike) -> str:
         """With the place of the video's length left open."""
         return question_text(question.question, question.options, INSTRUCTION)
 
-    def answer(self, questions: Sequence[Asked]) -> list[Reply]:
+    def answer(self, questions: Sequence[QuestionLike]) -> list[Reply]:
         conversations = [
             Conversation(question, self.frames, self._first_prompt) for question in questions
         ]
@@ -90,7 +90,7 @@ class ToolLoop(Reasoner):
                 break
         return [conversation.reply() for conversation in conversations]
 
-    def _first_prompt(self, question: Asked, clip: Clip | None) -> str:
+    def _first_prompt(self, question: QuestionLike, clip: Clip | None) -> str:
         if clip is None or not isinstance(question.video, str):
             raise StormError(
                 "the tools reasoner looks at the file again, so it needs one: give video files, and no control that "
@@ -156,7 +156,7 @@ def crop_window(call: str, length: float) -> tuple[float, float]:
     return start, end
 
 
-def _length(clip: Clip, question: Asked) -> float:
+def _length(clip: Clip, question: QuestionLike) -> float:
     """Seconds from the window's start to the last frame shown."""
     return float(clip.timestamps[-1]) - (question.start or 0.0)
 

@@ -28,7 +28,7 @@ from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import write_video
 from storm_vlm.errors import InputError
-from storm_vlm.evaluation.tables import PHASES
+from storm_vlm.evaluation.result_tables import PHASES
 from storm_vlm.inference.chat import Completion, Turn
 from storm_vlm.inference.frames import Frames
 from storm_vlm.inference.local_chat import LocalChat

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.analysis.analyze import PARTS
+from storm_vlm.analysis.page import Analysis, Card, shown
 from storm_vlm.analysis.reliance import KINDS
-from storm_vlm.analysis.report import Analysis, Card, shown
 from storm_vlm.charts import svg
 from storm_vlm.data.atomic_write import write_text
 from storm_vlm.lab.reproduce.evidence_charts import dots, rows_curve

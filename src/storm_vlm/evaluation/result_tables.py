@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,58 @@ import yaml
 
 from storm_vlm.errors import InputError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS, GENERAL, REASONING
-from storm_vlm.evaluation.cells import Cell, Line, Table, estimated, percent, signed
 from storm_vlm.evaluation.compare import SHUFFLED, overall, survives_shuffling
 from storm_vlm.evaluation.records import Reliance
 from storm_vlm.evaluation.run_folder import Run
+from storm_vlm.evaluation.statistics import Estimate
 from storm_vlm.evaluation.summary import RunSummary, Shares, summarize
 
 PHASES = ("decode", "vision", "prefill", "latent", "answer", "tool")
 PAPER_FILE = Path(__file__).with_name("paper_tables.yaml")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, and what has to be known about it, in smaller print."""
+
+    text: str = "-"
+    small: str = ""
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table; `paper` lines are not ours."""
+
+    cells: tuple[Cell, ...]
+    paper: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: tuple[str, ...]
+    lines: list[Line]
+    notes: list[str] = field(default_factory=list)
+
+
+def percent(value: float | None) -> str:
+    """A share, without the sign."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def signed(difference: Estimate) -> str:
+    """A difference in points, with its interval."""
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def estimated(share: Estimate | None, small: str = "", warning: bool = False) -> Cell:
+    """A mean with its interval."""
+    if share is None:
+        return Cell()
+    text = f"{percent(share.mean)} [{percent(share.low)}, {percent(share.high)}]"
+    return Cell(text, small, warning)
 
 
 @dataclass(frozen=True)

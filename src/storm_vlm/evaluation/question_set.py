@@ -21,13 +21,13 @@ from storm_vlm.evaluation.controls import CONTROLS, Control
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import RunError
 from storm_vlm.inference.client import RefusedError, UnansweredError
-from storm_vlm.inference.frames import Asked, Frames
+from storm_vlm.inference.frames import Frames, QuestionLike
 from storm_vlm.inference.reasoners import Reasoner
 from storm_vlm.inference.reply import Reply
 
 
 @dataclass(frozen=True)
-class Exam:
+class QuestionSet:
     """Rows, and how each is put and scored. `benchmark` None: a file of rows."""
 
     rows: Sequence[Row]
@@ -38,7 +38,9 @@ class Exam:
     faults: Mapping[str, str] = field(default_factory=dict)  #: of rows not to be asked, by id
 
     @classmethod
-    def read(cls, source: Path, benchmark: str | None, limit: int | None, **kwargs: Any) -> Exam:
+    def read(
+        cls, source: Path, benchmark: str | None, limit: int | None, **kwargs: Any
+    ) -> QuestionSet:
         """From a JSONL file of rows, or from a folder of published files of the named benchmark.
 
         Raises:
@@ -52,12 +54,12 @@ class Exam:
                 f"{source} is a folder: name its benchmark (--benchmark), or give a file of rows"
             )
         rows = (read_rows(source) if found is None else found.read(source))[:limit]
-        exam = cls(rows, benchmark=found, **kwargs)
-        exam.check(source)
-        faults = row_faults(rows, check_video if exam._control.SHOWS_VIDEO else check_text)
+        questions = cls(rows, benchmark=found, **kwargs)
+        questions.check(source)
+        faults = row_faults(rows, check_video if questions._control.SHOWS_VIDEO else check_text)
         if len(faults) == len(rows):
             raise RunError(f"no row can be asked:\n{told(faults, source)}")
-        return dataclasses.replace(exam, faults=faults)
+        return dataclasses.replace(questions, faults=faults)
 
     def check(self, source: Path) -> None:
         """Raises RunError for a prompt or a control that does not apply to these rows."""
@@ -73,17 +75,17 @@ class Exam:
         if permuted and not any(row.options for row in self.rows):
             raise RunError(f"{source} has no options to permute")
 
-    def shown(self, row: Row) -> Row:
+    def controlled_row(self, row: Row) -> Row:
         """The row as it is scored."""
         return self._control.row(row)
 
-    def question(self, row: Row) -> Asked:
+    def question(self, row: Row) -> QuestionLike:
         """The row with our prompt, or the benchmark's text."""
         if self.prompt == "ours" or self.benchmark is None:
             return row
         return Question(row.video, self.benchmark.official_prompt(row), (), row.start, row.end)
 
-    def asked(self, row: Row) -> Asked:
+    def controlled_question(self, row: Row) -> QuestionLike:
         """The question as it is put. Raises VideoError."""
         return self._control.question(self.question(row), self.frames, row.id)
 
@@ -118,30 +120,32 @@ class Exam:
 
 
 def answer_rows(
-    reasoner: Reasoner, exam: Exam, rows: Sequence[Row], batch_size: int
+    reasoner: Reasoner, questions: QuestionSet, rows: Sequence[Row], batch_size: int
 ) -> Iterator[list[Record]]:
     """Records, batch by batch; a row that cannot be asked gets one with its error. Raises EndpointError."""
     for first in range(0, len(rows), batch_size):
-        batch = [exam.shown(row) for row in rows[first : first + batch_size]]
-        outcomes: dict[str, Reply | str] = {r.id: exam.faults.get(r.id, "") for r in batch}
+        batch = [questions.controlled_row(row) for row in rows[first : first + batch_size]]
+        outcomes: dict[str, Reply | str] = {r.id: questions.faults.get(r.id, "") for r in batch}
         sound = [row for row in batch if not outcomes[row.id]]
-        outcomes |= zip((row.id for row in sound), _replies(reasoner, exam, sound), strict=True)
+        outcomes |= zip(
+            (row.id for row in sound), _replies(reasoner, questions, sound), strict=True
+        )
         yield [
-            exam.record(row, *((None, out) if isinstance(out, str) else (out, None)))
+            questions.record(row, *((None, out) if isinstance(out, str) else (out, None)))
             for row, out in ((row, outcomes[row.id]) for row in batch)
         ]
 
 
-def _replies(reasoner: Reasoner, exam: Exam, batch: Sequence[Row]) -> list[Reply | str]:
+def _replies(reasoner: Reasoner, questions: QuestionSet, batch: Sequence[Row]) -> list[Reply | str]:
     """A reply each, or what is wrong with the row; the others of its batch are then asked one by one."""
     if not batch:
         return []
     try:
-        return list(reasoner.answer([exam.asked(row) for row in batch]))
+        return list(reasoner.answer([questions.controlled_question(row) for row in batch]))
     except (VideoError, PromptError, RefusedError, UnansweredError) as error:
         if len(batch) == 1:
             return [str(error)]
-        return [reply for row in batch for reply in _replies(reasoner, exam, [row])]
+        return [reply for row in batch for reply in _replies(reasoner, questions, [row])]
 
 
 def evaluate(
@@ -152,8 +156,8 @@ def evaluate(
     control: str | None = None,
 ) -> list[Record]:
     """Records of a few rows, in memory. Raises VideoError for a clip that cannot be read."""
-    exam = Exam(rows, frames, control=control)
-    batches = answer_rows(reasoner, exam, rows, batch_size)
+    questions = QuestionSet(rows, frames, control=control)
+    batches = answer_rows(reasoner, questions, rows, batch_size)
     progress = tqdm(batches, f"evaluate {control or ''}", -(-len(rows) // batch_size), leave=False)
     records = [record for batch in progress for record in batch]
     for record in records:
