@@ -10,7 +10,7 @@ from storm_vlm.registry import Registry
 
 if TYPE_CHECKING:
     from storm_vlm.data.row import Row
-    from storm_vlm.evaluation.benchmarks.published import Hub
+    from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos
 
 GENERAL = "Table 1: general video understanding"
 REASONING = "Table 2: video reasoning"
@@ -24,15 +24,25 @@ class Benchmark(ABC):
     table: ClassVar[str | None] = None  #: of the paper, that its column belongs to
     groups: ClassVar[tuple[str, ...]] = ()  #: keys of `Row.meta` that accuracy is broken down by
     hub: ClassVar[Hub]  #: where its questions are published; left out, they cannot be downloaded
+    files: ClassVar[tuple[str, ...]] = ()  #: patterns; the first that any published file fits
+    tasks: ClassVar[tuple[str, ...]] = ()  #: if named, only files called like one, or in its folder
 
-    @abstractmethod
     def read(self, folder: Path) -> list[Row]:
-        """Rows (split "test", absolute video paths) from the published files in `folder`.
+        """Rows (split "test", absolute video paths) from the published files in `folder`, at any depth.
 
         Raises:
             RowError: a published row that does not fit; names file, place and field.
             FileNotFoundError: the published file is not there; names what to download.
         """
+        from storm_vlm.evaluation.benchmarks.published import read_published
+
+        return read_published(self, folder)
+
+    @abstractmethod
+    def row(
+        self, published: Entry, videos: Videos, task: str, number: int
+    ) -> Row | list[Row] | None:
+        """The row of a published entry, the how manieth of its file, from 1; None: not of this benchmark."""
 
     def official_prompt(self, row: Row) -> str:
         """The text that the benchmark's own harness asks with; without one, ours."""
@@ -41,8 +51,11 @@ class Benchmark(ABC):
         return question_text(row.question, row.options)
 
     def official_score(self, text: str, row: Row) -> float | None:
-        """0 to 1 by the benchmark's own rule, quirks included; None where there is none, or it needs a judge."""
-        return None
+        """0 to 1 by the first of its `RULES`, quirks included; None where there is none, or it needs a judge."""
+        from storm_vlm.evaluation.scoring import RULES
+
+        rules = list(RULES.get(self.name, {}).values())
+        return rules[0](text, row) if rules else None
 
 
 BENCHMARKS: Registry[type[Benchmark]] = Registry(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import REASONING, Benchmark
-from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
-from storm_vlm.evaluation.scoring import mmvu_lmms_eval
+from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, index_of, lettered
 
 DISCIPLINES = {
     "Science": "Biology, Chemistry, Modern Physics, Astronomy, Geography, Materials Science, Neurobiology, "
@@ -29,52 +28,39 @@ class MMVU(Benchmark):
     table: ClassVar[str | None] = REASONING
     groups = ("discipline", "subject")
     hub = Hub("yale-nlp/MMVU", split="validation")
+    files = ("validation*.json*", "validation*.parquet")
     KIND: ClassVar[str] = "multiple-choice"
 
-    def read(self, folder: Path) -> list[Row]:
-        """Rows of one kind. Rationale and textbook stay behind; the subject is the metadata's, not the folder's."""
-        videos = Videos(folder)
-
-        def convert(published: dict[str, Any], file: Path, number: int) -> Row | None:
-            if published["question_type"] != self.KIND:
-                return None
-            url = published.get("video_path") or published["video"]
-            options: tuple[str, ...] = ()
-            answer = published["answer"]
-            if self.KIND == "multiple-choice":
-                options = bare([v for _, v in sorted(published["choices"].items()) if v])
-                answer = options[index_of(answer, options)]
-            subject = published["metadata"]["subject"].replace("_", " ")
-            discipline = _OF_SUBJECT.get(subject, "other")
-            return Row(
-                id=published["id"],
-                video=videos.find("/".join(Path(url).parts[-2:])),  # Art/0.mp4: numbers repeat
-                question=published["question"],
-                options=options,
-                answer=answer,
-                split="test",
-                meta={"discipline": discipline, "subject": subject, "published_video": url},
-            )
-
-        return read_published(
-            folder, ("validation*.json*", "validation*.parquet"), self.hub, convert
+    def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row | None:
+        """None for the other kind. Rationale and textbook stay behind; the subject is the metadata's."""
+        if published["question_type"] != self.KIND:
+            return None
+        url = published.get("video_path") or published["video"]
+        options: tuple[str, ...] = ()
+        answer = published["answer"]
+        if self.KIND == "multiple-choice":
+            options = bare([v for _, v in sorted(published["choices"].items()) if v])
+            answer = options[index_of(answer, options)]
+        subject = published["metadata"]["subject"].replace("_", " ")
+        discipline = _OF_SUBJECT.get(subject, "other")
+        return Row(
+            id=published["id"],
+            video=videos.find("/".join(Path(url).parts[-2:])),  # Art/0.mp4: numbers repeat
+            question=published["question"],
+            options=options,
+            answer=answer,
+            split="test",
+            meta={"discipline": discipline, "subject": subject, "published_video": url},
         )
 
     def official_prompt(self, row: Row) -> str:
-        choices = "".join(
-            f"{letter}: {o}\n" for letter, o in zip("ABCDE", row.options, strict=False)
-        )
         ending = (
             "Answer directly with the option letter from the given choices."
             if row.options
             else "Directly output the final short answer."
         )
         reasoning = "Do not generate any intermediate reasoning process. "
-        return f"Question: {row.question}\n{choices}\n{reasoning}{ending}"
-
-    def official_score(self, text: str, row: Row) -> float | None:
-        """lmms-eval's rule: MMVU's own script asks GPT-4o about every answer."""
-        return mmvu_lmms_eval(text, row)
+        return f"Question: {row.question}\n{lettered(row.options, '{}: {}')}\n{reasoning}{ending}"
 
 
 class MMVUOpen(MMVU):

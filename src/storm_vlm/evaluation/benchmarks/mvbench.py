@@ -7,8 +7,7 @@ from typing import Any
 
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import GENERAL, Benchmark
-from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, lettered, read_published
-from storm_vlm.evaluation.scoring import mvbench_original, tvbench_lmms_eval
+from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, lettered
 
 CLEVRER, PERCEPTION = ("clevrer/video_validation", "clevrer"), ("perception/videos", "perception")
 CHARADES = ("star/Charades_segment", "star/Charades_v1_480", "star")  # cut before whole
@@ -35,11 +34,6 @@ FOLDERS = {
     "counterfactual_inference": CLEVRER,
 }
 SOURCES = {folders[-1]: folders for folders in FOLDERS.values()}
-TVBENCH_TASKS = (
-    *("action_antonym", "action_count", "action_localization", "action_sequence", "object_count"),
-    *("egocentric_sequence", "moving_direction", "object_shuffle", "scene_transition"),
-    "unexpected_action",
-)
 
 
 class MVBench(Benchmark):
@@ -47,28 +41,22 @@ class MVBench(Benchmark):
     title = "MVBench"
     table = GENERAL
     groups = ("task",)
-    hub = Hub("OpenGVLab/MVBench", tuple(FOLDERS), split="train", revision="video")
+    tasks = tuple(FOLDERS)
+    hub = Hub("OpenGVLab/MVBench", tasks, split="train", revision="video")
+    files = ("json/*.json", "*.json", "*.parquet")
 
-    def read(self, folder: Path) -> list[Row]:
-        """Rows of the tasks that are there; `start` and `end` hold for whole films, not for the cut clips.
+    def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row:
+        """`start` and `end` hold for whole films, not for the cut clips.
 
         Sources give different videos the same name, so a file counts only in its own source's folder, or
         outside of all of them.
         """
-        videos = Videos(folder)
-
-        def convert(published: dict[str, Any], file: Path, number: int) -> Row | None:
-            task = _task(file, FOLDERS)
-            if task is None:
-                return None
-            folders = FOLDERS[task]
-            others = {part for hints in SOURCES.values() if hints != folders for part in hints}
-            video = videos.find(published["video"], folders, sorted(others))
-            whole = not any(part.endswith("_segment") for part in Path(video).parts)
-            times = {k: published[k] for k in ("start", "end") if whole and k in published}
-            return _row(task, number, video, published, **times)
-
-        return read_published(folder, ("json/*.json", "*.json", "*.parquet"), self.hub, convert)
+        folders = FOLDERS[task]
+        others = {part for hints in SOURCES.values() if hints != folders for part in hints}
+        video = videos.find(published["video"], folders, sorted(others))
+        whole = not any(part.endswith("_segment") for part in Path(video).parts)
+        times = {k: published[k] for k in ("start", "end") if whole and k in published}
+        return _row(task, number, video, published, **times)
 
     def official_prompt(self, row: Row) -> str:
         """Without "Best option:(", with which the original begins the model's turn."""
@@ -76,47 +64,32 @@ class MVBench(Benchmark):
             "Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
             "movement of objects, and the action and pose of persons. Based on your observations, select the "
             f"best option that accurately addresses the question.\nQuestion: {row.question}\nOptions:\n"
-            f"{lettered(row.options, '({}) {}')}\nOnly give the best option."
+            f"{lettered(row.options, '({}) {}')}Only give the best option."
         )
-
-    def official_score(self, text: str, row: Row) -> float:
-        return mvbench_original(text, row)
 
 
 class TVBench(Benchmark):
     name = "tvbench"
     title = "TVBench"
     groups = ("task",)
-    hub = Hub("FunAILab/TVBench", TVBENCH_TASKS, split="train")
+    tasks = (
+        *("action_antonym", "action_count", "action_localization", "action_sequence"),
+        *("object_count", "egocentric_sequence", "moving_direction", "object_shuffle"),
+        *("scene_transition", "unexpected_action"),
+    )
+    hub = Hub("FunAILab/TVBench", tasks, split="train")
+    files = MVBench.files
 
-    def read(self, folder: Path) -> list[Row]:
-        videos = Videos(folder)
-
-        def convert(published: dict[str, Any], file: Path, number: int) -> Row | None:
-            task = _task(file, TVBENCH_TASKS)
-            if task is None:
-                return None
-            others = [other for other in TVBENCH_TASKS if other != task]
-            return _row(task, number, videos.find(published["video"], (task,), others), published)
-
-        return read_published(folder, ("json/*.json", "*.json", "*.parquet"), self.hub, convert)
+    def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row:
+        others = [other for other in self.tasks if other != task]
+        return _row(task, number, videos.find(published["video"], (task,), others), published)
 
     def official_prompt(self, row: Row) -> str:
         """lmms-eval's."""
-        return f"{row.question}\n{lettered(row.options)}\nAnswer with the option letter only."
-
-    def official_score(self, text: str, row: Row) -> float:
-        """lmms-eval's rule."""
-        return tvbench_lmms_eval(text, row)
+        return f"{row.question}\n{lettered(row.options)}Answer with the option letter only."
 
 
-def _task(file: Path, tasks: Any) -> str | None:
-    """By the name of the file, or of the config's folder that it lies in."""
-    names = (file.stem.removeprefix("questions-"), file.parent.name)
-    return next((name for name in names if name in tasks), None)
-
-
-def _row(task: str, number: int, video: str, published: dict[str, Any], **times: Any) -> Row:
+def _row(task: str, number: int, video: str, published: Entry, **times: Any) -> Row:
     options = bare(published["candidates"])
     return Row(
         id=f"{task}-{number}",

@@ -6,11 +6,11 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -20,10 +20,12 @@ from storm_vlm.data.row import Row, RowError
 from storm_vlm.datasets.parse import bare_options
 from storm_vlm.errors import AccessError, InputError
 
+if TYPE_CHECKING:
+    from storm_vlm.evaluation.benchmarks import Benchmark
+
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".m4v")
 FETCHED = "questions-*.jsonl"  # what `Hub.download` writes
-# A published row, its file, its number there; None: not of this benchmark.
-Convert = Callable[[dict[str, Any], Path, int], Row | list[Row] | None]
+Entry = dict[str, Any]  #: of a published file
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,18 @@ class Hub:
         return written
 
 
-def read_published(folder: Path, patterns: Sequence[str], hub: Hub, convert: Convert) -> list[Row]:
-    """Rows of the files that fit the first pattern that any file in `folder` fits, at any depth.
-
-    Raises as `Benchmark.read` does.
-    """
-    rows: dict[str, Row] = {}
-    for file in _files(folder, patterns, hub):
+def read_published(benchmark: Benchmark, folder: Path) -> list[Row]:
+    """See `Benchmark.read`."""
+    files, videos, rows = _files(benchmark, folder), Videos(folder), dict[str, Row]()
+    for file in files:
+        names = (file.stem.removeprefix("questions-"), file.parent.name)
+        task = next((name for name in names if name in benchmark.tasks), "")
+        if benchmark.tasks and not task:
+            continue
         for number, published in enumerate(_entries(file), start=1):
             place = f"{file}: row {number}"
             try:
-                made = convert(published, file, number)
+                made = benchmark.row(published, videos, task, number)
             except ValidationError as error:
                 fault = error.errors()[0]
                 field = ".".join(map(str, fault["loc"])) or "row"
@@ -82,16 +85,17 @@ def read_published(folder: Path, patterns: Sequence[str], hub: Hub, convert: Con
     return list(rows.values())
 
 
-def _files(folder: Path, patterns: Sequence[str], hub: Hub) -> list[Path]:
-    for pattern in (FETCHED, *patterns):
+def _files(benchmark: Benchmark, folder: Path) -> list[Path]:
+    for pattern in (FETCHED, *benchmark.files):
         if files := sorted(p for p in Path(folder).rglob(pattern) if p.is_file()):
             return files
     raise AccessError(
-        f"{folder} holds no {' or '.join(patterns)}: download the data set {hub.repository} into it"
+        f"{folder} holds no {' or '.join(benchmark.files)}: download the data set "
+        f"{benchmark.hub.repository} into it"
     )
 
 
-def _entries(file: Path) -> Iterator[dict[str, Any]]:
+def _entries(file: Path) -> Iterator[Entry]:
     """The published rows of a JSON list, JSON lines or parquet file."""
     if file.suffix == ".jsonl":
         yield from (entry for _, entry in read_objects(file))
@@ -134,21 +138,19 @@ class Videos:
         folders `elsewhere` are other videos of the same name. Where there is none, the path that it should
         have: a run lists it as missing.
         """
-        asked = Path(name)
-        known = asked.suffix.lower() in SUFFIXES
-        expected = asked if known else asked.with_name(asked.name + ".mp4")
-        stem = asked.stem if known else asked.name
-        found = {
-            os.path.realpath(p): p
-            for p in self._by_stem.get(unicodedata.normalize("NFC", stem), ())
-        }
-        inside = {p: p.parent.relative_to(self.folder) for p in found.values()}
+        path = Path(name)
+        known = path.suffix.lower() in SUFFIXES
+        expected = path if known else path.with_name(path.name + ".mp4")
+        stem = path.stem if known else path.name
+        named = self._by_stem.get(unicodedata.normalize("NFC", stem), ())
+        files = {os.path.realpath(file): file for file in named}.values()
+        inside = {file: file.parent.relative_to(self.folder) for file in files}
         paths = [
             p
             for p, place in inside.items()
-            if not set(elsewhere) & set(place.parts) and asked.parent.name in ("", place.name)
+            if not set(elsewhere) & set(place.parts) and path.parent.name in ("", place.name)
         ]
-        for hint in (asked.parent.as_posix().removeprefix("./"), *hints):
+        for hint in (path.parent.as_posix().removeprefix("./"), *hints):
             parts = "" if hint in ("", ".") else f"/{hint.strip('/')}/"
             if near := [p for p in paths if parts and parts in f"/{inside[p].as_posix()}/"]:
                 paths = near
@@ -174,15 +176,13 @@ def bare(options: Sequence[str]) -> tuple[str, ...]:
 
 def index_of(letter: str, options: Sequence[str]) -> int:
     """Of the option that "B", "(B)" or "B." stands for. Raises ValueError where there is none."""
-    found = re.fullmatch(r"\s*\(?([A-Z])(?!\w).*", letter, re.DOTALL)
-    index = ascii_uppercase.index(found[1]) if found else len(options)
+    match = re.fullmatch(r"\s*\(?([A-Z])(?!\w).*", letter, re.DOTALL)
+    index = ascii_uppercase.index(match[1]) if match else len(options)
     if index >= len(options):
         raise InputError(f"answer: {letter!r} is none of the {len(options)} options")
     return index
 
 
-def lettered(options: Sequence[str], form: str = "{}. {}", joint: str = "\n") -> str:
-    """Options in a harness's own form."""
-    return joint.join(
-        form.format(letter, text) for letter, text in zip(ascii_uppercase, options, strict=False)
-    )
+def lettered(options: Sequence[str], form: str = "{}. {}") -> str:
+    """Options in a harness's own form, each with a line of its own."""
+    return "".join(map((form + "\n").format, ascii_uppercase, options))

@@ -5,12 +5,11 @@ Three can be matched (5,536 questions, `tempcompass`); captions need a judge (2,
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import GENERAL, Benchmark
-from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, read_published
+from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare
 from storm_vlm.evaluation.scoring import tempcompass
 
 POST_PROMPTS = {
@@ -28,25 +27,14 @@ class TempCompass(Benchmark):
     title = "TempCompass"
     table: ClassVar[str | None] = GENERAL
     groups = ("task", "dim")
-    TASKS: ClassVar[tuple[str, ...]] = ("multi-choice", "yes_no", "caption_matching")
-    hub = Hub("lmms-lab/TempCompass", TASKS)
+    tasks = ("multi-choice", "yes_no", "caption_matching")
+    hub = Hub("lmms-lab/TempCompass", tasks)
+    files = ("questions/*.json", "*.json", "*.parquet")
 
-    def read(self, folder: Path) -> list[Row]:
-        videos = Videos(folder)
-
-        def convert(published: dict[str, Any], file: Path, number: int) -> list[Row]:
-            names = (file.stem.removeprefix("questions-"), file.parent.name)
-            task = next((name for name in names if name in self.TASKS), None)
-            if task is None:
-                return []
-            return [
-                _row(task, f"{task}-{number}{place}", videos, flat)
-                for place, flat in _flat(published)
-            ]
-
-        return read_published(
-            folder, ("questions/*.json", "*.json", "*.parquet"), self.hub, convert
-        )
+    def row(self, published: Entry, videos: Videos, task: str, number: int) -> list[Row]:
+        return [
+            _row(task, f"{task}-{number}{place}", videos, flat) for place, flat in _flat(published)
+        ]
 
     def official_prompt(self, row: Row) -> str:
         return row.meta["published_question"] + POST_PROMPTS[row.meta["task"]]
@@ -63,23 +51,23 @@ class TempCompassCaptioning(TempCompass):
     name = "tempcompass_captioning"
     title = "TempCompass, captions"
     table = None
-    TASKS = ("captioning",)
-    hub = Hub("lmms-lab/TempCompass", TASKS)
+    tasks = ("captioning",)
+    hub = Hub("lmms-lab/TempCompass", tasks)
 
 
-def _flat(published: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def _flat(published: Entry) -> list[tuple[str, Entry]]:
     """One row of the hub; or the repository's {video: {dim: [question, …]}}."""
     if "question" in published:
         return [("", published)]
     return [
-        (f"-{video}-{dim}-{i}", {**asked, "video_id": video, "dim": dim})
+        (f"-{video}-{dim}-{i}", {**entry, "video_id": video, "dim": dim})
         for video, dims in published.items()
         for dim, questions in dims.items()
-        for i, asked in enumerate(questions)
+        for i, entry in enumerate(questions)
     ]
 
 
-def _row(task: str, name: str, videos: Videos, published: dict[str, Any]) -> Row:
+def _row(task: str, name: str, videos: Videos, published: Entry) -> Row:
     text, labels = published["question"], ()
     answer = published["mc_answer"] if task == "captioning" else published["answer"]
     question, options = text, ()

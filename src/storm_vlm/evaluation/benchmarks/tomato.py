@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import Benchmark
-from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, read_published
-from storm_vlm.evaluation.scoring import tomato_lmms_eval
+from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare
 
 
 class Tomato(Benchmark):
@@ -16,23 +12,19 @@ class Tomato(Benchmark):
     title = "TOMATO"
     groups = ("reason_type", "demonstration_type")
     hub = Hub("lmms-eval/TOMATO")
+    files = ("test*.parquet", "*tomato*.json*")
 
-    def read(self, folder: Path) -> list[Row]:
-        videos = Videos(folder)
-
-        def convert(published: dict[str, Any], file: Path, number: int) -> Row:
-            options = bare(published["options"])
-            return Row(
-                id=str(published["id"]),
-                video=videos.find(published["video_path"]),
-                question=published["question"],
-                options=options,
-                answer=options[int(published["answer"])],  # an index, counted from 0
-                split="test",
-                meta={group: published[group] for group in self.groups},
-            )
-
-        return read_published(folder, ("test*.parquet", "*tomato*.json*"), self.hub, convert)
+    def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row:
+        options = bare(published["options"])
+        return Row(
+            id=str(published["id"]),
+            video=videos.find(published["video_path"]),
+            question=published["question"],
+            options=options,
+            answer=options[int(published["answer"])],  # an index, counted from 0
+            split="test",
+            meta={group: published[group] for group in self.groups},
+        )
 
     def official_prompt(self, row: Row) -> str:
         options = dict(zip("ABCDEFGH", row.options, strict=False))
@@ -46,7 +38,3 @@ class Tomato(Benchmark):
             "GUESS AN ANSWER WHICH YOU THINK WOULD BE THE MOST POSSIBLE ONE BASED ON THE QUESTION.\n\nDO NOT "
             "GENERATE ANSWER SUCH AS 'NOT POSSIBLE TO DETERMINE.'"
         )
-
-    def official_score(self, text: str, row: Row) -> float:
-        """lmms-eval's rule."""
-        return tomato_lmms_eval(text, row)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import REASONING, Benchmark
-from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
-from storm_vlm.evaluation.scoring import video_holmes_official
+from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, index_of
 
 
 class VideoHolmes(Benchmark):
@@ -17,28 +13,22 @@ class VideoHolmes(Benchmark):
     table = REASONING
     groups = ("question_type",)
     hub = Hub("TencentARC/Video-Holmes", data_files="test_Video-Holmes.json", split="train")
+    files = ("test_Video-Holmes.json", "test*.parquet")
 
-    def read(self, folder: Path) -> list[Row]:
+    def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row:
         """Rows whose absent options (None, or "", as tables of structs have them) are left out."""
-        videos = Videos(folder)
-
-        def convert(published: dict[str, Any], file: Path, number: int) -> Row:
-            kept = {k: v for k, v in sorted(published["Options"].items()) if v}
-            options = bare(list(kept.values()))
-            if "".join(kept) != "ABCDEFGH"[: len(kept)]:
-                raise ValueError(f"Options: letters {', '.join(kept)} have a gap")
-            return Row(
-                id=f"{published['video ID']}-{published['Question ID']}",
-                video=videos.find(published["video ID"], ("videos_cropped", "videos", "video")),
-                question=published["Question"],
-                options=options,
-                answer=options[index_of(published["Answer"], options)],
-                split="test",
-                meta={"question_type": published["Question Type"], "published_options": kept},
-            )
-
-        return read_published(
-            folder, ("test_Video-Holmes.json", "test*.parquet"), self.hub, convert
+        kept = {k: v for k, v in sorted(published["Options"].items()) if v}
+        options = bare(list(kept.values()))
+        if "".join(kept) != "ABCDEFGH"[: len(kept)]:
+            raise ValueError(f"Options: letters {', '.join(kept)} have a gap")
+        return Row(
+            id=f"{published['video ID']}-{published['Question ID']}",
+            video=videos.find(published["video ID"], ("videos_cropped", "videos", "video")),
+            question=published["Question"],
+            options=options,
+            answer=options[index_of(published["Answer"], options)],
+            split="test",
+            meta={"question_type": published["Question Type"], "published_options": kept},
         )
 
     def official_prompt(self, row: Row) -> str:
@@ -48,6 +38,3 @@ class VideoHolmes(Benchmark):
             "between the <think> and </think> tags, and then give your final answer between the <answer> and "
             f"</answer> tags. The question is: {row.question}. The options are: {options}. Your answer:"
         )
-
-    def official_score(self, text: str, row: Row) -> float:
-        return video_holmes_official(text, row)

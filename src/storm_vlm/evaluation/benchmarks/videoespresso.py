@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import REASONING, Benchmark
-from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
-from storm_vlm.evaluation.scoring import first_capital
+from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, index_of
 
 
 class VideoEspresso(Benchmark):
@@ -17,24 +13,20 @@ class VideoEspresso(Benchmark):
     table = REASONING
     groups = ("task",)
     hub = Hub("hshjerry0315/VideoEspresso-Test", data_files="bench_hard.json", split="train")
+    files = ("bench_hard.json", "bench_final.json")
 
-    def read(self, folder: Path) -> list[Row]:
+    def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row:
         """Rows of bench_hard.json (bench_final.json in the README); evidence and captions stay behind."""
-        videos = Videos(folder)
-
-        def convert(published: dict[str, Any], file: Path, number: int) -> Row:
-            options = bare(published["options"])
-            return Row(
-                id=f"espresso-{number}",
-                video=videos.find(published["video_path"]),
-                question=published["question"],
-                options=options,
-                answer=options[index_of(published["correct_answer"], options)],
-                split="test",
-                meta={"task": published["task"], "published_options": published["options"]},
-            )
-
-        return read_published(folder, ("bench_hard.json", "bench_final.json"), self.hub, convert)
+        options = bare(published["options"])
+        return Row(
+            id=f"espresso-{number}",
+            video=videos.find(published["video_path"]),
+            question=published["question"],
+            options=options,
+            answer=options[index_of(published["correct_answer"], options)],
+            split="test",
+            meta={"task": published["task"], "published_options": published["options"]},
+        )
 
     def official_prompt(self, row: Row) -> str:
         return (
@@ -42,6 +34,3 @@ class VideoEspresso(Benchmark):
             f"options: \n{''.join(row.meta['published_options'])} "
             "Select the answer and only give the option letters."
         )
-
-    def official_score(self, text: str, row: Row) -> float:
-        return first_capital(text, row)

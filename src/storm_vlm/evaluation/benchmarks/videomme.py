@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import GENERAL, Benchmark
-from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
-from storm_vlm.evaluation.scoring import videomme_lmms_eval
+from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, index_of
 
 
 class VideoMME(Benchmark):
@@ -17,27 +13,21 @@ class VideoMME(Benchmark):
     table = GENERAL
     groups = ("duration", "domain", "task_type")
     hub = Hub("lmms-lab/Video-MME")
+    files = ("test-*.parquet", "*ideo*[mM][mM][eE]*.json*")
 
-    def read(self, folder: Path) -> list[Row]:
-        videos = Videos(folder)
-
-        def convert(published: dict[str, Any], file: Path, number: int) -> Row:
-            options = bare(published["options"])
-            return Row(
-                id=published["question_id"],
-                video=videos.find(published["videoID"], ("data", "videos")),
-                question=published["question"],
-                options=options,
-                answer=options[index_of(published["answer"], options)],
-                split="test",
-                meta={
-                    **{group: published[group] for group in (*self.groups, "sub_category")},
-                    "published_options": published["options"],
-                },
-            )
-
-        return read_published(
-            folder, ("test-*.parquet", "*ideo*[mM][mM][eE]*.json*"), self.hub, convert
+    def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row:
+        options = bare(published["options"])
+        return Row(
+            id=published["question_id"],
+            video=videos.find(published["videoID"], ("data", "videos")),
+            question=published["question"],
+            options=options,
+            answer=options[index_of(published["answer"], options)],
+            split="test",
+            meta={
+                **{group: published[group] for group in (*self.groups, "sub_category")},
+                "published_options": published["options"],
+            },
         )
 
     def official_prompt(self, row: Row) -> str:
@@ -46,7 +36,3 @@ class VideoMME(Benchmark):
             "Respond with only the letter (A, B, C, or D) of the correct option.\n"
             f"{row.question}\n" + "\n".join(row.meta["published_options"]) + "\nThe best answer is:"
         )
-
-    def official_score(self, text: str, row: Row) -> float:
-        """lmms-eval's rule: Video-MME's own script could not be had."""
-        return videomme_lmms_eval(text, row)

@@ -6,12 +6,9 @@ number. Its own average is over `kind`.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import Benchmark
-from storm_vlm.evaluation.benchmarks.published import Hub, Videos, bare, index_of, read_published
+from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, index_of
 from storm_vlm.evaluation.scoring import vsi_choice, vsi_number
 
 
@@ -20,30 +17,26 @@ class VSIBench(Benchmark):
     title = "VSI-Bench"
     groups = ("kind", "question_type")
     hub = Hub("nyu-visionx/VSI-Bench", ("full",))
+    files = ("test*.jsonl", "test*.parquet")
 
-    def read(self, folder: Path) -> list[Row]:
-        videos = Videos(folder)
-
-        def convert(published: dict[str, Any], file: Path, number: int) -> Row:
-            listed = published.get("options") or []
-            options = bare(listed)
-            truth = str(published["ground_truth"])
-            task = published["question_type"]
-            return Row(
-                id=str(published["id"]),
-                video=videos.find(f"{published['dataset']}/{published['scene_name']}"),
-                question=published["question"],
-                options=options,
-                answer=options[index_of(truth, options)] if options else truth,
-                split="test",
-                meta={
-                    "kind": task if "rel_direction" not in task else task.rpartition("_")[0],
-                    "question_type": task,
-                    "published_options": listed,
-                },
-            )
-
-        return read_published(folder, ("test*.jsonl", "test*.parquet"), self.hub, convert)
+    def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row:
+        listed = published.get("options") or []
+        options = bare(listed)
+        truth = str(published["ground_truth"])
+        task = published["question_type"]
+        return Row(
+            id=str(published["id"]),
+            video=videos.find(f"{published['dataset']}/{published['scene_name']}"),
+            question=published["question"],
+            options=options,
+            answer=options[index_of(truth, options)] if options else truth,
+            split="test",
+            meta={
+                "kind": task if "rel_direction" not in task else task.rpartition("_")[0],
+                "question_type": task,
+                "published_options": listed,
+            },
+        )
 
     def official_prompt(self, row: Row) -> str:
         lines = ["These are frames of a video.", row.question]
