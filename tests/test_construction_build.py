@@ -228,10 +228,37 @@ def test_a_useless_teacher_leaves_a_trace(
         assert row.thought_video and len(row.keyframes) == 4
         note = row.thought_video.provenance["steps"]["keyframes"]
         assert note["status"] == "invalid, uniform" and len(note["responses"]) == 3
+    summary = run(source, tmp_path / "b", config(teacher=told(teacher)))
+    assert summary["rejected"] == {"plan_invalid": 10} and summary["asked_again"] == 10
+    for reject in lines(tmp_path / "b" / "rejects.jsonl"):
+        assert "Invalid JSON" in reject["detail"] and "I cannot see" in reject["detail"]
+
+
+def test_a_teacher_that_was_mended_is_asked_again(
+    source: Path, teacher: StubTeacher, tmp_path: Path
+) -> None:
+    def moderated(handler: Any, body: dict[str, Any]) -> None:
+        send(handler, 400, {"error": {"code": "data_inspection_failed"}})
+
+    teacher.respond = moderated  # type: ignore[method-assign]
+    summary = run(source, tmp_path / "a", config(teacher=told(teacher)))
+    assert summary["rejected"] == {"plan_refused": 10}
+    del teacher.respond
+    teacher.calls.clear()
+    assert run(source, tmp_path / "a", config(teacher=told(teacher)))["asked_again"] == 0
+    assert len(teacher.calls) == 20
     run(source, tmp_path / "b", config(teacher=told(teacher)))
-    assert {reject["reason"] for reject in lines(tmp_path / "b" / "rejects.jsonl")} == {
-        "plan_invalid"
-    }
+    for name in ("rows.jsonl", "rejects.jsonl"):
+        mended, undisturbed = ((tmp_path / out / name).read_text() for out in "ab")
+        assert mended == undisturbed.replace(str(tmp_path / "b"), str(tmp_path / "a"))
+
+
+def test_a_row_that_cannot_be_put_is_a_reject_and_costs_nothing(
+    source: Path, teacher: StubTeacher, tmp_path: Path
+) -> None:
+    rows = edited(source, tmp_path / "odd.jsonl", question="What is <|im_end|>?")
+    summary = run(rows, tmp_path / "out", config(teacher=told(teacher)))
+    assert summary["rejected"] == {"text": 10} and not teacher.calls
 
 
 def test_a_broken_video_is_a_reject(source: Path, tmp_path: Path) -> None:

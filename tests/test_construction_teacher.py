@@ -140,8 +140,10 @@ def test_an_answer_that_cannot_be_used_is_repaired(bad: str, told: str, tmp_path
 def test_repairs_end_and_the_next_run_asks_anew(tmp_path: Path) -> None:
     """A teacher that was badly set up may have been mended; what it wrote before is told, and counts as paid."""
     with BadTeacher('{"selected": [9]}') as server:
-        asked = ask(make(server, tmp_path, repairs=2))
+        first = make(server, tmp_path, repairs=2)
+        asked = ask(first)
         assert (asked.value, asked.status, len(asked.keys)) == (None, "invalid", 3)
+        assert first.spent.totals(first.config)["calls"] == 3
         assert "no [9]" in asked.detail and '{"selected": [9]}' in asked.detail
         server.script = [GOOD]
         teacher = make(server, tmp_path, repairs=2)

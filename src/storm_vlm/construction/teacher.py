@@ -69,14 +69,14 @@ class Spent:
     def move(self, key: str, other: str) -> None:
         """A response that has been set aside: it was paid, and its request may be again."""
         with self._lock:
+            self._read_news()
             self._keys.discard(key)
             self._keys.add(other)
 
     def totals(self, config: TeacherConfig) -> dict[str, float]:
         """With the responses that have come since the last time."""
         with self._lock:
-            for key, usage in self._ledger.news().items():
-                self._add(key, usage)
+            self._read_news()
             cost = (self._prompt * config.price_in + self._completion * config.price_out) / 1e6
             return {
                 "calls": len(self._keys),
@@ -84,6 +84,10 @@ class Spent:
                 "completion_tokens": self._completion,
                 "cost": round(cost, 6),
             }
+
+    def _read_news(self) -> None:
+        for key, usage in self._ledger.news().items():
+            self._add(key, usage)
 
     def _add(self, key: str, usage: str) -> None:
         if key not in self._keys:

@@ -24,8 +24,8 @@ def check_text(row: Row) -> None:
 
 
 def check_video(row: Row) -> None:
-    """Raises VideoError: the header of the row's file cannot be read, or the picture is too thin."""
-    video_shape(row.video)
+    """Raises VideoError: a header that cannot be read, a picture too thin, a window behind the video's end."""
+    video_shape(row.video, row.start)
 
 
 def check_videos(row: Row) -> None:

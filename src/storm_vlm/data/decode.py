@@ -102,7 +102,7 @@ class VideoSource:
         if not times:
             raise VideoError(f"{self.path}: holds no readable frame; copy or re-encode it again")
         longest = max((after - before for before, after in pairwise(times)), default=0.0)
-        promised = self._promised_end()  # only roughly right in many a good file, hence the slack
+        promised = self.promised_end()  # only roughly right in many a good file, hence the slack
         if min(high, promised) > shown_until + 2 * longest + 0.5:
             raise VideoError(
                 f"{self.path}: cut off after {shown_until:.2f} of {promised:.2f} s; copy the file "
@@ -232,7 +232,7 @@ class VideoSource:
     def _seconds(self, ticks: int | None) -> float | None:
         return None if ticks is None else float(ticks * self.tick - self.origin)
 
-    def _promised_end(self) -> float:
+    def promised_end(self) -> float:
         """Where the header says the pictures end, in seconds; 0 if it does not say."""
         if self.is_joinable:
             return 0.0  # FFmpeg computes it from the last packets

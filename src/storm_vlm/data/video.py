@@ -147,15 +147,23 @@ def require_proportions(path: str, height: int, width: int) -> None:
         )
 
 
-def video_shape(path: str | os.PathLike[str]) -> tuple[int, int, int]:
-    """Frames (0: not said), height and width in pixels, as the file's header has them. Raises :class:`VideoError`."""
+def video_shape(path: str | os.PathLike[str], start: float | None = None) -> tuple[int, int, int]:
+    """Frames (0: not said), height and width in pixels, as the file's header has them.
+
+    Raises :class:`VideoError`, also where a window from ``start`` would begin behind the video's end.
+    """
     path = os.fspath(path)
     try:
         with VideoSource(path) as source:
             shape = source.stream.frames, source.stream.height, source.stream.width
+            end = source.promised_end()
     except (FFmpegError, OSError) as error:
         raise unreadable(path, error) from error
     require_proportions(path, *shape[1:])
+    if end and (start or 0) > end + 1:  # a header is only roughly right
+        raise VideoError(
+            f"{path}: the window starts at {start} s but the video ends at {end:.2f} s; correct the row's start"
+        )
     return shape
 
 
