@@ -20,6 +20,7 @@ from storm_vlm.cli import main as command
 from storm_vlm.cli.terminal import Terminal, show
 from storm_vlm.errors import StormError
 from storm_vlm.inference.reasoners import REASONERS
+from storm_vlm.lab.checkpoints import shipped
 
 VERBS = [
     *("answer", "quickstart"),
@@ -203,8 +204,10 @@ import logging, storm_vlm.cli.main as m
 from tqdm.auto import tqdm
 from storm_vlm.errors import StormError
 def verb(*_, **__):
-    for i in tqdm(range(3), "rows", delay=0):
+    bar = tqdm(range(3), "rows")
+    for i in bar:
         logging.getLogger("storm_vlm.x").info("chosen\x1b[2J")
+        bar.refresh()
         if i: raise StormError("no such row")
 m.app = verb
 m.main([])
@@ -213,3 +216,18 @@ m.main([])
     lines = [line.split("\r")[-1] for line in done.stderr.splitlines()]
     assert done.returncode == 1 and lines[-1] == "storm: no such row"
     assert lines.count("chosen\N{REPLACEMENT CHARACTER}[2J") == 2  # each once
+
+
+def test_a_short_training_says_nothing_but_what_it_does(
+    reasoning_file: Path, tmp_path: Path
+) -> None:
+    arguments = [f"model={shipped('storm')}", f"data={reasoning_file}", f"output_dir={tmp_path}/o"]
+    arguments += ["training.max_steps=2", "training.save_steps=1", "training.save_total_limit=1"]
+    arguments += ["lora.r=2", "training.report_to=none", "training.disable_tqdm=true"]
+    arguments += ["training.gradient_checkpointing=true", "training.per_device_train_batch_size=1"]
+    arguments += ["training.gradient_checkpointing_kwargs={use_reentrant: false}"]
+    (tmp_path / "mine.yaml").write_text("num_frames: 8\n")
+    command = [sys.executable, "-m", "storm_vlm", "train", tmp_path / "mine.yaml", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and re.fullmatch(r"attention: .*\n", done.stderr), done.stderr
+    assert [file.name for file in (tmp_path / "o").glob("checkpoint-*")] == ["checkpoint-2"]

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # OpenMP's threads are not to spin while they wait: on a busy machine that takes the cores from the work itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     os.environ.setdefault("TQDM_DELAY", "1")  # seconds: no bar for what takes less
+    # What transformers tells programmers: other libraries and our configs use the names that all its versions know.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logger = logging.getLogger("storm_vlm")
     logger.handlers, logger.propagate = [Messages()], False
     logger.setLevel(logging.INFO)  # what was chosen, and why

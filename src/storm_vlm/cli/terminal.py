@@ -59,6 +59,7 @@ def stop_bars() -> None:
     """End the lines of progress bars that an error left as they were."""
     if tqdm := sys.modules.get("tqdm"):
         for bar in list(tqdm.tqdm._instances):
+            bar.delay = 0  # else one that was drawn early is not ended
             bar.close()
 
 

@@ -324,6 +324,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "save_total_limit": 2,
         "report_to": "tensorboard" if is_tensorboard_available() else "none",
         "logging_steps": 10,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
         **config.training,
     }
     try:

@@ -316,7 +316,7 @@ class StormTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(folder)
-            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """transformers 5 saves a VLM's tensors under the hub's names, but on resuming looks for the module's own, and
