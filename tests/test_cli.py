@@ -204,10 +204,8 @@ import logging, storm_vlm.cli.main as m
 from tqdm.auto import tqdm
 from storm_vlm.errors import StormError
 def verb(*_, **__):
-    bar = tqdm(range(3), "rows")
-    for i in bar:
+    for i in tqdm(range(3), "rows", delay=0):
         logging.getLogger("storm_vlm.x").info("chosen\x1b[2J")
-        bar.refresh()
         if i: raise StormError("no such row")
 m.app = verb
 m.main([])
@@ -231,3 +229,12 @@ def test_a_short_training_says_nothing_but_what_it_does(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and re.fullmatch(r"attention: .*\n", done.stderr), done.stderr
     assert [file.name for file in (tmp_path / "o").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "analyze"])
+def test_rows_are_looked_at_before_the_model_is_loaded(verb: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    for rows, message in (("absent.jsonl", "absent.jsonl"), ("rows.jsonl", "rows.jsonl:1: id: ")):
+        result = run_storm(verb, "no/checkpoint/here", tmp_path / rows, "--out", tmp_path / "out")
+        assert result.exit_code == 1 and message in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -97,7 +97,7 @@ def test_three_seams_from_the_command_line(
     done = storm(site, "build", "--source", rows, "--out", tmp_path / "out", *settings)
     assert done.returncode == 1 and "generator_config.frmes" in done.stderr
 
-    done = storm(site, "evaluate", shipped("storm"), rows, "--reasoner", "parrot")
+    done = storm(site, "evaluate", shipped("storm"), rows, "--reasoner", "parrot", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["accuracy"]["mean"] == 1.0
     assert "parrot" in storm(site, "evaluate", "--help").stdout

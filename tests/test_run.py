@@ -139,7 +139,7 @@ def test_two_processes_are_one(whole, rows_file, tmp_path) -> None:
     """(`accelerate launch` starts CPU processes through MPI alone; so torchrun does.)"""
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
     out = tmp_path / "two"
-    arguments = (shipped("storm"), rows_file, "--out", out, "--max-errors", 0.5)
+    arguments = (shipped("storm"), rows_file, "--out", out, "--max-errors", 0.5, "--json")
     done = storm_evaluate(*arguments, launcher=launcher)
     assert done.returncode == 0, done.stderr[-4000:]
     shares = [len((out / f"answers-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
@@ -154,7 +154,7 @@ def test_two_processes_are_one(whole, rows_file, tmp_path) -> None:
 def test_too_many_errors_fail_the_command(rows_file) -> None:
     with serving(lambda messages: "<answer>b2</answer>") as (url, requests):
         arguments = ("some-model", rows_file, "--base-url", url, "--reasoner", "cot")
-        done = storm_evaluate(*arguments, "--num-frames", 3)
+        done = storm_evaluate(*arguments, "--num-frames", 3, "--json")
     assert done.returncode == 1 and "1 of 7 rows could not be asked" in done.stderr
     assert "Traceback" not in done.stderr and len(requests) == 6
     assert all(len(request["messages"][0]["content"]) == 7 for request in requests)

@@ -60,6 +60,8 @@ def analyze(
 
     Raises what `extract` and `latent_reliance` raise, and RowError.
     """
+    for file in filter(None, (rows_file, retrieval_file, decoder_file)):
+        read_rows(file)  # raises before the model is loaded, which takes longer
     pipeline = StormPipeline.from_pretrained(checkpoint)
     rows = _readable_rows(rows_file, pipeline, limit)
     states = extract(pipeline, rows, out, checkpoint, batch_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts.types import NonNegativeInt, NormFloat, PositiveInt
 
 from storm_vlm.cli.analyze import print_reliance
-from storm_vlm.cli.terminal import Switch, console, errors, part_of, show
+from storm_vlm.cli.terminal import Json, Switch, errors, part_of, show, show_json
 from storm_vlm.errors import StormError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS
 from storm_vlm.evaluation.controls import CONTROLS
@@ -56,6 +56,7 @@ def evaluate(
     limit: PositiveInt | None = None,
     reliance_rows: NonNegativeInt | None = None,
     trust_remote_code: Annotated[bool, Switch] = False,
+    as_json: Annotated[bool, Json] = False,
 ) -> None:
     """Accuracy with intervals on a file of rows or a benchmark; under `accelerate launch` on many GPUs.
 
@@ -75,6 +76,7 @@ def evaluate(
         limit: Only the first rows.
         reliance_rows: Rows to tell latent reliance from (STORM only), 200 by default; 0: none.
         trust_remote_code: Run code that the checkpoint brings.
+        as_json: Print the whole summary, to be read by programs.
     """
     from storm_vlm.data.check import told
     from storm_vlm.data.video import read_video
@@ -97,6 +99,14 @@ def evaluate(
     if state.num_processes > 1 and out is None:
         raise RunError("several processes meet in a folder: name one with --out")
     read = read_video if frame_cache is None else FrameCache(frame_cache)
+    frames = Frames(num_frames or DEFAULT_FRAMES, read)
+    # before the model is loaded, which takes longer
+    questions = QuestionSet.read(
+        source, benchmark, limit, frames=frames, control=control, prompt=prompt
+    )
+    if questions.faults and state.is_main_process:
+        count = f"{len(questions.faults)} of {len(questions.rows)} rows cannot be asked, and are skipped"
+        show(f"{count}:\n{told(questions.faults, source)}", to=errors)
     if base_url is None:
         pipeline = StormPipeline.from_pretrained(
             checkpoint,
@@ -107,29 +117,26 @@ def evaluate(
             read=read,
             trust_remote_code=trust_remote_code,
         )
-        model, num_frames = pipeline, pipeline.collator.videos.num_frames
+        model, frames = pipeline, Frames(pipeline.collator.videos.num_frames, read)
     else:
         pipeline, model = None, RemoteChat(base_url, checkpoint)
-    frames = Frames(num_frames or DEFAULT_FRAMES, read)
     name = reasoner or default_reasoner(model)
     if name != "latent":
         _refuse({"--reliance-rows": reliance_rows or None}, f"the reasoner {name}")
     found = build_reasoner(name, model, frames, max_new_tokens)
-    questions = QuestionSet.read(
-        source, benchmark, limit, frames=frames, control=control, prompt=prompt
-    )
+    questions = replace(questions, frames=frames)
     settings = {"model": checkpoint, "reasoner": name}
     rows = RELIANCE_ROWS if reliance_rows is None else reliance_rows
-    if questions.faults and state.is_main_process:
-        count = f"{len(questions.faults)} of {len(questions.rows)} rows cannot be asked, and are skipped"
-        show(f"{count}:\n{told(questions.faults, source)}", to=errors)
     with TemporaryDirectory() as unkept:
         finished = run(out or Path(unkept), found, questions, settings, batch_size)
     if not state.is_main_process:
         return
-    _tell(finished, questions, max_errors)
-    if pipeline and name == "latent" and control is None and rows:
-        _tell_reliance(pipeline, questions, finished, rows, batch_size, out)
+    try:
+        _tell_faults(finished, questions, max_errors)
+        if pipeline and name == "latent" and control is None and rows:
+            _tell_reliance(pipeline, questions, finished, rows, batch_size, out)
+    finally:
+        _tell_result(finished.provenance["summary"], as_json)
 
 
 def _refuse(options: dict[str, Any], mode: str) -> None:
@@ -139,21 +146,24 @@ def _refuse(options: dict[str, Any], mode: str) -> None:
             raise StormError(f"{name} does nothing with {mode}")
 
 
-def _tell(finished: Run, questions: QuestionSet, max_errors: float) -> None:
-    """The summary, and what went wrong. Raises RunError if that is too much."""
+def _tell_result(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        show_json(summary)
+        return
+    share, counts = summary["accuracy"], {"unparsed": summary["unparsed"], **summary["faults"]}
+    show(
+        f"{share['mean']:.1%} right ({share['low']:.1%} to {share['high']:.1%}) of {summary['n']}, "
+        + ", ".join(f"{count:.1%} {name.replace('_', ' ')}" for name, count in counts.items())
+    )
+
+
+def _tell_faults(finished: Run, questions: QuestionSet, max_errors: float) -> None:
+    """What went wrong. Raises RunError if that is too much."""
     from storm_vlm.evaluation.run_folder import FAULTS, RunError
 
-    summary = finished.provenance["summary"]
-    console.print_json(data=summary)
-    share, faults = summary["accuracy"], summary["faults"]
-    counts = {"unparsed": summary["unparsed"], **faults}
-    show(  # beside the JSON, for people
-        f"{share['mean']:.1%} right ({share['low']:.1%} to {share['high']:.1%}) of {summary['n']}, "
-        + ", ".join(f"{count:.1%} {name.replace('_', ' ')}" for name, count in counts.items()),
-        *(f"{name.replace('_', ' ')}: {FAULTS[name]}" for name in faults),
-        to=errors,
-    )
-    records = finished.records
+    summary, records = finished.provenance["summary"], finished.records
+    for name in summary["faults"]:
+        show(f"{name.replace('_', ' ')}: {FAULTS[name]}", to=errors)
     unparsed = [r for r in records if r.reply and not r.parsed and not r.reply.fault]
     if unparsed and summary["unparsed"] > MANY_UNPARSED:
         reply = unparsed[0].reply

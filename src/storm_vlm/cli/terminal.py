@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -31,9 +30,9 @@ class Messages(logging.Handler):
     """Log records, each as plain text beside what a verb prints."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm = sys.modules.get("tqdm")
-        with tqdm.tqdm.external_write_mode(sys.stderr) if tqdm else nullcontext():
-            show(record.getMessage(), to=errors)
+        for bar in _bars():
+            bar.clear()  # it draws itself again
+        show(record.getMessage(), to=errors)
 
 
 console, errors = Terminal(), Terminal(stderr=True)  # what a verb is for; what is beside it
@@ -57,10 +56,14 @@ def show(*lines: object, to: Console = console) -> None:
 
 def stop_bars() -> None:
     """End the lines of progress bars that an error left as they were."""
-    if tqdm := sys.modules.get("tqdm"):
-        for bar in list(tqdm.tqdm._instances):
-            bar.delay = 0  # else one that was drawn early is not ended
-            bar.close()
+    for bar in _bars():
+        bar.delay = 0  # else one that was drawn early is not ended
+        bar.close()
+
+
+def _bars() -> list[Any]:
+    tqdm = sys.modules.get("tqdm")
+    return list(tqdm.tqdm._instances) if tqdm else []
 
 
 def _plain(text: str) -> str:
