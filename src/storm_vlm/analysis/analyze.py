@@ -9,10 +9,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from storm_vlm.analysis.embeddings import Embeddings, nearness, project
-from storm_vlm.analysis.page import Analysis, Example, card, write_page
+from storm_vlm.analysis.page import Analysis, card, write_page
 from storm_vlm.analysis.readouts import (
     Decoder,
     DrawingQuality,
@@ -20,8 +19,6 @@ from storm_vlm.analysis.readouts import (
     decoding_quality,
     last_frames,
     lens_accuracy,
-    logit_lens,
-    similarity_maps,
     thought_frames,
     train_decoder,
 )
@@ -94,7 +91,7 @@ def analyze(
         write_json(results, {"command": command, **about, **asdict(analysis.reliance)})
     answers = fed_answers(pipeline, rows, {"own": states.latents}, batch_size)["own"]
     chosen = _chosen(rows, answers, held_out)
-    cards = [card(_example(pipeline, rows[i], answers[i], states, i, decoder)) for i in chosen]
+    cards = [card(pipeline, rows[i], answers[i], states, i, decoder) for i in chosen]
     write_json(out / "examples.json", cards)
     write_page(out / "report.html", about, analysis, cards)
     return analysis
@@ -166,29 +163,6 @@ def _quality(
 def _chosen(rows: Sequence[Row], answers: Sequence[str], held_out: Sequence[int]) -> list[int]:
     """The first right and the first wrong rows, of those that the decoder was not trained on."""
     places = held_out or range(len(rows))
-    right = [bool(is_correct(answers[i], rows[i])) for i in places]
-    kinds = [
-        [i for i, hit in zip(places, right, strict=True) if hit == kind] for kind in (True, False)
-    ]
-    return kinds[0][:EXAMPLES] + kinds[1][:EXAMPLES]
-
-
-def _example(
-    pipeline: StormPipeline,
-    row: Row,
-    answer: str,
-    states: States,
-    place: int,
-    decoder: Decoder | None,
-) -> Example:
-    latents: Tensor = states.latents[place]
-    return Example(
-        row=row,
-        answer=answer,
-        correct=bool(is_correct(answer, row)),
-        num_frames=pipeline.collator.videos.num_frames,
-        true=thought_frames([row], len(latents))[0] if row.thought_video else None,
-        imagined=decoder(latents) if decoder else None,
-        maps=similarity_maps(pipeline, row, latents, states),
-        lens=logit_lens(pipeline, latents),
-    )
+    right = {i: bool(is_correct(answers[i], rows[i])) for i in places}
+    kinds = ([i for i in places if right[i] == kind] for kind in (True, False))
+    return [i for kind in kinds for i in kind[:EXAMPLES]]

@@ -17,13 +17,22 @@ from torch.nn import functional as F
 
 from storm_vlm.analysis import figures
 from storm_vlm.analysis.embeddings import Embeddings
-from storm_vlm.analysis.readouts import Readouts
+from storm_vlm.analysis.readouts import (
+    Decoder,
+    Readouts,
+    logit_lens,
+    similarity_maps,
+    thought_frames,
+)
 from storm_vlm.analysis.reliance import SlotAccuracy
 from storm_vlm.analysis.retrieval import Retrieval
+from storm_vlm.analysis.states import States
 from storm_vlm.data.atomic_write import write_text
+from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import read_video
 from storm_vlm.evaluation.records import Reliance
+from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.pages import render
 
 PICTURE = 80  # pixels of a picture's side in a strip
@@ -42,20 +51,6 @@ class Analysis:
     watch: Readouts
 
 
-@dataclass(frozen=True)
-class Example:
-    """One row with what the model thought; frames are (K, 3, SIDE, SIDE) from 0 to 1."""
-
-    row: Row
-    answer: str
-    correct: bool
-    num_frames: int
-    true: Tensor | None
-    imagined: Tensor | None
-    maps: Tensor  # (K, grids, h, w)
-    lens: list[list[tuple[str, float]]]
-
-
 def write_page(
     path: Path, about: dict[str, Any], analysis: Analysis, cards: Sequence[Card]
 ) -> None:
@@ -72,25 +67,32 @@ def shown(analysis: Analysis, cards: Sequence[Card]) -> dict[str, Any]:
     return {**parts, "figures": drawn, "examples": cards}
 
 
-def card(example: Example) -> Card:
-    """An example as the page shows it: its pictures are drawn, so that it can be kept as JSON."""
-    clip = read_video(example.row.video, example.num_frames, example.row.start, example.row.end)
+def card(
+    pipeline: StormPipeline,
+    row: Row,
+    answer: str,
+    states: States,
+    place: int,
+    decoder: Decoder | None,
+) -> Card:
+    """A row with what the model thought, as the page shows it: with pictures, so that it can be kept as JSON."""
+    latents = states.latents[place]
+    clip = read_video(row.video, pipeline.collator.videos.num_frames, row.start, row.end)
     strips = [("what the model sees", _strip(_pictures(_pixels(clip.frames))))]
-    if example.true is not None:
-        strips.append(("what comes (thought video)", _strip(_pictures(example.true))))
-    if example.imagined is not None:
-        strips.append(("what the latents say, drawn", _strip(_pictures(example.imagined))))
-    maps, grids = _maps(example.maps, clip.frames)
-    strips.append(
-        (f"where in the clip each slot points (frames {', '.join(map(str, grids))})", _strip(maps))
-    )
+    if row.thought_video:
+        coming = _pictures(thought_frames([row], len(latents))[0])
+        strips.append(("what comes (thought video)", _strip(coming)))
+    if decoder:
+        strips.append(("what the latents say, drawn", _strip(_pictures(decoder(latents)))))
+    maps, frames = _maps(similarity_maps(pipeline, row, latents, states), clip.frames)
+    where = f"where in the clip each slot points (frames {', '.join(map(str, frames))})"
     return {
-        "question": example.row.question,
-        "wanted": example.row.answer,
-        "answer": example.answer,
-        "correct": example.correct,
-        "strips": strips,
-        "lens": example.lens,
+        "question": row.question,
+        "wanted": row.answer,
+        "answer": answer,
+        "correct": bool(is_correct(answer, row)),
+        "strips": [*strips, (where, _strip(maps))],
+        "lens": logit_lens(pipeline, latents),
     }
 
 

@@ -76,33 +76,27 @@ def as_csv(measured: Measured) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for (system, benchmark, control), summary in measured.summaries.items():
-        run = {"system": system, "benchmark": benchmark, "control": control}
-        writer.writerows(run | line for line in _csv_lines(summary))
-        if reliance := measured.runs[system, benchmark, control].reliance:
-            writer.writerows(run | line for line in _csv_fed(reliance))
+    for key, summary in measured.summaries.items():
+        run = dict(zip(CSV_COLUMNS, key, strict=False))
+        writer.writerows(run | line for line in _csv_lines(summary, measured.runs[key].reliance))
     return text.getvalue()
 
 
-def _csv_lines(summary: RunSummary) -> Iterator[dict[str, Any]]:
+def _csv_lines(summary: RunSummary, reliance: Reliance | None) -> Iterator[dict[str, Any]]:
     seconds = summary.seconds.total.mean if summary.seconds else None
     yield {"category": "all", **_csv_shares(summary), "seconds_per_item": seconds}
     for key, group in summary.groups.items():
         yield {"group": key, "category": "macro", **_csv_estimate(group.macro), "n": None}
         for name, category in group.categories.items():
             yield {"group": key, "category": name, **_csv_shares(category)}
-
-
-def _csv_fed(reliance: Reliance) -> Iterator[dict[str, Any]]:
-    for kind, line in reliance.interventions.items():
+    for kind, line in reliance.interventions.items() if reliance else ():
         yield {"group": "latents fed", "category": kind, **_csv_estimate(line.accuracy)}
 
 
 def _csv_estimate(accuracy: Estimate | None) -> dict[str, Any]:
     if accuracy is None:
         return {"n": 0}
-    bounds = {"low": accuracy.low, "high": accuracy.high}
-    return {"n": accuracy.n, "accuracy": accuracy.mean, **bounds}
+    return {"accuracy": accuracy.mean, "low": accuracy.low, "high": accuracy.high, "n": accuracy.n}
 
 
 def _csv_shares(shares: Shares) -> dict[str, Any]:

@@ -101,10 +101,13 @@ def measure(runs: Sequence[Run]) -> Measured:
 def build_tables(measured: Measured, with_paper: bool = False) -> list[Table]:
     """The paper's Tables 1, 2 and 4 with our lines; gains, controls, latent reliance and categories."""
     paper = yaml.safe_load(PAPER_FILE.read_text(encoding="utf-8")) if with_paper else {}
-    layout = {caption: _columns(caption) for caption in (GENERAL, REASONING)}
+    layout = {
+        caption: [name for name, benchmark in BENCHMARKS.items() if benchmark.table == caption]
+        for caption in (GENERAL, REASONING)
+    }
     tables = [_main(measured, caption, names, paper) for caption, names in layout.items()]
     others = [b for b in measured.benchmarks if not any(b in names for names in layout.values())]
-    tables.append(_main(measured, "Other benchmarks", tuple(others), {}))
+    tables.append(_main(measured, "Other benchmarks", others, {}))
     tables += [_gains(measured), _controls(measured), _reliance(measured)]
     tables.append(_latency(measured, paper))
     tables += [t for benchmark in measured.benchmarks for t in _categories(measured, benchmark)]
@@ -115,19 +118,12 @@ def title(benchmark: str) -> str:
     return BENCHMARKS[benchmark].title if benchmark in BENCHMARKS else benchmark
 
 
-def _columns(caption: str) -> tuple[str, ...]:
-    """The benchmarks of one of the paper's tables."""
-    return tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.table == caption)
-
-
 def _name(system: str) -> Cell:
     reasoner, _, model = system.partition(" · ")
     return Cell(reasoner, model)
 
 
-def _main(
-    measured: Measured, name: str, benchmarks: tuple[str, ...], paper: dict[str, Any]
-) -> Table:
+def _main(measured: Measured, name: str, benchmarks: Sequence[str], paper: dict[str, Any]) -> Table:
     lines = [
         Line((_name(system), *(_score(measured.get(system, b)) for b in benchmarks)))
         for system in measured.systems
@@ -137,12 +133,12 @@ def _main(
     notes = [note for b in ("all", *benchmarks) for note in general.get(b, ())]
     for row in paper.get("rows", ()):
         if any(b in row for b in benchmarks):
-            said = [row["notes"][b] for b in benchmarks if b in row.get("notes", {})]
-            source = paper["sources"][row["source"]] if said else ""
+            remarks = [row["notes"][b] for b in benchmarks if b in row.get("notes", {})]
+            source = paper["sources"][row["source"]] if remarks else ""
             notes += [
-                f"* {row['model']}, {row['frames']} frames: {note} ({source})." for note in said
+                f"* {row['model']}, {row['frames']} frames: {note} ({source})." for note in remarks
             ]
-            lines.append(_paper_line(row, benchmarks, " *" if said else ""))
+            lines.append(_paper_line(row, benchmarks, " *" if remarks else ""))
     return Table(name, ("system", *map(title, benchmarks)), lines, notes)
 
 
@@ -213,10 +209,9 @@ def _controls(measured: Measured) -> Table:
     lines: list[Line] = []
     for system in measured.systems:
         for benchmark in measured.benchmarks:
-            controls = [measured.runs.get((system, benchmark, control)) for control in columns]
-            full = measured.runs.get((system, benchmark, ""))
-            if any(controls):
-                cells = (_control(full, control, measured) for control in controls)
+            keys = [(system, benchmark, control) for control in columns]
+            if any(key in measured.runs for key in keys):
+                cells = (_control(measured, key) for key in keys)
                 as_asked = _score(measured.get(system, benchmark))
                 lines.append(
                     Line((_name(system), Cell(title(benchmark)), Cell(as_asked.text), *cells))
@@ -225,13 +220,11 @@ def _controls(measured: Measured) -> Table:
     return Table("Controls", ("system", "benchmark", "as asked", *names), lines)
 
 
-def _control(full: Run | None, control: Run | None, measured: Measured) -> Cell:
-    if control is None:
-        return Cell()
-    summary = next(s for k, s in measured.summaries.items() if measured.runs[k] is control)
-    if full is None:
-        return Cell(percent(summary.accuracy.mean))
-    return estimated(summary.accuracy, signed(overall([control], [full]).difference))
+def _control(measured: Measured, key: tuple[str, str, str]) -> Cell:
+    full, summary = measured.runs.get((*key[:2], "")), measured.summaries.get(key)
+    if summary is None or full is None:
+        return Cell(percent(summary.accuracy.mean if summary else None))
+    return estimated(summary.accuracy, signed(overall([measured.runs[key]], [full]).difference))
 
 
 def _reliance(measured: Measured) -> Table:
@@ -253,20 +246,23 @@ def _reliance(measured: Measured) -> Table:
     return Table("Latent reliance", columns, lines, notes)
 
 
-def _relied(found: Reliance) -> tuple[Cell, ...]:
+def _relied(measured: Reliance) -> tuple[Cell, ...]:
     own, swap, removed = (
-        found.interventions[kind] for kind in ("own", "swap_other_answer", "removed")
+        measured.interventions[kind] for kind in ("own", "swap_other_answer", "removed")
     )
     assert swap.accuracy and swap.follows_own  # reliance is not measured without them
-    unshown = found.reliance.low <= 0
+    unshown = measured.reliance.low <= 0
     given = swap.accuracy.n
     return (
         estimated(own.accuracy),
-        estimated(swap.accuracy, "" if given == found.n else f"n {given:,}"),
-        Cell(signed(-found.reliance), "not shown to depend" if unshown else "", unshown),
+        estimated(swap.accuracy, "" if given == measured.n else f"n {given:,}"),
+        Cell(signed(-measured.reliance), "not shown to depend" if unshown else "", unshown),
         estimated(swap.follows, f"{percent(swap.follows_own.mean)} with own"),
         estimated(removed.accuracy),
-        Cell(f"{found.n:,}", f"of {found.drawn_from:,}" if found.drawn_from > found.n else ""),
+        Cell(
+            f"{measured.n:,}",
+            f"of {measured.drawn_from:,}" if measured.drawn_from > measured.n else "",
+        ),
     )
 
 
@@ -274,14 +270,14 @@ def _latency(measured: Measured, paper: dict[str, Any]) -> Table:
     """Seconds per item, and how many times the first system's on the same benchmark."""
     lines: list[Line] = []
     timings = [summary.seconds for summary in measured.summaries.values() if summary.seconds]
-    known = [phase for phase in PHASES if any(phase in timing.phases for timing in timings)]
+    phases = [phase for phase in PHASES if any(phase in timing.phases for timing in timings)]
     for benchmark in measured.benchmarks:
         first = None
         for system in measured.systems:
             summary = measured.get(system, benchmark)
             if summary is None or summary.seconds is None:
                 continue
-            total, phases = summary.seconds.total, summary.seconds.phases
+            total, means = summary.seconds.total, summary.seconds.phases
             first = first or total.mean
             interval = f"{total.mean:.3g} [{total.low:.3g}, {total.high:.3g}]"
             cells = (
@@ -289,14 +285,14 @@ def _latency(measured: Measured, paper: dict[str, Any]) -> Table:
                 Cell(title(benchmark)),
                 Cell(interval, f"n {total.n:,}"),
                 *(Cell(f"{total.mean / first:.2f}x"), Cell(f"{1 / total.mean:.3g}")),
-                *(Cell(f"{phases[p]:.3g}" if p in phases else "-") for p in known),
+                *(Cell(f"{means[p]:.3g}" if p in means else "-") for p in phases),
                 Cell(f"{summary.tokens:.1f}", f"slots {summary.slots_used:.1f}"),
             )
             lines.append(Line(cells))
     latency = paper.get("latency", {"rows": ()})
     for row in latency["rows"]:
         figures = (Cell(str(row["seconds"])), Cell(), Cell(str(row["items_per_second"])))
-        gaps = (Cell(),) * (len(known) + 1)
+        gaps = (Cell(),) * (len(phases) + 1)
         name = Cell(row["model"], "paper")
         lines.append(Line((name, Cell("MMVU"), *figures, *gaps), paper=True))
     columns = (
@@ -305,7 +301,7 @@ def _latency(measured: Measured, paper: dict[str, Any]) -> Table:
         "s per item",
         "ratio",
         "items per s",
-        *known,
+        *phases,
         "tokens written",
     )
     notes = ["Wall time by phase in seconds, means over items. Ratios are within one benchmark."]

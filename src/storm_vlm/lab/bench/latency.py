@@ -9,7 +9,6 @@ shared.
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,10 +41,9 @@ from storm_vlm.inference.reasoners.single_turn import (
 )
 from storm_vlm.inference.reasoners.tool_loop import ToolLoop
 from storm_vlm.inference.reply import Reply
-from storm_vlm.lab.bench.training import Shape, random_model, shape_config
+from storm_vlm.lab.bench.training import Shape, machine, random_model, ratio, shape_config, spread
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world
-from storm_vlm.versions import commit, versions
 
 NOTE = (
     "Lengths are fixed (each turn is forced to them); accuracy is not measured here. All reasoners run in one "
@@ -53,6 +51,7 @@ NOTE = (
 )
 PAPER = {"latent": 0.47, "tools (LongVT)": 15.44, "grounded_cot (Video-Thinker)": 17.2}
 FRAMES, MAX_PIXELS, SECONDS = 32, 256 * 28 * 28, 30  # of the published shapes' clip
+COUNTS = ("tokens", "prompt_tokens", "visual_tokens", "rounds")
 SIDES, FPS = (720, 1280), 8
 
 
@@ -213,16 +212,13 @@ def bench_latency(
         spent, replies = measure(reasoners, rows, rounds, batch_size)
     found = {
         "shape": shape,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
-        "threads": torch.get_num_threads(),
+        **machine(device),
         "items": count,
         "rounds": rounds,
         "batch_size": batch_size,
         "lengths": asdict(lengths),
         "latent_budget": pipeline.collator.latent_budget,
         "note": NOTE,
-        "versions": versions(),
-        "commit": commit(),
         "reasoners": {name: figures(name, spent, replies[name]) for name in reasoners},
     }
     if results is not None:
@@ -240,25 +236,19 @@ def measure(
     for number in tqdm(range(rounds + 1), "rounds", leave=False):
         for name, reasoner in reasoners.items():
             began = time.perf_counter()
-            said = [
+            round_replies = [
                 reply
                 for first in range(0, len(rows), batch_size)
                 for reply in reasoner.answer(rows[first : first + batch_size])
             ]
             if number:  # the first warms up
                 spent[name].append((time.perf_counter() - began) / len(rows))
-                replies[name] += said
+                replies[name] += round_replies
     return spent, replies
 
 
 def figures(name: str, spent: dict[str, list[float]], replies: Sequence[Reply]) -> dict[str, Any]:
     """One reasoner's line of the record."""
-
-    def spread(values: Sequence[float]) -> dict[str, float]:
-        return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-    def ratio(other: str) -> dict[str, float]:
-        return spread([a / b for a, b in zip(spent[name], spent[other], strict=True)])
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
@@ -267,15 +257,12 @@ def figures(name: str, spent: dict[str, list[float]], replies: Sequence[Reply]) 
     return {
         "s_per_item": spread(spent[name]),
         "items_per_s": spread([1 / seconds for seconds in spent[name]]),
-        "ratio_to_latent": ratio("latent"),
-        "ratio_to_direct": ratio("direct"),
+        "ratio_to_latent": ratio(spent, name, "latent"),
+        "ratio_to_direct": ratio(spent, name, "direct"),
         "seconds": {p: mean([reply.seconds.get(p, 0.0) for reply in replies]) for p in phases},
-        "tokens": mean([reply.tokens for reply in replies]),
+        **{name: mean([getattr(reply, name) for reply in replies]) for name in COUNTS},
         "slots": mean([reply.slots_used for reply in replies]),
-        "prompt_tokens": mean([reply.prompt_tokens for reply in replies]),
-        "visual_tokens": mean([reply.visual_tokens for reply in replies]),
         "frames": mean([len(reply.frame_times) for reply in replies]),
-        "rounds": mean([reply.rounds for reply in replies]),
     }
 
 

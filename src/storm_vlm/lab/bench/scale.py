@@ -47,11 +47,8 @@ def bench_scale(sizes: Sequence[int], results: Path | None = None) -> dict[str, 
         folder = Path(name)
         scenes = read_rows(build_world(folder, "reasoning", "train", CLIPS))
         costs = []
-        for count in (
-            CLIPS,
-            CLIPS,
-            *sizes,
-        ):  # the first fills the caches, the second is the fixed part
+        # The first fills the caches, the second is the fixed part.
+        for count in (CLIPS, CLIPS, *sizes):
             rows = (scenes[i % CLIPS].model_copy(update={"id": f"row {i}"}) for i in range(count))
             write_rows(folder / "rows.jsonl", rows)
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,9 +113,8 @@ def naive_rollout(model: Any, batch: Mapping[str, Any], budget: int) -> RolloutO
     states: list[Tensor] = []
     nothing = model.get_input_embeddings()(batch["input_ids"][:, :1])
     for k in range(budget):
-        slots = torch.cat(
-            [*states, *[nothing] * (budget - k)], 1
-        )  # what is not known yet is not seen
+        # What is not known yet is not seen.
+        slots = torch.cat([*states, *[nothing] * (budget - k)], 1)
         states.append(rollout(model, batch, budget, slots).states[:, k : k + 1])
     return rollout(model, batch, budget, torch.cat(states, 1))
 
@@ -172,11 +171,8 @@ def bench_train(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-6, fused=True)
-    found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "commit": commit(),
+    record: dict[str, Any] = {
+        **machine(device),
         "shape": shape,
         "K": budget,
         "checkpointing": checkpointing,
@@ -185,7 +181,7 @@ def bench_train(
     }
     for rows in batches:
         batch = random_batch(config, rows, prefix, device)
-        found["prefix_tokens"] = batch["input_ids"].shape[1]
+        record["prefix_tokens"] = batch["input_ids"].shape[1]
         text = ("input_ids", "attention_mask", "mm_token_type_ids")
         without = {name: t[:, :-1] if name in text else t for name, t in batch.items()}
         losses = step_losses(model, batch, without, budget)
@@ -196,10 +192,16 @@ def bench_train(
                 taken, peaks[name] = _one_step(losses[name], optimizer, on_gpu)
                 if number:
                     seconds[name].append(taken)
-        found["batch"][str(rows)] = _ratios(seconds, peaks if on_gpu else None)
+        record["batch"][str(rows)] = {
+            "stage1_over_sft": ratio(seconds, "stage1", "sft"),
+            "stage2_over_sft": ratio(seconds, "stage2", "sft"),
+            "naive_over_stage2": ratio(seconds, "naive", "stage2"),
+            "memory_over_sft": peaks["stage2"] / peaks["sft"] if on_gpu else None,
+            "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        }
     if results is not None:
-        write_json(results, found)
-    return found
+        write_json(results, record)
+    return record
 
 
 def _one_step(
@@ -218,15 +220,21 @@ def _one_step(
     return time.perf_counter() - began, torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
-def _ratios(seconds: dict[str, list[float]], peaks: dict[str, int] | None) -> dict[str, Any]:
-    def ratio(one: str, other: str) -> dict[str, float]:
-        each = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
-        return {"median": statistics.median(each), "low": min(each), "high": max(each)}
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Of rounds: the median, the smallest and the largest."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
+
+def ratio(seconds: Mapping[str, Sequence[float]], above: str, below: str) -> dict[str, float]:
+    """The spread of each round's ratio of two kinds."""
+    return spread([a / b for a, b in zip(seconds[above], seconds[below], strict=True)])
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What every record says of where and with what it was measured."""
     return {
-        "stage1_over_sft": ratio("stage1", "sft"),
-        "stage2_over_sft": ratio("stage2", "sft"),
-        "naive_over_stage2": ratio("naive", "stage2"),
-        "memory_over_sft": None if peaks is None else peaks["stage2"] / peaks["sft"],
-        "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": commit(),
     }
