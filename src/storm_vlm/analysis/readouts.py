@@ -73,13 +73,13 @@ def thought_frames(rows: Sequence[Row], budget: int) -> Tensor:
 
     Every row must have a thought video. Raises VideoError.
     """
-    found = []
+    pictures = []
     for row in tqdm(rows, "thought frames", leave=False):
         assert row.thought_video is not None
         frames = read_video(row.thought_video.path, FRAMES_PER_SLOT * budget).frames
         middle = [(2 * k + 1) * len(frames) // (2 * budget) for k in range(budget)]
-        found.append(_small(frames[middle]))
-    return torch.stack(found)
+        pictures.append(_small(frames[middle]))
+    return torch.stack(pictures)
 
 
 def last_frames(rows: Sequence[Row], num_frames: int) -> Tensor:
@@ -164,8 +164,8 @@ def similarity_maps(pipeline: StormPipeline, row: Row, latents: Tensor, states: 
         visual = (visual - mean) @ matrix
     else:
         visual = F.normalize(visual, dim=-1)
-    found = F.normalize(latents, dim=-1) @ visual.flatten(0, 1).T
-    return found.view(len(latents), len(visual), height, width)
+    maps = F.normalize(latents, dim=-1) @ visual.flatten(0, 1).T
+    return maps.view(len(latents), len(visual), height, width)
 
 
 @torch.no_grad()

@@ -67,13 +67,13 @@ def tamper(
     states: Tensor | None = None,
     batch_size: int = 32,
     seed: int = 0,
-    asked: Sequence[Row | Question] | None = None,
+    wording: Sequence[Row | Question] | None = None,
 ) -> tuple[Tampered, Tensor]:
     """Greedy answers with all K slots fed as `KINDS` says; also returns the rows' own latents (N, K, D).
 
     Args:
         states: the rows' own latents, if they are known; else one more pass finds them.
-        asked: how the rows are put, such as in a benchmark's own words; by default as they are.
+        wording: how the rows are put, such as in a benchmark's own words; by default as they are.
 
     Raises:
         AnalysisError: the checkpoint has no latent slots, or no row can be given another clip's latents.
@@ -88,15 +88,15 @@ def tamper(
         raise AnalysisError(
             "no row has another clip with another answer to take latents from: give more rows"
         )
-    asked = rows if asked is None else asked
+    wording = rows if wording is None else wording
     if states is None:
-        states = rolled_out(pipeline, asked, batch_size)
-    answers = fed_answers(pipeline, asked, _tampered(states, given_by, seed), batch_size)
+        states = rolled_out(pipeline, wording, batch_size)
+    answers = fed_answers(pipeline, wording, _tampered(states, given_by, seed), batch_size)
     right: dict[str, list[bool | None]] = {}
     changed: dict[str, list[bool | None]] = {}
     for kind in KINDS:
-        given = given_by.get(kind, range(len(rows)))
-        each = list(zip(rows, given, answers[kind], answers["own"], strict=True))
+        donors = given_by.get(kind, range(len(rows)))
+        each = list(zip(rows, donors, answers[kind], answers["own"], strict=True))
         right[kind] = [None if d is None else bool(is_correct(a, row)) for row, d, a, _ in each]
         changed[kind] = [None if d is None else a != own for _, d, a, own in each]
     donors = given_by["swap_other_answer"]
@@ -116,14 +116,14 @@ def latent_reliance(
     states: Tensor | None = None,
     batch_size: int = 32,
     seed: int = 0,
-    asked: Sequence[Row | Question] | None = None,
+    wording: Sequence[Row | Question] | None = None,
 ) -> Reliance:
     """Accuracy under all `KINDS` of tampering, and how far latents move with the clip. Takes and raises as `tamper`.
 
     A row without a donor does not count where one is needed.
     """
-    found, states = tamper(pipeline, rows, states, batch_size, seed, asked)
-    asked = rows if asked is None else asked
+    tampered, states = tamper(pipeline, rows, states, batch_size, seed, wording)
+    wording = rows if wording is None else wording
     videos = [row.video for row in rows]
 
     def over_videos(outcomes: Sequence[bool | None]) -> Estimate | None:
@@ -133,22 +133,22 @@ def latent_reliance(
 
     def difference(hits: Sequence[bool | None]) -> Estimate | None:
         used = [i for i, hit in enumerate(hits) if hit is not None]
-        theirs, own = ([bool(right[i]) for i in used] for right in (hits, found.right["own"]))
+        theirs, own = ([bool(right[i]) for i in used] for right in (hits, tampered.right["own"]))
         return paired_difference(theirs, own, [videos[i] for i in used]) if used else None
 
     lines = {
         kind: Intervention(
             what,
-            over_videos(found.right[kind]),
-            difference(found.right[kind]),
-            over_videos(found.changed[kind]),
+            over_videos(tampered.right[kind]),
+            difference(tampered.right[kind]),
+            over_videos(tampered.changed[kind]),
         )
         for kind, what in KINDS.items()
     }
     lines["swap_other_answer"] = swap = replace(
         lines["swap_other_answer"],
-        follows=over_videos(found.follows),
-        follows_own=over_videos(found.follows_own),
+        follows=over_videos(tampered.follows),
+        follows_own=over_videos(tampered.follows_own),
     )
     assert swap.difference  # `tamper` refuses rows without it
     return Reliance(
@@ -158,7 +158,7 @@ def latent_reliance(
         slots=states.shape[1],
         interventions=lines,
         reliance=-swap.difference,
-        sensitivity=input_sensitivity(pipeline, asked, states, batch_size, seed),
+        sensitivity=input_sensitivity(pipeline, wording, states, batch_size, seed),
     )
 
 
@@ -178,8 +178,8 @@ def sampled_reliance(
     answered = [row for row in questions.rows if row.id not in failed]
     places = random.Random(seed).sample(range(len(answered)), min(count, len(answered)))
     rows = [answered[place] for place in sorted(places)]
-    asked = [questions.question(row) for row in rows]
-    reliance = latent_reliance(pipeline, rows, None, batch_size, seed, asked)
+    wording = [questions.question(row) for row in rows]
+    reliance = latent_reliance(pipeline, rows, None, batch_size, seed, wording)
     return replace(reliance, drawn_from=len(answered))
 
 
@@ -242,18 +242,18 @@ def input_sensitivity(
     rng = random.Random(seed)
     others = [rng.choice([j for j, o in enumerate(rows) if o.video != r.video]) for r in rows]
     pairs = [(row, rows[other]) for row, other in zip(rows, others, strict=True)]
-    asked = {
+    exchanged = {
         "clip": [Question(o.video, r.question, r.options, o.start, o.end) for r, o in pairs],
         "question": [Question(r.video, o.question, o.options, r.start, r.end) for r, o in pairs],
     }
     spread = (states - states[others]).norm(dim=-1).mean(0)  # (K,)
-    found: dict[str, Movement] = {}
-    for name, questions in asked.items():
+    movements: dict[str, Movement] = {}
+    for name, questions in exchanged.items():
         moved = rolled_out(pipeline, questions, batch_size, states.shape[1])
         relative = (moved - states).norm(dim=-1) / spread.clamp_min(1e-12)  # (N, K)
         over_videos = estimate(relative.mean(1), [str(row.video) for row in rows])
-        found[name] = Movement(**asdict(over_videos), slots=tuple(relative.mean(0).tolist()))
-    return Sensitivity(**found)
+        movements[name] = Movement(**asdict(over_videos), slots=tuple(relative.mean(0).tolist()))
+    return Sensitivity(**movements)
 
 
 def rolled_out(
@@ -263,12 +263,12 @@ def rolled_out(
     budget: int | None = None,
 ) -> Tensor:
     """The rows' own latents (N, K, D), float32 on the CPU."""
-    found = []
+    latents = []
     for first in tqdm(range(0, len(rows), batch_size), "latents", leave=False):
         inputs = _inputs(pipeline, rows[first : first + batch_size])
         states, _ = latent_states(pipeline.model, inputs, budget or pipeline.collator.latent_budget)
-        found.append(states.float().cpu())
-    return torch.cat(found)
+        latents.append(states.float().cpu())
+    return torch.cat(latents)
 
 
 def fed_answers(
@@ -283,8 +283,8 @@ def fed_answers(
     for first in tqdm(range(0, len(rows), batch_size), "answers", leave=False):
         part = slice(first, first + batch_size)
         batch = {kind: states[part].to(pipeline.model.device) for kind, states in slots.items()}
-        found = answers_when_fed(pipeline.model, _inputs(pipeline, rows[part]), batch)
-        for kind, logits in found.items():
+        answers = answers_when_fed(pipeline.model, _inputs(pipeline, rows[part]), batch)
+        for kind, logits in answers.items():
             for ids in logits.argmax(-1).cpu():
                 closed = torch.isin(ids, ends).nonzero()
                 written = ids[: int(closed[0])] if len(closed) else ids
@@ -324,7 +324,7 @@ def _donors(rows: Sequence[Row], same_answer: bool, rng: random.Random) -> list[
     else one of the same family, else any. None where there is none."""
     answers = [answer_text(row) for row in rows]
     families = [row.meta.get("family") for row in rows]
-    found: list[int | None] = []
+    donors: list[int | None] = []
     for i, row in enumerate(rows):
         fitting = [
             j
@@ -333,8 +333,8 @@ def _donors(rows: Sequence[Row], same_answer: bool, rng: random.Random) -> list[
         ]
         alike = [j for j in fitting if rows[j].question == row.question]
         alike = alike or [j for j in fitting if families[j] == families[i]]
-        found.append(rng.choice(alike or fitting) if fitting else None)
-    return found
+        donors.append(rng.choice(alike or fitting) if fitting else None)
+    return donors
 
 
 def _says(text: str, row: Row, donor: Row) -> bool:

@@ -40,7 +40,7 @@ def retrieval(states: States, rows: Sequence[Row], seed: int = 0) -> Retrieval |
     latents = states.latents
     random = torch.randn(latents[:, 0].shape, generator=torch.Generator().manual_seed(seed))
     kinds = {"latent": latents.mean(1), "text": states.text, "random": random}
-    ranks = {name: first_ranks(found, found, videos, queries) for name, found in kinds.items()}
+    ranks = {name: first_ranks(r, r, videos, queries) for name, r in kinds.items()}
     where = [videos[i] for i in queries]
     by_slot = slot_ranks(latents, videos, queries)
     return Retrieval(
@@ -65,19 +65,19 @@ def slot_ranks(latents: Tensor, videos: Sequence[str], queries: Sequence[int]) -
         pooled[f"without {k + 1}"] = latents[:, [s for s in range(budget) if s != k]].mean(1)
     pooled |= {f"slot {k + 1} alone": latents[:, k] for k in range(budget)}
     pooled["side by side"] = latents.flatten(1)
-    found = {name: first_ranks(r, r, videos, queries) for name, r in pooled.items()}
+    ranks = {name: first_ranks(r, r, videos, queries) for name, r in pooled.items()}
     turned = latents.flip(1).flatten(1)
-    return found | {"reversed": first_ranks(turned, latents.flatten(1), videos, queries)}
+    return ranks | {"reversed": first_ranks(turned, latents.flatten(1), videos, queries)}
 
 
 def first_ranks(
-    asked: Tensor, ranked: Tensor, videos: Sequence[str], queries: Sequence[int]
+    queried: Tensor, ranked: Tensor, videos: Sequence[str], queries: Sequence[int]
 ) -> Tensor:
     """Rank (queries,), from 1, of the first other row of the query's video; both representations are (N, D).
 
     Of rows that are equally near, those of other videos come first: a constant representation finds nothing.
     """
-    centred = [F.normalize(r - r.mean(0), dim=-1) for r in (asked, ranked)]
+    centred = [F.normalize(r - r.mean(0), dim=-1) for r in (queried, ranked)]
     alike = centred[0][list(queries)] @ centred[1].T  # (queries, N)
     number = {video: i for i, video in enumerate(dict.fromkeys(videos))}
     video = torch.tensor([number[v] for v in videos])

@@ -89,7 +89,7 @@ def extract(
         for first in tqdm(range(0, len(rows), batch_size), "states", leave=False)
     ]
     joined: dict[str, Any] = {name: [p[name] for p in parts] for name in parts[0]}
-    tensors = {name: torch.cat(found) for name, found in joined.items()}
+    tensors = {name: torch.cat(parts) for name, parts in joined.items()}
     with store.place("states", key, ".safetensors") as unfinished:
         save_file(tensors, unfinished)
     about = {"key": key, **made_from, "versions": versions(), "commit": commit()}
@@ -116,7 +116,7 @@ def _batch_states(pipeline: StormPipeline, rows: Sequence[Row]) -> dict[str, Ten
         else pool_targets(t.flatten(0, 1), budget)
         for t in thoughts
     ]
-    found = {
+    tensors = {
         "latents": states[:, :budget],
         "further": states[:, budget:],
         "text": torch.stack(
@@ -134,7 +134,7 @@ def _batch_states(pipeline: StormPipeline, rows: Sequence[Row]) -> dict[str, Ten
     }
     return {
         name: (t.float() if t.is_floating_point() else t).cpu().contiguous()
-        for name, t in found.items()
+        for name, t in tensors.items()
     }
 
 
@@ -146,12 +146,12 @@ def _question_mean(pipeline: StormPipeline, ids: Tensor, hidden: Tensor) -> Tens
     return hidden[first : first + int(ends[0]) if len(ends) else len(ids)].mean(0)
 
 
-def _tokens_of(pipeline: StormPipeline, wanted: Iterable[Any]) -> list[Tensor | None]:
+def _tokens_of(pipeline: StormPipeline, sources: Iterable[Any]) -> list[Tensor | None]:
     num_frames = FRAMES_PER_SLOT * pipeline.collator.latent_budget
-    found = [None if one is None else one.read(num_frames) for one in wanted]
-    processed = [pipeline.collator.videos.process(clip) for clip in found if clip is not None]
+    clips = [None if source is None else source.read(num_frames) for source in sources]
+    processed = [pipeline.collator.videos.process(clip) for clip in clips if clip is not None]
     tokens = iter(visual_tokens(pipeline, processed))
-    return [None if clip is None else next(tokens) for clip in found]
+    return [None if clip is None else next(tokens) for clip in clips]
 
 
 @torch.no_grad()

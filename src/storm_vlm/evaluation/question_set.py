@@ -48,13 +48,13 @@ class QuestionSet:
                 row that can be asked.
             RowError, OSError: bad data.
         """
-        found = BENCHMARKS[benchmark]() if benchmark else None
-        if found is None and source.is_dir():
+        instance = BENCHMARKS[benchmark]() if benchmark else None
+        if instance is None and source.is_dir():
             raise RunError(
                 f"{source} is a folder: name its benchmark (--benchmark), or give a file of rows"
             )
-        rows = (read_rows(source) if found is None else found.read(source))[:limit]
-        questions = cls(rows, benchmark=found, **kwargs)
+        rows = (read_rows(source) if instance is None else instance.read(source))[:limit]
+        questions = cls(rows, benchmark=instance, **kwargs)
         questions.check(source)
         faults = row_faults(rows, check_video if questions._control.SHOWS_VIDEO else check_text)
         if len(faults) == len(rows):

@@ -119,8 +119,8 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
     """The runs in these folders, at any depth. Raises FileNotFoundError for a folder without one."""
     runs: list[Run] = []
     for path in paths:
-        found = sorted(file.parent for file in Path(path).rglob("run.json"))
-        if not found:
+        folders = sorted(file.parent for file in Path(path).rglob("run.json"))
+        if not folders:
             raise AccessError(f"{path} holds no run.json: name the folder of a run")
-        runs += [read_run(folder) for folder in found]
+        runs += [read_run(folder) for folder in folders]
     return runs

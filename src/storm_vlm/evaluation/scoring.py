@@ -59,21 +59,21 @@ def videomme_lmms_eval(text: str, item: Item) -> float:
     """
     padded = f" {_stripped(text.strip(), ',.!?;:' + chr(39) + chr(34))} "
     inner = padded.strip()
-    found: list[tuple[int, int, str]] = []
+    candidates: list[tuple[int, int, str]] = []
     for choice in "ABCD":
         if inner.startswith(choice) and not inner[1:2].isalpha():
-            found.append((10, 0, choice))
+            candidates.append((10, 0, choice))
         if inner.endswith(choice) and not inner[-2:-1].isalpha():
-            found.append((9, len(padded), choice))
+            candidates.append((9, len(padded), choice))
         for phrase in _PHRASES:
             at = padded.lower().find(phrase)
-            found.append((7, padded.find(choice, at + len(phrase)) if at >= 0 else -1, choice))
+            candidates.append((7, padded.find(choice, at + len(phrase)) if at >= 0 else -1, choice))
         for rank, form in enumerate(
             (choice, f"{choice} ", f"{choice})", f"{choice}:", f"{choice}.")
         ):
-            found.append((rank, padded.rfind(form), choice))
-        found.append((6, padded.rfind(f"({choice})"), choice))
-    _, _, choice = max((f for f in found if f[1] >= 0), default=(0, -1, ""))
+            candidates.append((rank, padded.rfind(form), choice))
+        candidates.append((6, padded.rfind(f"({choice})"), choice))
+    _, _, choice = max((c for c in candidates if c[1] >= 0), default=(0, -1, ""))
     return float(choice == letter(item))
 
 
@@ -86,8 +86,8 @@ def videomme_vlmevalkit(text: str, item: Item) -> float:
 
 def first_capital(text: str, item: Item) -> float:
     """VideoEspresso's own rule: the first capital A to D, of whatever word."""
-    found = re.search("[ABCD]", text)
-    return float(found is not None and found[0] == letter(item))
+    match = re.search("[ABCD]", text)
+    return float(match is not None and match[0] == letter(item))
 
 
 def mvbench_original(text: str, item: Item) -> float:
@@ -111,16 +111,16 @@ def mvbench_lmms_eval(text: str, item: Item) -> float | None:
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         beside_space = f"{mark} " in text or f" {mark}" in text
         plain = plain.replace(mark, "" if beside_space or numbers else " ")
-    found = re.search(r"\b[A-E]\b", re.sub(r"\.(?!\d)", "", plain), re.IGNORECASE)
-    return float(found is not None and found[0].upper() == letter(item))
+    match = re.search(r"\b[A-E]\b", re.sub(r"\.(?!\d)", "", plain), re.IGNORECASE)
+    return float(match is not None and match[0].upper() == letter(item))
 
 
 def video_holmes_official(text: str, item: Item) -> float:
     """In the last <answer>: the first of A to F that stands as "X ", "X:" or "[X", else that occurs at all."""
     tagged = re.findall(r"<answer>\s*(.*?)\s*</answer>", text, re.DOTALL)
-    said = tagged[-1].strip() if tagged else ""
-    marked = [x for x in "ABCDEF" if any(f in said for f in (f"{x} ", f"{x}:", f"[{x}"))]
-    chosen = marked or [x for x in "ABCDEF" if x in said]
+    answer = tagged[-1].strip() if tagged else ""
+    marked = [x for x in "ABCDEF" if any(f in answer for f in (f"{x} ", f"{x}:", f"[{x}"))]
+    chosen = marked or [x for x in "ABCDEF" if x in answer]
     return float(chosen[:1] == [letter(item)])
 
 
@@ -132,11 +132,16 @@ def video_holmes_lmms_eval(text: str, item: Item) -> float:
         if not chosen:
             kept = [x for x in _letters(item) if form.format(x) in padded]
             chosen = [(padded.rfind(counted.format(x)), x) for x in kept]
-    if not chosen and len(padded.split()) > 5:
-        places = [padded.lower().rfind(option.lower()) for option in item.options]
-        chosen = [(at, x) for at, x in zip(places, _letters(item), strict=True) if at >= 0]
+    chosen = chosen or _options_named(padded, item)
     guess = _random_letter(item) if not chosen else max(chosen, key=lambda pair: pair[0])[1]
     return float(guess == letter(item))
+
+
+def _options_named(text: str, item: Item) -> list[tuple[int, str]]:
+    """Where each option's text stands last in more than five words, and its letter."""
+    places = [text.lower().rfind(option.lower()) for option in item.options]
+    named = [(at, x) for at, x in zip(places, _letters(item), strict=True) if at >= 0]
+    return named if len(text.split()) > 5 else []
 
 
 def _random_letter(item: Item) -> str:
@@ -148,9 +153,7 @@ def tomato_lmms_eval(text: str, item: Item) -> float:
     """The only capital that is an option's letter, else the last "(X)", else the first such letter; else A."""
     padded = f" {_stripped(text, ',.!?;:' + chr(39))} "
     chosen = [(padded.rfind(f"({x})"), x) for x in _letters(item) if x in padded]
-    if not chosen and len(padded.split()) > 5:
-        places = [padded.lower().rfind(option.lower()) for option in item.options]
-        chosen = [(at, x) for at, x in zip(places, _letters(item), strict=True) if at >= 0]
+    chosen = chosen or _options_named(padded, item)
     guess = max(chosen, key=lambda pair: pair[0])[1] if chosen else "A"
     return float(guess == letter(item))
 
@@ -159,9 +162,11 @@ def tvbench_lmms_eval(text: str, item: Item) -> float:
     """The first letter that is a word ("a" is A), else the first character, else the one option named."""
     letters, upper = _letters(item), text.strip().upper()
     word, first = re.search(r"\b[A-Z]\b", upper), re.match(r"[(\[]?([A-Z])", upper)
-    said = " ".join(text.lower().split())
+    answer = " ".join(text.lower().split())
     named = [
-        x for x, o in zip(letters, item.options, strict=True) if " ".join(o.lower().split()) in said
+        x
+        for x, o in zip(letters, item.options, strict=True)
+        if " ".join(o.lower().split()) in answer
     ]
     if word and word[0] in letters:
         guess = word[0]
@@ -178,25 +183,25 @@ def mmvu_lmms_eval(text: str, item: Item) -> float | None:
     Gold A, "It is a cat, answer C" is right; open, "" and "o" and "not a Dolly Zoom" are right. An open answer
     that no rule takes goes to a judge: None.
     """
-    said = text.strip().lower()
+    answer = text.strip().lower()
     if item.options:
         gold = letter(item).lower()
         words = [
             w for w in (w.strip(punctuation) for w in item.answer.lower().split()) if len(w) > 2
         ]
-        named = gold in said and any(word in said for word in words)
-        as_word = re.search(rf"\b{gold}\b", said) is not None
-        return float(as_word or item.answer.strip().lower() in said or named)
-    said, right = _plain_powers(said), _plain_powers(item.answer.strip().lower())
-    if said in right or right in said:
+        named = gold in answer and any(word in answer for word in words)
+        as_word = re.search(rf"\b{gold}\b", answer) is not None
+        return float(as_word or item.answer.strip().lower() in answer or named)
+    answer, right = _plain_powers(answer), _plain_powers(item.answer.strip().lower())
+    if answer in right or right in answer:
         return 1.0
-    ours, theirs = re.findall(r"\d+\.?\d*", said), re.findall(r"\d+\.?\d*", right)
+    ours, theirs = re.findall(r"\d+\.?\d*", answer), re.findall(r"\d+\.?\d*", right)
     if ours and theirs and abs(float(ours[0]) - float(theirs[0])) < 0.01:
         return 1.0
-    words, wanted = _words(said), _words(right)
+    words, wanted = _words(answer), _words(right)
     if 2 <= len(wanted) <= 5 and all(word in words for word in wanted if len(word) > 2):
         return 1.0
-    order, right_order = (re.search(r"o\s*\([^)]+\)", part) for part in (said, right))
+    order, right_order = (re.search(r"o\s*\([^)]+\)", part) for part in (answer, right))
     return 1.0 if order and right_order and order[0] == right_order[0] else None
 
 
@@ -216,8 +221,8 @@ def tempcompass(text: str, task: str, published: str, options: Sequence[str]) ->
     Option 2" match nothing.
     """
     if task == "yes_no":
-        said = next((word for word in ("yes", "no") if text.lower().startswith(word)), None)
-        return None if said is None else float(said == published)
+        answer = next((word for word in ("yes", "no") if text.lower().startswith(word)), None)
+        return None if answer is None else float(answer == published)
     if task == "multi-choice":
         if text == published:
             return 1.0
@@ -229,14 +234,14 @@ def tempcompass(text: str, task: str, published: str, options: Sequence[str]) ->
 
 
 def _caption_match(text: str, published: str, options: Sequence[str]) -> float | None:
-    said = None
+    answer = None
     for label, _, sentence in (option.partition(": ") for option in options):
         after_bracket = text.split(") ")[1] if ") " in text else None
         if text == f"{label}: {sentence}" or sentence in (text, after_bracket):
-            said = label
+            answer = label
         if {text, text.replace(".", "")} & {label, label.split(" ")[-1]}:
-            said = label
-    return None if said is None else float(said == published.partition(":")[0])
+            answer = label
+    return None if answer is None else float(answer == published.partition(":")[0])
 
 
 def vsi_choice(text: str, item: Item) -> float:
@@ -246,10 +251,10 @@ def vsi_choice(text: str, item: Item) -> float:
 
 def vsi_number(text: str, item: Item) -> float:
     """VSI-Bench, numbers: mean relative accuracy, the share of ten tolerances (50% to 5%) that is kept."""
-    said, right = _first_number(text), float(item.answer)
-    if said is None or right == 0:
+    answer, right = _first_number(text), float(item.answer)
+    if answer is None or right == 0:
         return 0.0
-    return float((abs(said - right) / right <= 1 - np.linspace(0.5, 0.95, 10)).mean())
+    return float((abs(answer - right) / right <= 1 - np.linspace(0.5, 0.95, 10)).mean())
 
 
 _SPELLED = """0 zero 1 one 2 two 3 three 4 four 5 five 6 six 7 seven 8 eight 9 nine 10 ten 11 eleven 12 twelve
@@ -261,11 +266,11 @@ _VALUES = {word: int(value) for value, word in re.findall(r"(\d+) (\w+)", _SPELL
 def _first_number(text: str) -> float | None:
     words = "|".join((*sorted(_VALUES, key=len, reverse=True), "hundred"))
     spelled = rf"\b(?:{words})\b(?:[^a-z]+(?:and[^a-z]+)*(?:{words})\b)*"
-    found = re.search(rf"-?\d+(?:\.\d+)?|{spelled}", text.lower())
-    if found is None or not found[0][0].isalpha():
-        return None if found is None else float(found[0])
+    match = re.search(rf"-?\d+(?:\.\d+)?|{spelled}", text.lower())
+    if match is None or not match[0][0].isalpha():
+        return None if match is None else float(match[0])
     total = 0
-    for word in re.findall(words, found[0]):
+    for word in re.findall(words, match[0]):
         total = max(total, 1) * 100 if word == "hundred" else total + _VALUES[word]
     return float(total)
 

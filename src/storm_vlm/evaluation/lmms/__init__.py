@@ -17,8 +17,8 @@ def write_task(folder: Path, name: str, questions: QuestionSet) -> str:
     task = "storm_" + re.sub(r"\W+", "_", name.lower())
     lines = []
     for row in questions.rows:
-        asked = questions.question(row)
-        text = question_text(asked.question, asked.options)
+        question = questions.question(row)
+        text = question_text(question.question, question.options)
         window = {"video": row.video, "start": row.start, "end": row.end}
         doc = {"id": row.id, **window, "text": text, "answer": row.answer}
         # One column for the rest: what rows say in `meta` need not be alike.

@@ -210,7 +210,7 @@ def bench_latency(
         assert clip is not None
         reasoners = fixed_reasoners(pipeline, lengths, float(clip.timestamps[-1]))
         spent, replies = measure(reasoners, rows, rounds, batch_size)
-    found = {
+    record = {
         "shape": shape,
         **machine(device),
         "items": count,
@@ -223,8 +223,8 @@ def bench_latency(
     }
     if results is not None:
         known = json.loads(results.read_text()) if results.exists() else {"7b cuda": "not measured"}
-        write_json(results, {**known, "paper": PAPER, f"{shape} {device}": found})
-    return found
+        write_json(results, {**known, "paper": PAPER, f"{shape} {device}": record})
+    return record
 
 
 def measure(
@@ -266,11 +266,11 @@ def figures(name: str, spent: dict[str, list[float]], replies: Sequence[Reply]) 
     }
 
 
-def latency_tables(found: dict[str, Any]) -> list[Table]:
+def latency_tables(record: dict[str, Any]) -> list[Table]:
     """For the terminal: medians with low and high over rounds; and where the time goes."""
     costs = Table("reasoner", "s/item", "items/s", "x latent", "x direct")
     split = Table("seconds", *PHASES, "tokens")
-    for name, line in found["reasoners"].items():
+    for name, line in record["reasoners"].items():
         spreads = (
             "{median:.3g} ({low:.3g}-{high:.3g})".format(**line[key])
             for key in ("s_per_item", "items_per_s", "ratio_to_latent", "ratio_to_direct")
