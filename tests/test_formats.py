@@ -43,7 +43,7 @@ def imported(
     counts = import_rows(name, source, out, tmp_path / "media", **options)
     rejects = [json.loads(line) for line in rejects_file(out).read_text().splitlines()]
     assert len(rejects) == counts.rejected.total()
-    rows = read_rows(out)
+    rows = read_rows(out) if counts.written else []
     assert len(rows) == counts.written
     return rows, counts, rejects
 

@@ -75,10 +75,11 @@ def test_an_interrupt_ends_all_within_seconds(tmp_path: Path, number: int) -> No
     )
     code = (
         "import sys; from pathlib import Path; from rich.console import Console; "
-        "from storm_vlm.lab.quickstart import Task, run_side_by_side, sigterm_as_interrupt\n"
+        "from storm_vlm.lab.quickstart import Task, run_side_by_side; "
+        "from storm_vlm.cli.main import listen; listen()\n"
         f"tasks = [Task('waits', (sys.executable, '-c', {deaf!r}))]\n"
         f"folder = Path({str(tmp_path)!r})\n"
-        "with sigterm_as_interrupt(): run_side_by_side({'A': tasks, 'B': tasks}, folder, Console())"
+        "run_side_by_side({'A': tasks, 'B': tasks}, folder, Console())"
     )
     parent = subprocess.Popen(python(code), stderr=subprocess.PIPE)
     while len(children := [int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()]) < 2:

@@ -199,6 +199,7 @@ def test_a_folder_holds_runs_of_one_plan_but_seeds_can_be_added(tmp_path: Path) 
     outcomes = tmp_path / "results" / "outcomes"
     _belongs(outcomes, TINY)
     _belongs(outcomes, replace(TINY, seeds=3))
+    (outcomes / "sft-0.json.gz").touch()
     longer = replace(TINY, size=replace(TINY.size, steps=70))
     with pytest.raises(ValueError, match=r"holds runs of other settings.*'steps': 7"):
         reproduce(tmp_path / "new", tmp_path, longer, ["stages"])
@@ -209,6 +210,7 @@ def test_a_folder_holds_runs_of_one_plan_but_seeds_can_be_added(tmp_path: Path) 
 def test_the_verb_hands_its_options_on(tmp_path: Path) -> None:
     """A folder of another plan is refused before anything is done, and the refusal shows what was asked for."""
     _belongs(tmp_path / "results" / "outcomes", TINY)
+    (tmp_path / "results" / "outcomes" / "sft-0.json.gz").touch()
     for options, plan in (([], FULL), (["--fast"], FAST), (["--steps", "70"], FULL)):
         size = replace(plan.size, steps=70 if "--steps" in options else plan.size.steps)
         result = run_storm("reproduce", tmp_path, *options)

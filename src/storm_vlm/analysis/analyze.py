@@ -32,6 +32,7 @@ from storm_vlm.analysis.retrieval import retrieval
 from storm_vlm.analysis.states import States, extract
 from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.check import check_videos, row_faults, told
+from storm_vlm.data.output import check_outputs, exclusive, refuse_input
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import read_video
@@ -55,10 +56,29 @@ def analyze(
 ) -> Analysis:
     """Write the page (`report.html`) and what it is made of into `out`: a file for each part, and `examples.json`.
 
-    Raises what `extract` and `latent_reliance` raise, and RowError.
+    Raises what `extract` and `latent_reliance` raise, RowError, and OutputError.
     """
+    read = [checkpoint, rows_file, retrieval_file, decoder_file]
+    refuse_input(out, [Path(checkpoint).expanduser()])
+    check_outputs([results], read)
     for file in filter(None, (rows_file, retrieval_file, decoder_file)):
         read_rows(file)  # raises before the model is loaded, which takes longer
+    with exclusive(out):
+        return _analyze(
+            checkpoint, rows_file, out, limit, retrieval_file, decoder_file, batch_size, results
+        )
+
+
+def _analyze(
+    checkpoint: str,
+    rows_file: Path,
+    out: Path,
+    limit: int | None,
+    retrieval_file: Path | None,
+    decoder_file: Path | None,
+    batch_size: int,
+    results: Path | None,
+) -> Analysis:
     pipeline = StormPipeline.from_pretrained(checkpoint)
     rows = _readable_rows(rows_file, pipeline, limit)
     states = extract(pipeline, rows, out, checkpoint, batch_size)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from storm_vlm.analysis import AnalysisError
 from storm_vlm.data.atomic_write import write_json
+from storm_vlm.data.identity import checkpoint_identity
 from storm_vlm.data.row import Row
 from storm_vlm.data.store import Store, key_of
 from storm_vlm.inference.pipeline import StormPipeline
@@ -171,10 +172,9 @@ def _made_from(
 ) -> dict[str, Any]:
     """What decides the states: rows by what they say, clips and a checkpoint's files by content."""
     clips = {row.video for row in rows} | {r.thought_video.path for r in rows if r.thought_video}
-    weights = sorted(file for file in Path(source).glob("*.*") if file.is_file())
     return {
         "checkpoint": source,
-        "weights": {file.name: store.content(file) for file in weights},
+        "weights": checkpoint_identity(source, store),
         "rows": len(rows),
         "rows_digest": key_of(rows=[row.model_dump(mode="json") for row in rows]),
         # a missing clip is reported when it is read

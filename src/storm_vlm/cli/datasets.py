@@ -100,9 +100,11 @@ def leaks(
     from dataclasses import asdict
 
     from storm_vlm.data.atomic_write import write_json
+    from storm_vlm.data.output import check_outputs
     from storm_vlm.data.row import read_rows, write_rows
     from storm_vlm.datasets.leaks import find_leaks, without_leaks
 
+    check_outputs([remove, out], [train, evaluation])
     rows = read_rows(train)
     found = find_leaks(rows, read_rows(evaluation), cache, num_frames)
     kept = without_leaks(rows, found)

@@ -79,6 +79,9 @@ def evaluate(
         as_json: Print the whole summary, to be read by programs.
     """
     from storm_vlm.data.check import told
+    from storm_vlm.data.identity import checkpoint_identity
+    from storm_vlm.data.output import exclusive, refuse_input
+    from storm_vlm.data.store import Store
     from storm_vlm.data.video import read_video
     from storm_vlm.evaluation.question_set import QuestionSet
     from storm_vlm.evaluation.run_folder import RunError
@@ -93,50 +96,55 @@ def evaluate(
         "--reliance-rows": reliance_rows,
         "--trust-remote-code": trust_remote_code or None,
     }
+    inputs = [source, *([] if base_url else [Path(checkpoint).expanduser()])]
+    if out is not None:
+        refuse_input(out, inputs)
     if base_url is not None:
         _refuse(local, "a model behind --base-url: leave it out")
     state = distributed()
     if state.num_processes > 1 and out is None:
         raise RunError("several processes meet in a folder: name one with --out")
-    read = read_video if frame_cache is None else FrameCache(frame_cache)
-    frames = Frames(num_frames or DEFAULT_FRAMES, read)
-    # before the model is loaded, which takes longer
-    questions = QuestionSet.read(
-        source, benchmark, limit, frames=frames, control=control, prompt=prompt
-    )
-    if questions.faults and state.is_main_process:
-        count = f"{len(questions.faults)} of {len(questions.rows)} rows cannot be asked, and are skipped"
-        show(f"{count}:\n{told(questions.faults, source)}", to=errors)
-    if base_url is None:
-        pipeline = StormPipeline.from_pretrained(
-            checkpoint,
-            device=str(state.device),
-            num_frames=num_frames,
-            max_pixels=max_pixels,
-            latent_mode=latent_mode,
-            read=read,
-            trust_remote_code=trust_remote_code,
+    with TemporaryDirectory() as unkept, exclusive(folder := out or Path(unkept)):
+        read = read_video if frame_cache is None else FrameCache(frame_cache)
+        frames = Frames(num_frames or DEFAULT_FRAMES, read)
+        # before the model is loaded, which takes longer
+        questions = QuestionSet.read(
+            source, benchmark, limit, frames=frames, control=control, prompt=prompt
         )
-        model, frames = pipeline, Frames(pipeline.collator.videos.num_frames, read)
-    else:
-        pipeline, model = None, RemoteChat(base_url, checkpoint)
-    name = reasoner or default_reasoner(model)
-    if name != "latent":
-        _refuse({"--reliance-rows": reliance_rows or None}, f"the reasoner {name}")
-    found = build_reasoner(name, model, frames, max_new_tokens)
-    questions = replace(questions, frames=frames)
-    settings = {"model": checkpoint, "reasoner": name}
-    rows = RELIANCE_ROWS if reliance_rows is None else reliance_rows
-    with TemporaryDirectory() as unkept:
-        finished = run(out or Path(unkept), found, questions, settings, batch_size)
-    if not state.is_main_process:
-        return
-    try:
-        _tell_faults(finished, questions, max_errors)
-        if pipeline and name == "latent" and control is None and rows:
-            _tell_reliance(pipeline, questions, finished, rows, batch_size, out)
-    finally:
-        _tell_result(finished.provenance["summary"], as_json)
+        if questions.faults and state.is_main_process:
+            count = f"{len(questions.faults)} of {len(questions.rows)} rows cannot be asked, and are skipped"
+            show(f"{count}:\n{told(questions.faults, source)}", to=errors)
+        if base_url is None:
+            pipeline = StormPipeline.from_pretrained(
+                checkpoint,
+                device=str(state.device),
+                num_frames=num_frames,
+                max_pixels=max_pixels,
+                latent_mode=latent_mode,
+                read=read,
+                trust_remote_code=trust_remote_code,
+            )
+            model, frames = pipeline, Frames(pipeline.collator.videos.num_frames, read)
+        else:
+            pipeline, model = None, RemoteChat(base_url, checkpoint)
+        name = reasoner or default_reasoner(model)
+        if name != "latent":
+            _refuse({"--reliance-rows": reliance_rows or None}, f"the reasoner {name}")
+        found = build_reasoner(name, model, frames, max_new_tokens)
+        questions = replace(questions, frames=frames)
+        settings = {"model": checkpoint, "reasoner": name}
+        if out is not None and base_url is None:
+            settings["weights"] = checkpoint_identity(checkpoint, Store(out))
+        rows = RELIANCE_ROWS if reliance_rows is None else reliance_rows
+        finished = run(folder, found, questions, settings, batch_size)
+        if not state.is_main_process:
+            return
+        try:
+            _tell_faults(finished, questions, max_errors)
+            if pipeline and name == "latent" and control is None and rows:
+                _tell_reliance(pipeline, questions, finished, rows, batch_size, out)
+        finally:
+            _tell_result(finished.provenance["summary"], as_json)
 
 
 def _refuse(options: dict[str, Any], mode: str) -> None:
@@ -191,7 +199,8 @@ def _tell_reliance(
     from storm_vlm.evaluation.run_folder import RELIANCE, read_reliance
     from storm_vlm.versions import commit, versions
 
-    kept = read_reliance(out) if out else None
+    about = {key: finished.provenance.get(key) for key in ("weights", "rows")}
+    kept = read_reliance(out, about) if out else None
     try:
         found = kept or sampled_reliance(pipeline, questions, finished, rows, batch_size)
     except ValueError as error:
@@ -203,7 +212,7 @@ def _tell_reliance(
     elif out:
         model = finished.provenance["model"]
         named = Path(model).name if Path(model).is_absolute() else model
-        made = {"checkpoint": named, "commit": commit(), "versions": versions()}
+        made = {"checkpoint": named, **about, "commit": commit(), "versions": versions()}
         write_json(out / RELIANCE, {**made, **asdict(found)})
 
 

@@ -98,6 +98,7 @@ def reproduce(
     """
     from dataclasses import replace
 
+    from storm_vlm.data.output import exclusive
     from storm_vlm.lab.reproduce.evidence import FAST, FULL
     from storm_vlm.lab.reproduce.evidence import reproduce as run
     from storm_vlm.lab.reproduce.evidence_page import verdicts
@@ -112,7 +113,8 @@ def reproduce(
     command += f" --seeds {plan.seeds} --steps {size.steps} --train-rows {size.train_rows}"
     command += "".join(f" --table {name}" for name in table)
     command += f" --out {out}" if out else ""
-    evidence = run(folder, out or folder, plan, table, jobs, command)
+    with exclusive(folder):
+        evidence = run(folder, out or folder, plan, table, jobs, command)
     for line in verdicts(evidence):
         show(line)
     show(f"wrote {(out or folder) / 'results.md'} and {folder / 'report.html'}")

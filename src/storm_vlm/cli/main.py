@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -25,11 +27,12 @@ from storm_vlm.cli.terminal import (
     show,
     stop_bars,
 )
+from storm_vlm.data.atomic_write import discard_half_files
 from storm_vlm.errors import StormError
 from storm_vlm.versions import versions
 
 EXTRAS = {"matplotlib": "analysis"}  # packages that some verbs need
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit codes; `storm build --help` has its own
+FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit codes; `storm build` has more
 
 
 app = App(
@@ -61,7 +64,10 @@ app.command(bench.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: what a user can mend becomes one line, anything else a traceback and how to report it."""
+    """Entry point: what a user can mend becomes one line, anything else a traceback and how to report it.
+
+    Ctrl-C and SIGTERM end it within seconds: no half file is left, and no thread waited for.
+    """
     # OpenMP's threads are not to spin while they wait: on a busy machine that takes the cores from the work itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     os.environ.setdefault("TQDM_DELAY", "1")  # seconds: no bar for what takes less
@@ -70,14 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logger = logging.getLogger("storm_vlm")
     logger.handlers, logger.propagate = [Messages()], False
     logger.setLevel(logging.INFO)  # what was chosen, and why
+    listen()
     try:
         code = _run(arguments)
     except CycloptsError as error:
         show(f"storm: {_usage_error(error)}", to=errors)
         code = MISUSED
-    except KeyboardInterrupt:
-        show("storm: interrupted", to=errors)
-        code = INTERRUPTED
+    except KeyboardInterrupt as signalled:
+        show(f"storm: {str(signalled) or 'interrupted'}", to=errors)
+        _end(TERMINATED if isinstance(signalled, Terminated) else INTERRUPTED)
+        return
     except BrokenPipeError:  # e.g. `storm report … | head`
         sys.stderr.close()
         code = FAILED
@@ -108,6 +116,32 @@ def _run(arguments: Sequence[str] | None) -> Any:
         return app(arguments, exit_on_error=False, print_error=False)
     finally:
         stop_bars()  # a message is no part of their line
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def listen() -> None:
+    """Take SIGTERM as Ctrl-C is taken; of several processes, their launcher sees to it."""
+    if threading.current_thread() is threading.main_thread() and "RANK" not in os.environ:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated("terminated")
+
+
+def _end(code: int) -> None:
+    """End without those threads that are still at work."""
+    if all(
+        thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()
+    ):
+        raise SystemExit(code)
+    discard_half_files()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _usage_error(error: CycloptsError) -> str:

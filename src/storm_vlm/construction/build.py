@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +27,11 @@ from storm_vlm.construction.teacher import BudgetReached
 from storm_vlm.construction.types import Rejected
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.data.check import check_text
+from storm_vlm.data.output import check_outputs, exclusive
 from storm_vlm.data.prompt import PromptError
 from storm_vlm.data.row import Row, portable, read_rows, write_rows
 from storm_vlm.data.store import Store, key_of
+from storm_vlm.data.thread_pool import proceed, thread_pool
 from storm_vlm.data.video import VideoError
 from storm_vlm.errors import StormError
 from storm_vlm.inference.client import UnansweredError
@@ -89,6 +91,7 @@ class Builder:
     def advance(self, draft: Draft, steps: Iterable[str]) -> Draft:
         """Through some steps. Raises `UnansweredError` or `BudgetReached` if the teacher cannot be asked."""
         for step in steps:
+            proceed()
             if draft.rejected is None:
                 try:
                     draft = STEP_FUNCTIONS[step](self.resources, draft)  # type: ignore[index]
@@ -167,10 +170,31 @@ def run(
         work: how rows are worked off; by default in threads of this process (see also `ray_build.py`).
 
     Raises:
-        StormError: rows of a test split, a missing key or package, an endpoint that refuses.
+        StormError: rows of a test split, a missing key or package, an endpoint that refuses; an `out` that another
+            process is at work on, or that would overwrite `source`.
     """
-    rows = load_rows(source, config)
-    builder = Builder(config, store or Path(out) / "store")
+    rows, out = load_rows(source, config), Path(out)
+    with exclusive(out, f"{shard.number}of{shard.count}-" if shard else ""):
+        _check_outputs(out, source)
+        return _run(source, out, config, shard, store, work, rows)
+
+
+def _check_outputs(out: Path, source: str | Path) -> None:
+    check_outputs(
+        [out / name for name in ("rows.jsonl", "rejects.jsonl", "summary.json")], [source]
+    )
+
+
+def _run(
+    source: str | Path,
+    out: Path,
+    config: BuildConfig,
+    shard: Shard | None,
+    store: str | Path | None,
+    work: Work | None,
+    rows: list[Row],
+) -> dict[str, Any]:
+    builder = Builder(config, store or out / "store")
     began = builder.spent()
     mine = [row for row in rows if shard is None or shard.holds(row)]
     states = (work or in_threads)(builder, mine)
@@ -178,21 +202,17 @@ def run(
     if shard is None:
         return collect(source, out, config, store, account)
     summary = {"rows": len(mine), **account}
-    write_json(Path(out) / f"summary-{shard.number}of{shard.count}.json", summary)
+    write_json(out / f"summary-{shard.number}of{shard.count}.json", summary)
     return summary
 
 
 def in_threads(builder: Builder, rows: list[Row]) -> Counter[str]:
     """`workers` rows at a time: one waits for the teacher while another is decoded or imagined."""
     states: Counter[str] = Counter()
-    with ThreadPoolExecutor(builder.config.workers) as pool:
+    with thread_pool(builder.config.workers) as pool:
         futures = [pool.submit(builder.build, row) for row in rows]
-        try:
-            for future in tqdm(as_completed(futures), "rows", len(rows), leave=False):
-                states[future.result()] += 1
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in tqdm(as_completed(futures), "rows", len(rows), leave=False):
+            states[future.result()] += 1
     return states
 
 
@@ -205,6 +225,7 @@ def collect(
 ) -> dict[str, Any]:
     """Write what the store holds of `source`'s rows; returns the summary. Asks and generates nothing."""
     out = Path(out).absolute()
+    _check_outputs(out, source)
     builder = Builder(config, store or out / "store")
     drafts = [(row.id, builder.finished(row)) for row in load_rows(source, config)]
     done = [draft for _, draft in drafts if draft is not None]

@@ -23,7 +23,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
-from storm_vlm.errors import AccessError
+from storm_vlm.data.atomic_write import half_file
 
 T = TypeVar("T")
 _ENTRY = re.compile(rb"([0-9a-f]{64}) ([0-9a-f]{64}|\d+ \d+) \.")
@@ -120,23 +120,16 @@ class Store:
         """A file to write, which takes its place once it is whole.
 
         Raises:
+            WriteError: the disk is full.
             OSError: the folder cannot be written to.
         """
         path = self.path(kind, key, suffix)
-        unfinished = self._unfinished / (uuid4().hex + suffix)
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with half_file(self._unfinished / (uuid4().hex + suffix), path) as unfinished:
             yield unfinished
             self._sync(unfinished)
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(unfinished, path)
             self._sync(path.parent)
-        except SafetensorError as error:  # how safetensors says that the disk is full
-            raise AccessError(
-                f"{path} could not be written ({error}): make room, or choose a folder that has it"
-            ) from error
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def files(self, kind: str, suffix: str = ".json") -> list[Path]:
         return sorted((self.folder / kind).glob(f"*/*{suffix}"))

@@ -11,6 +11,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from errno import ENOSPC
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,7 +21,7 @@ import numpy as np
 from av.error import FFmpegError
 from av.video.stream import VideoStream
 
-from storm_vlm.data.atomic_write import in_one_step
+from storm_vlm.data.atomic_write import WriteError, in_one_step
 from storm_vlm.data.decode import (
     EPSILON,
     PlayedSource,
@@ -245,6 +246,8 @@ def write_video(
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             container.mux(stream.encode())
     except (FFmpegError, OSError, ValueError, TypeError) as error:
+        if getattr(error, "errno", None) == ENOSPC:
+            raise WriteError(path, "no space left on device") from error
         raise VideoError(f"{path}: cannot write {codec} video ({error})") from error
 
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from storm_vlm.data.atomic_write import write_text
 from storm_vlm.data.jpeg import jpeg_uri
 from storm_vlm.data.json_objects import read_objects
+from storm_vlm.data.output import check_outputs
 from storm_vlm.data.prompt import option_letter
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import VideoError, read_frames
@@ -39,6 +40,7 @@ def write_gallery(source: Path, out: Path | None = None, limit: int = 100) -> Pa
         for _, item in read_objects(path)
     ]
     out = out or file.with_suffix(".html")
+    check_outputs([out], [file])
     shown = [_card(row, out) for row in tqdm(rows[:limit], "rows", leave=False)]
     page = render(
         "gallery.html",

@@ -11,7 +11,6 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 from storm_vlm.data.frame_hash import distances, frame_hashes
 from storm_vlm.data.row import Row
 from storm_vlm.data.store import Store, key_of
+from storm_vlm.data.thread_pool import thread_pool
 from storm_vlm.data.video import VideoError, read_video
 
 # LLaVA-Video names YouTube's files `ytb_ID`, ActivityNet `v_ID`; TempCompass derives `ID_reverse`, `ID_concat_N` and,
@@ -141,7 +141,7 @@ def _hashes(
 
     by_clip: dict[Window, np.ndarray] = {}
     clips = list(clips)
-    with ThreadPoolExecutor() as pool:
+    with thread_pool() as pool:
         results = tqdm(pool.map(hashes, clips), "clips", len(clips), leave=False)
         for clip, result in zip(clips, results, strict=True):
             if isinstance(result, str):

@@ -8,20 +8,24 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 
 from storm_vlm.data.atomic_write import in_one_step
 from storm_vlm.data.json_objects import read_objects
+from storm_vlm.data.output import check_outputs
 from storm_vlm.data.prompt import answer_text, question_text
 from storm_vlm.data.row import Row, Split, absolute, read_rows, write_rows
 from storm_vlm.datasets import EXPORTERS, IMPORTERS
 from storm_vlm.datasets.parse import Fields, Skipped
 from storm_vlm.datasets.videoespresso import find_core_frames
 from storm_vlm.errors import InputError, StormError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -89,8 +93,9 @@ def import_rows(
                 _reject(rejects, counts, error, item)
 
     with ExitStack() as stack:
-        rejects = _open_rejects(stack, out)
-        write_rows(out, _unique(rows(rejects), counts))
+        rejects = _open_rejects(stack, source, out)
+        if made := _unless_empty(_unique(rows(rejects), counts)):
+            write_rows(out, made)
     return counts
 
 
@@ -111,12 +116,17 @@ def export_rows(name: str, source: Path, out: Path) -> Counts:
                 _reject(rejects, counts, error, row.model_dump())
 
     with ExitStack() as stack:
-        rejects = _open_rejects(stack, out)
-        file = stack.enter_context(
-            stack.enter_context(in_one_step(out)).open("w", encoding="utf-8")
-        )
-        file.writelines(lines(rejects))
+        rejects = _open_rejects(stack, source, out)
+        if made := _unless_empty(lines(rejects)):
+            unfinished = stack.enter_context(in_one_step(out))
+            stack.enter_context(unfinished.open("w", encoding="utf-8")).writelines(made)
     return counts
+
+
+def _unless_empty(items: Iterable[T]) -> Iterator[T] | None:
+    """None where there is nothing to put into a file: what was there stays."""
+    rest = iter(items)
+    return next((chain([first], rest) for first in rest), None)
 
 
 def _unique(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
@@ -139,11 +149,12 @@ def _unique(rows: Iterable[Row], counts: Counts) -> Iterator[Row]:
         yield row
 
 
-def _open_rejects(stack: ExitStack, out: Path) -> TextIO:
+def _open_rejects(stack: ExitStack, source: Path, out: Path) -> TextIO:
     if out.suffix != ".jsonl":
         raise StormError(
             f"{out}: rows are written as JSON lines; name it {out.with_suffix('.jsonl')}"
         )
+    check_outputs([out, rejects_file(out)], [source])
     unfinished = stack.enter_context(in_one_step(rejects_file(out)))
     return stack.enter_context(unfinished.open("w", encoding="utf-8"))
 

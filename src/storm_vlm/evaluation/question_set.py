@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from storm_vlm.data.check import check_text, check_video, row_faults, told
 from storm_vlm.data.collator import Question
+from storm_vlm.data.identity import clip_identity
 from storm_vlm.data.prompt import PromptError, is_correct
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import VideoError
@@ -107,6 +108,7 @@ class QuestionSet:
             parsed=right is not None,
             official=official,
             error=error,
+            clip=clip_identity(row.video),
         )
 
     @property

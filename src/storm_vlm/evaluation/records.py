@@ -24,6 +24,7 @@ class Record:
         None  #: by the benchmark's own rule on the same text; None: needs a judge
     )
     error: str | None = None  #: why it could not be asked; counted, and wrong
+    clip: str | None = None  #: which file the video was, see `clip_identity`
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ says what its answers owe to the latents."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from storm_vlm.evaluation.records import Record, Reliance
 
 _RECORD, _RELIANCE = TypeAdapter(Record), TypeAdapter(Reliance)
 RELIANCE = "reliance.json"
+log = logging.getLogger(__name__)
 #: Of an endpoint's answers (`Reply.fault`), and what to do about it.
 FAULTS = {
     "cut_off": "they ended at the bound on tokens, which a reasoning model may spend on thinking: raise "
@@ -62,6 +64,14 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Raises RunError for a torn or malformed line and for an id that comes twice, OSError for a missing file."""
     folder = Path(folder)
+    provenance = read_provenance(folder)
+    if not any(folder.glob("answers-*.jsonl")):
+        raise AccessError(f"{folder} holds no answers-*.jsonl: run the evaluation first")
+    return Run(folder, provenance, tuple(read_records(folder)), read_reliance(folder))
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """A folder's `run.json`. Raises RunError for a torn or malformed one, OSError for a missing one."""
     file = folder / "run.json"
     try:
         provenance = json.loads(file.read_bytes())
@@ -69,22 +79,24 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"{file}: not JSON: {error}") from error
     if not isinstance(provenance, dict) or "benchmark" not in provenance:
         raise RunError(f"{file}: benchmark: missing")
-    if not any(folder.glob("answers-*.jsonl")):
-        raise AccessError(f"{folder} holds no answers-*.jsonl: run the evaluation first")
-    return Run(folder, provenance, tuple(read_records(folder)), read_reliance(folder))
+    return provenance
 
 
-def read_reliance(folder: Path) -> Reliance | None:
-    """A folder's latent reliance, None where it was not measured. Raises RunError for another kind of file."""
+def read_reliance(folder: Path, about: Mapping[str, Any] | None = None) -> Reliance | None:
+    """A folder's latent reliance, None where it was not measured. Raises RunError for another kind of file.
+
+    `about`: what it was measured on; None for another's, too.
+    """
     file = folder / RELIANCE
     if not file.exists():
         return None
     try:
-        return _RELIANCE.validate_json(file.read_bytes())
+        reliance, made = _RELIANCE.validate_json(file.read_bytes()), json.loads(file.read_bytes())
     except ValidationError as error:
         raise RunError(
             f"{file}: not what storm evaluate writes: remove it, and it is made again"
         ) from error
+    return None if about and any(made.get(key) != about[key] for key in about) else reliance
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -116,11 +128,19 @@ def read_record(line: bytes, place: str) -> Record:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Run]:
-    """The runs in these folders, at any depth. Raises FileNotFoundError for a folder without one."""
+    """The runs in these folders, at any depth; those without an answer are left out, and named.
+
+    Raises FileNotFoundError for a folder without one that has answers.
+    """
     runs: list[Run] = []
     for path in paths:
         folders = sorted(file.parent for file in Path(path).rglob("run.json"))
         if not folders:
             raise AccessError(f"{path} holds no run.json: name the folder of a run")
-        runs += [read_run(folder) for folder in folders]
+        answered = [f for f in folders if any(a.stat().st_size for a in f.glob("answers-*.jsonl"))]
+        if not answered:
+            raise RunError(f"{folders[0]} holds no answers yet: evaluate with this --out again")
+        for folder in sorted(set(folders) - set(answered)):
+            log.warning("%s holds no answers yet: left out", folder)
+        runs += [read_run(folder) for folder in answered]
     return runs

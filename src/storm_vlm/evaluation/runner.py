@@ -7,6 +7,7 @@ one `Record` a line, written batch by batch. Rows that could not be asked are as
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Set
@@ -20,12 +21,21 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from storm_vlm.data.atomic_write import write_json, write_text
+from storm_vlm.data.identity import clip_identity
+from storm_vlm.data.output import exclusive
 from storm_vlm.evaluation.question_set import QuestionSet, answer_rows
-from storm_vlm.evaluation.run_folder import Run, RunError, read_record, read_records
+from storm_vlm.evaluation.run_folder import (
+    Run,
+    RunError,
+    read_provenance,
+    read_record,
+    read_records,
+)
 from storm_vlm.evaluation.summary import summarize
 from storm_vlm.inference.reasoners import Reasoner
 from storm_vlm.versions import commit, versions
 
+log = logging.getLogger(__name__)
 PATIENCE = timedelta(days=7)  # of a process that is done, for those that are not
 
 
@@ -38,12 +48,30 @@ def run(
 ) -> Run:
     """All rows, shared between the processes that Accelerate started; the records are in the rows' order.
 
-    `settings`: all else that decides the answers. Raises RunError if the folder holds a run with other settings.
+    `settings`: all else that decides the answers.
+
+    Raises:
+        RunError: the folder holds answers to other questions, of other settings, or about other clips; or some were
+            lost on the way.
+        OutputError: another process is at work on it.
     """
+    with exclusive(folder):
+        return _run(folder, reasoner, questions, settings, batch_size)
+
+
+def _run(
+    folder: Path,
+    reasoner: Reasoner,
+    questions: QuestionSet,
+    settings: dict[str, Any],
+    batch_size: int,
+) -> Run:
     state, began = distributed(), time.perf_counter()
     description = _begin(folder, reasoner, questions, settings, batch_size, state)
     state.wait_for_everyone()  # the folder is in order
     done = {record.id for record in read_records(folder)}
+    if done and state.is_main_process:
+        log.info("%s: %d of %d answers were there already", folder, len(done), len(questions.rows))
     state.wait_for_everyone()  # all know what is left
     left = [row for row in questions.rows if row.id not in done][
         state.process_index :: state.num_processes
@@ -57,6 +85,11 @@ def run(
     state.wait_for_everyone()
     place = {row.id: number for number, row in enumerate(questions.rows)}
     records = sorted(read_records(folder), key=lambda record: place[record.id])
+    if len(records) < len(questions.rows):
+        raise RunError(
+            f"{folder} holds {len(records)} of {len(questions.rows)} answers, though all were written: see what else "
+            "changes its files, and run again"
+        )
     finished = Run(folder, description, tuple(records))
     if state.is_main_process:
         description |= {
@@ -92,14 +125,6 @@ def _begin(
         **reasoner.settings,
     }
     settings = json.loads(json.dumps(settings))  # as it will be read again
-    known = folder / "run.json"
-    if known.exists():
-        theirs = json.loads(known.read_text())
-        if changed := sorted(key for key in settings if settings[key] != theirs.get(key)):
-            raise RunError(
-                f"{folder} holds a run with other settings ({', '.join(changed)}): choose another --out, or remove "
-                "that one"
-            )
     first = next(row for row in questions.rows if row.id not in questions.faults)
     description = {
         **settings,
@@ -113,11 +138,37 @@ def _begin(
         "commit": commit(),
     }
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        if _answered(folder):
+            _check_same(folder, settings)
         for file in folder.glob("answers-*.jsonl"):
             _mend(file, {row.id for row in questions.rows})
-        write_json(known, description)
+        _check_clips(folder, questions)
+        write_json(folder / "run.json", description)
     return description
+
+
+def _answered(folder: Path) -> bool:
+    """Whether a row was answered: a first start that failed does not make the folder its own."""
+    return any(b'"error": null' in file.read_bytes() for file in folder.glob("answers-*.jsonl"))
+
+
+def _check_same(folder: Path, settings: dict[str, Any]) -> None:
+    theirs = read_provenance(folder)
+    if changed := sorted(key for key in settings if settings[key] != theirs.get(key)):
+        raise RunError(
+            f"{folder} holds answers of other {', '.join(changed)}: remove it, or choose another --out"
+        )
+
+
+def _check_clips(folder: Path, questions: QuestionSet) -> None:
+    """A clip that is gone since its row was answered is no other clip."""
+    videos = {row.id: row.video for row in questions.rows}
+    for record in read_records(folder):
+        if record.clip and clip_identity(videos[record.id]) not in (None, record.clip):
+            raise RunError(
+                f"{folder} holds answers about other clips ({videos[record.id]} has changed since): remove it, or "
+                "choose another --out"
+            )
 
 
 def _mend(file: Path, ids: Set[str]) -> None:
@@ -129,7 +180,7 @@ def _mend(file: Path, ids: Set[str]) -> None:
     lines = {number: line.strip(b"\0") for number, line in enumerate(whole, start=1)}
     records = {n: read_record(line, f"{file}:{n}") for n, line in lines.items() if line.strip()}
     for number, record in records.items():
-        if record.id not in ids:
+        if record.error is None and record.id not in ids:
             raise RunError(f"{file}:{number}: {record.id!r} is no row of this run: remove the line")
     kept = [lines[number] + b"\n" for number, record in records.items() if record.error is None]
     write_text(file, b"".join(kept).decode())

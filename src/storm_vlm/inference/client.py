@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from storm_vlm.data.thread_pool import proceed
 from storm_vlm.errors import AccessError, InputError, StormError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class Endpoint:
     @cached_property
     def _client(self) -> OpenAI:
         try:
-            from openai import OpenAI
+            from openai import DefaultHttpxClient, OpenAI
         except ImportError as error:
             raise StormError(
                 "an endpoint needs the openai client: pip install 'storm-vlm[api]'"
@@ -180,4 +181,5 @@ class Endpoint:
             base_url=self._url,
             max_retries=self._retries,
             timeout=self._timeout,
+            http_client=DefaultHttpxClient(event_hooks={"request": [lambda _: proceed()]}),
         )

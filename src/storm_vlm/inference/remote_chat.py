@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from storm_vlm.data.jpeg import jpeg_uri
 from storm_vlm.data.store import key_of
+from storm_vlm.data.thread_pool import thread_pool
 from storm_vlm.errors import StormError
 from storm_vlm.inference.chat import Completion, Turn
 from storm_vlm.inference.client import (
@@ -62,7 +62,7 @@ class RemoteChat:
             for chat in chats
         ]
         keys = [key_of(**body) for body in bodies]
-        with ThreadPoolExecutor(len(chats)) as pool:
+        with thread_pool(len(chats)) as pool:
             outcomes = list(pool.map(self._ask, keys, bodies))
         errors = [outcome for outcome in outcomes if isinstance(outcome, StormError)]
         if not errors:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from storm_vlm.data.atomic_write import write_json, write_text
+from storm_vlm.data.output import exclusive
 from storm_vlm.errors import StormError
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.micro_config import micro_config
@@ -58,7 +57,7 @@ def quickstart(folder: Path, console: Console, size: QuickstartSize | None = Non
     """
     size, began = size or QuickstartSize(), time.perf_counter()
     console.print(f"Quickstart in {folder}. Interrupt it and call it again as you like.")
-    with sigterm_as_interrupt():
+    with exclusive(folder):
         train, test = (
             build_world(folder / "data", "reasoning", split, count)  # type: ignore[arg-type]
             for split, count in (("train", size.train_rows), ("test", size.test_rows))
@@ -192,13 +191,3 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """A SIGTERM ends this process as Ctrl-C does: with what it started."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

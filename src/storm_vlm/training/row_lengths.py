@@ -6,7 +6,6 @@ A row's length is mostly its video's share, which follows from what a file's hea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from storm_vlm.data.row import Row
+from storm_vlm.data.thread_pool import thread_pool
 from storm_vlm.data.video import video_shape
 from storm_vlm.training.planning import PlanRequest, video_grid
 
@@ -22,7 +22,7 @@ from storm_vlm.training.planning import PlanRequest, video_grid
 def row_lengths(rows: Sequence[Row], processor: Any, num_frames: int) -> list[int]:
     """Tokens of each row's prompt, but for the template's. Raises VideoError for a file that cannot be opened."""
     videos = list(dict.fromkeys(row.video for row in rows))
-    with ThreadPoolExecutor() as pool:
+    with thread_pool() as pool:
         shapes = list(
             tqdm(pool.map(video_shape, videos), "video headers", len(videos), leave=False)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -18,7 +19,10 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.data.check import check_video, check_videos, row_faults, told
 from storm_vlm.data.collator import StormCollator, VideoInputs
+from storm_vlm.data.identity import checkpoint_identity, rows_identity
+from storm_vlm.data.output import exclusive
 from storm_vlm.data.row import Row, RowError, read_rows
+from storm_vlm.data.store import Store
 from storm_vlm.model.adapters import token_rows
 from storm_vlm.model.attention import SDPA_IN_PARTS
 from storm_vlm.model.backbones import unwrap
@@ -35,6 +39,7 @@ from storm_vlm.training.targets import alignment_targets
 from storm_vlm.training.trainer import RowDataset, StormTrainer
 from storm_vlm.versions import versions
 
+INPUTS = "inputs.json"  # beside a run: what model and data were, by content
 # The decoder's projections; the vision tower has layers of the same names.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # Fields of TrainingArguments that would be ignored, or fail.
@@ -57,17 +62,27 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
     for reading `config.data` (whose `train` split is used).
 
     Raises:
-        ConfigError: no training rows, arguments that transformers refuses, or a folder that holds another run.
+        ConfigError: no training rows, arguments that transformers refuses, or a folder that holds another run, or
+            another model.
+        OutputError: another process is at work on the folder.
         DivergedError: the loss, or a weight, is no longer a number.
         SaveError: the disk is full; the last whole checkpoint is kept.
         RowError, VideoError: bad data; names the rows, or the file.
     """
+    with exclusive(Path(config.output_dir)):
+        return _train(config, read_rows(config.data) if rows is None else rows)
+
+
+def _train(config: TrainConfig, rows: list[Row]) -> Path:
     arguments = training_arguments(config)
     output = Path(config.output_dir)
-    if _finished(config, output):
+    _refuse_other_model(output, config.model)
+    model_identity = checkpoint_identity(config.model, Store(output))
+    inputs = {"rows": rows_identity(rows), "model": model_identity}
+    if _finished(config, output, inputs):
         logger.info("%s holds this run, finished: remove it to train again", output)
         return output
-    rows = sound_rows(config, rows if rows is not None else read_rows(config.data))
+    rows = sound_rows(config, rows)
     validation = [row for row in rows if row.split == "validation"]
     rows = [row for row in rows if row.split == "train"]
     if not rows:
@@ -84,7 +99,7 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
     set_seed(arguments.seed)  # adapters begin at random
     model, processor = load_model(config)
     trainer = build_trainer(config, arguments, model, processor, rows, validation)
-    resumed = _begin(config, output, trainer.args.should_save)
+    resumed = _begin(config, output, inputs, trainer.args.should_save)
     _check_room(trainer, output)
     trainer.train(resume_from_checkpoint=resumed)
     _save(trainer, processor)
@@ -242,21 +257,42 @@ def add_adapters(model: Any, settings: dict[str, Any]) -> Any:
         raise ConfigError(f"lora: {error}") from error
 
 
-def _finished(config: TrainConfig, output: Path) -> bool:
+def _refuse_other_model(output: Path, model: str) -> None:
+    """Raises ConfigError where saving would overwrite a model that is no run of ours."""
+    ours = (output / "train_config.yaml").exists()
+    model_files = list(output.glob("*.safetensors")) + list(output.glob("*.bin"))
+    base = Path(model).expanduser()
+    if (base.is_dir() and base.samefile(output)) or (model_files and not ours):
+        raise ConfigError(
+            f"{output} holds a model, which would be overwritten: choose another output_dir"
+        )
+
+
+def _finished(config: TrainConfig, output: Path, inputs: dict[str, str]) -> bool:
     """Whether the folder holds this run, with the last file that it writes.
 
+    A run that has not come to its first checkpoint does not make the folder its own.
+
     Raises:
-        ConfigError: the folder holds a run with other settings.
+        ConfigError: the folder holds a run with other settings, another model, or other rows.
     """
-    known = output / "train_config.yaml"
-    if known.exists():
+    known, finished = output / "train_config.yaml", (output / "versions.json").exists()
+    if known.exists() and (finished or last_whole_checkpoint(output)):
         theirs, wanted = yaml.safe_load(known.read_text()), config.model_dump(mode="json")
         if changed := _changes({key: theirs.get(key) for key in wanted}, wanted):
             raise ConfigError(
                 f"{output} holds a run with other settings ({', '.join(changed)}): choose another output_dir, or "
                 "remove that one"
             )
-    return (output / "versions.json").exists()
+        made_from = output / INPUTS
+        read = json.loads(made_from.read_text()) if made_from.exists() else inputs
+        for name, file in (("model", config.model), ("rows", config.data)):
+            if read[name] != inputs[name]:
+                raise ConfigError(
+                    f"{output} holds a run from what {file} was before it changed: choose another output_dir, or "
+                    "remove that one"
+                )
+    return finished
 
 
 def _changes(theirs: Any, wanted: Any, name: str = "") -> list[str]:
@@ -281,10 +317,11 @@ def _check_room(trainer: StormTrainer, output: Path) -> None:
         )
 
 
-def _begin(config: TrainConfig, output: Path, writes: bool) -> str | None:
+def _begin(config: TrainConfig, output: Path, inputs: dict[str, str], writes: bool) -> str | None:
     """The checkpoint to go on from; from now on, the folder belongs to this config."""
     if writes:
         write_text(output / "train_config.yaml", yaml.safe_dump(config.model_dump(mode="json")))
+        write_json(output / INPUTS, inputs)
         set_torn_aside(output)
     whole = last_whole_checkpoint(output)
     return None if whole is None else str(whole)

@@ -107,16 +107,28 @@ def reproduce(
     return evidence
 
 
+RESULTS = ("*.json.gz", "*-*/*/checkpoint-*", "*-*/*/versions.json", "latency.json")
+
+
 def _belongs(folder: Path, plan: Plan) -> None:
-    """Runs of different settings do not go together: a folder is one plan's; only seeds may be added."""
+    """Runs of different settings do not go together: a folder is one plan's once a run has come to something.
+
+    Only seeds may be added.
+    """
     file = folder / "plan.json"
     wanted = {key: value for key, value in asdict(plan).items() if key != "seeds"}
     if not file.exists():
         write_json(file, wanted)
-    elif (known := json.loads(file.read_text())) != wanted:
+        return
+    try:
+        known = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({error}): remove it") from error
+    if known != wanted and any(path for pattern in RESULTS for path in folder.glob(pattern)):
         raise InputError(
             f"{folder} holds runs of other settings ({known}), not of {plan}: choose another folder"
         )
+    write_json(file, wanted)
 
 
 def _cost(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Literal
 
 from tqdm.auto import tqdm
 
+from storm_vlm.data.output import exclusive
 from storm_vlm.data.row import Row, Split, ThoughtVideo, write_rows
+from storm_vlm.data.thread_pool import thread_pool
 from storm_vlm.data.video import write_video
 from storm_vlm.errors import InputError
 from storm_vlm.lab.world.questions import (
@@ -69,8 +70,8 @@ def build_world(
     (folder / "thoughts").mkdir(exist_ok=True)
     drawn = f"{kind}-{split}-{seed}" + (f"-x{questions}" if questions > 1 else "")
     names = (f"{drawn}-{i:05d}" for i in range(count))
-    pool = ThreadPoolExecutor()  # encoding leaves Python's lock alone
-    try:
+    path = folder / f"{drawn}{'-continued' if continued else ''}.jsonl"
+    with exclusive(folder, path.stem), thread_pool() as pool:  # encoding leaves Python's lock alone
         written = pool.map(
             lambda name, scene: _write_scene(folder, name, split, count, continued, *scene),
             names,
@@ -78,10 +79,7 @@ def build_world(
         )
         progress = tqdm(written, f"{split} clips", total=count, leave=False)
         rows = [row for scene_rows in progress for row in scene_rows]
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what is queued
-    path = folder / f"{drawn}{'-continued' if continued else ''}.jsonl"
-    write_rows(path, rows)
+        write_rows(path, rows)
     return path
 
 
