@@ -146,7 +146,9 @@ def run_side_by_side(systems: Mapping[str, Sequence[Task]], folder: Path, consol
                     state = next(states, None)
                     if state is None:
                         del ongoing[name]
-                        progress.update(bars[name], description=f"{name}: done", left="")
+                        progress.update(
+                            bars[name], description=f"{name}: done", completed=1, total=1, left=""
+                        )
                     else:
                         what, done, total, left = state
                         progress.update(
