@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tiny_model import BUDGET, labels_for, left_pad, prompts, tiny_model
 
-from storm_vlm.lab.bench.training import bench_train, naive_rollout, random_batch, shape_config
+from storm_vlm.lab.bench.training_step import bench_train, naive_rollout, random_batch, shape_config
 from storm_vlm.model.rollout import rollout
 
 

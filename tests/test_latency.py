@@ -15,7 +15,7 @@ from storm_vlm.lab.bench.latency import (
     measure,
     random_pipeline,
 )
-from storm_vlm.lab.bench.training import shape_config
+from storm_vlm.lab.bench.training_step import shape_config
 
 LENGTHS = Lengths(answer=2, cot=6, grounded_cot=8, tool_rounds=1, tool_tokens=90)
 

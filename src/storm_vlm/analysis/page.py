@@ -55,16 +55,13 @@ def write_page(
     path: Path, about: dict[str, Any], analysis: Analysis, cards: Sequence[Card]
 ) -> None:
     """Write the page of an analysis."""
-    write_text(path, render("analysis.html", about=about, **shown(analysis, cards)))
+    write_text(path, render("analysis.html", about=about, **template_values(analysis, cards)))
 
 
-def shown(analysis: Analysis, cards: Sequence[Card]) -> dict[str, Any]:
+def template_values(analysis: Analysis, cards: Sequence[Card]) -> dict[str, Any]:
     """What `_analysis.html` needs, on whichever page it is."""
-    parts = vars(analysis)
-    drawn = figures.draw(
-        *(parts[name] for name in ("reliance", "slots", "embeddings", "retrieval"))
-    )
-    return {**parts, "figures": drawn, "examples": cards}
+    drawn = figures.draw(analysis.reliance, analysis.slots, analysis.embeddings, analysis.retrieval)
+    return {**vars(analysis), "figures": drawn, "examples": cards}
 
 
 def card(
@@ -108,14 +105,14 @@ def _maps(maps: Tensor, frames: np.ndarray) -> tuple[Tensor, list[int]]:
     """For each slot, the frame with the token that points its way most, in grey, with its map in orange."""
     grids = maps.flatten(2).amax(2).argmax(1).tolist()
     per_grid = max(1, len(frames) // maps.shape[1])
-    shown = [min(len(frames) - 1, grid * per_grid + per_grid - 1) for grid in grids]
-    grey = _pictures(_pixels(frames[shown])).mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.7
+    places = [min(len(frames) - 1, grid * per_grid + per_grid - 1) for grid in grids]
+    grey = _pictures(_pixels(frames[places])).mean(1, keepdim=True).expand(-1, 3, -1, -1) * 0.7
     heat = torch.stack([maps[slot, grid] for slot, grid in enumerate(grids)])[:, None]
     low, high = heat.amin((2, 3), keepdim=True), heat.amax((2, 3), keepdim=True)
     heat = F.interpolate((heat - low) / (high - low).clamp_min(1e-6), (PICTURE, PICTURE))
     orange = torch.tensor([1.0, 0.45, 0.05])[:, None, None]
     opacity = 0.85 * heat.square()
-    return grey * (1 - opacity) + orange * opacity, [index + 1 for index in shown]
+    return grey * (1 - opacity) + orange * opacity, [index + 1 for index in places]
 
 
 def _strip(pictures: Tensor) -> str:

@@ -42,7 +42,7 @@ def train(
         rounds: Steps of each kind.
         checkpointing: Compute activations again for backward.
     """
-    from storm_vlm.lab.bench.training import bench_train
+    from storm_vlm.lab.bench.training_step import bench_train
 
     show_json(
         bench_train(shape, prefix, latent_budget, batches, rounds, checkpointing, device, results)

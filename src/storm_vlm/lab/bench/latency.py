@@ -41,7 +41,14 @@ from storm_vlm.inference.reasoners.single_turn import (
 )
 from storm_vlm.inference.reasoners.tool_loop import ToolLoop
 from storm_vlm.inference.reply import Reply
-from storm_vlm.lab.bench.training import Shape, machine, random_model, ratio, shape_config, spread
+from storm_vlm.lab.bench.training_step import (
+    Shape,
+    machine,
+    random_model,
+    ratio,
+    shape_config,
+    spread,
+)
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.analysis.analyze import PARTS
-from storm_vlm.analysis.page import Analysis, Card, shown
+from storm_vlm.analysis.page import Analysis, Card, template_values
 from storm_vlm.analysis.reliance import KINDS
 from storm_vlm.charts import svg
 from storm_vlm.data.atomic_write import write_text
@@ -107,7 +107,7 @@ def write_page(path: Path, evidence: dict[str, Any], cards: Sequence[Card]) -> N
     page = render(
         "reproduce.html",
         evidence=evidence,
-        **shown(Analysis(**{name: evidence[name] for name in PARTS}), cards),
+        **template_values(Analysis(**{name: evidence[name] for name in PARTS}), cards),
         reading=_reading(evidence),
         rehearsal=REHEARSAL if evidence["rehearsal"] else "",
         about_analysis=ANALYSED.format(**evidence),
