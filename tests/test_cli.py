@@ -238,3 +238,23 @@ def test_rows_are_looked_at_before_the_model_is_loaded(verb: str, tmp_path: Path
         result = run_storm(verb, "no/checkpoint/here", tmp_path / rows, "--out", tmp_path / "out")
         assert result.exit_code == 1 and message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("training.max_steps=abc", "training.max_steps=", "training.max_steps=[1"),
+        *("training.gradient_accumulation_steps=0", "training.per_device_train_batch_size=-1"),
+        *("training.num_train_epochs=abc", "training.logging_steps=abc", "training.bf16=abc"),
+        *("training.warmup_steps=abc", "training.learning_rate=abc", "training.seed=abc"),
+        *("training.eval_strategy=later", "model.foo=1"),
+        "training.report_to=comet_ml",
+    ],
+)
+def test_a_training_value_of_the_wrong_kind_is_one_line(
+    override: str, reasoning_file: Path, tmp_path: Path
+) -> None:
+    arguments = [f"model={shipped('storm')}", f"data={reasoning_file}", f"output_dir={tmp_path}/o"]
+    result = run_storm("train", "sft", *arguments, override)
+    assert result.exit_code == 1 and re.fullmatch(r"storm: .*\n", result.stderr), result.stderr
+    assert override.partition("=")[0].rpartition(".")[2] in result.stderr or "later" in override

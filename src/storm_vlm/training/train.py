@@ -7,13 +7,17 @@ import logging
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
-from transformers.integrations.integration_utils import is_tensorboard_available
+from transformers.integrations.integration_utils import (
+    get_reporting_integration_callbacks,
+    is_tensorboard_available,
+)
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from storm_vlm.data.atomic_write import write_json, write_text
@@ -42,6 +46,14 @@ from storm_vlm.versions import versions
 INPUTS = "inputs.json"  # beside a run: what model and data were, by content
 # The decoder's projections; the vision tower has layers of the same names.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+ARBITRARY = ConfigDict(arbitrary_types_allowed=True)
+#: Fields of TrainingArguments that count something.
+COUNTS = {
+    "max_steps",  # -1: as many as the epochs have
+    "gradient_accumulation_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+}
 # Fields of TrainingArguments that would be ignored, or fail.
 REFUSED = {
     "resume_from_checkpoint": "a run goes on by itself, from the last whole checkpoint of its own output_dir; to "
@@ -362,11 +374,11 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "report_to": "tensorboard" if is_tensorboard_available() else "none",
         "logging_steps": 10,
         "dataloader_pin_memory": torch.accelerator.is_available(),
-        **config.training,
+        **_typed(config.training),
     }
     try:
         checked = TrainingArguments(**arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"training: {error}") from error
     if math.isnan(checked.learning_rate):
         raise ConfigError("training.learning_rate is not a number")
@@ -376,7 +388,27 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         )
     if "tensorboard" in (checked.report_to or ()) and not is_tensorboard_available():
         raise ConfigError("training.report_to: pip install tensorboard, or choose another")
+    try:
+        for callback in get_reporting_integration_callbacks(checked.report_to):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as error:  # unknown, or its package is missing
+        raise ConfigError(f"training.report_to: {error}") from error
     for name, reason in REFUSED.items():
         if getattr(checked, name) != TrainingArguments.__dataclass_fields__[name].default:
             raise ConfigError(f"training.{name}: {reason}")
     return checked
+
+
+def _typed(training: dict[str, Any]) -> dict[str, Any]:
+    """Values of the types that TrainingArguments declares and does not check. Raises ConfigError."""
+    values, hints = dict(training), get_type_hints(TrainingArguments)
+    for name in values.keys() & hints.keys():
+        try:
+            values[name] = TypeAdapter(hints[name], config=ARBITRARY).validate_python(values[name])
+        except ValidationError as error:
+            problem = f"{values[name]!r}: {error.errors()[0]['msg']}"
+            raise ConfigError(f"training.{name}: {problem}") from error
+    for name in COUNTS & values.keys():
+        if values[name] < 1 and (name, values[name]) != ("max_steps", -1):
+            raise ConfigError(f"training.{name}: {values[name]} is less than 1")
+    return values
