@@ -1,4 +1,5 @@
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 from tiny_model import VIDEO, left_pad, prompt, prompts, tiny_model, tiny_stock_model
 
-from storm_vlm.model.positions import rope_index
+from storm_vlm.model.positions import TrainedPositions
 
 MERGE, TOKENS_PER_SECOND = 2, 2
 
@@ -40,20 +41,26 @@ def types_of(blocks: list[tuple[str, Any]]) -> list[int]:
     return out
 
 
+def rule() -> TrainedPositions:
+    vision = {"spatial_merge_size": MERGE, "tokens_per_second": TOKENS_PER_SECOND}
+    positions = TrainedPositions()
+    positions.config = SimpleNamespace(vision_config=SimpleNamespace(**vision))
+    return positions
+
+
 def ours(rows: list[list[tuple[str, Any]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Left-padded batch of rows through the code under test: positions, deltas, mask."""
     types = [types_of(row) for row in rows]
     length = max(map(len, types))
     mask = torch.tensor([[0] * (length - len(t)) + [1] * len(t) for t in types])
     blocks = [block for row in rows for block in row]
-    positions, deltas = rope_index(
+    positions, deltas = rule().get_rope_index(
+        mask,  # whatever the ids
         torch.tensor([[0] * (length - len(t)) + t for t in types]),
+        torch.tensor([block[0] for kind, block in blocks if kind == "image"]),
+        torch.tensor([block[0] for kind, block in blocks if kind == "video"]),
+        [block[1] for kind, block in blocks if kind == "video"],
         mask,
-        image_grids=[list(block[0]) for kind, block in blocks if kind == "image"],
-        video_grids=[list(block[0]) for kind, block in blocks if kind == "video"],
-        seconds_per_grid=[block[1] for kind, block in blocks if kind == "video"],
-        merge_size=MERGE,
-        tokens_per_second=TOKENS_PER_SECOND,
     )
     return positions, deltas, mask
 
@@ -117,14 +124,10 @@ def test_without_a_clock_a_grid_lasts_a_second() -> None:
 
 def test_grids_that_do_not_fit_the_tokens_are_named() -> None:
     with pytest.raises(ValueError, match="video_grid_thw"):
-        rope_index(
+        rule().get_rope_index(
+            torch.zeros(1, 4, dtype=torch.long),
             torch.tensor([[0, 2, 2, 2]]),
-            None,
-            image_grids=[],
-            video_grids=[[1, 4, 4]],
-            seconds_per_grid=[1.0],
-            merge_size=MERGE,
-            tokens_per_second=TOKENS_PER_SECOND,
+            video_grid_thw=torch.tensor([[1, 4, 4]]),
         )
 
 

@@ -14,7 +14,8 @@ in some grid, and float32 is the nearer one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ TEXT, IMAGE, VIDEO = 0, 1, 2
 
 
 class TrainedPositions:
-    """Mixed into the stock ``Qwen2_5_VLModel``: forward and generate both follow `rope_index`."""
+    """Mixed into the stock ``Qwen2_5_VLModel``, whose forward and generate then follow the rule."""
 
     config: Any
 
@@ -38,98 +39,60 @@ class TrainedPositions:
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Positions (3, B, T) and deltas (B, 1); see `rope_index`."""
-        if mm_token_type_ids is None:
-            mm_token_type_ids = torch.zeros_like(input_ids)
+        """Positions of a batch that may be padded on either side.
+
+        Args:
+            input_ids: (B, T).
+            mm_token_type_ids: (B, T), 0 text, 1 image, 2 video; None: all text.
+            image_grid_thw, video_grid_thw: (n, 3) time, height, width in patches, in order over the whole batch.
+            second_per_grid_ts: seconds between the temporal grids of each video; None: 1.0 each.
+            attention_mask: (B, T), 0 where padded; None means no padding.
+
+        Returns:
+            positions (3, B, T), 0 where padded, and deltas (B, 1): next position minus the row's unpadded length.
+
+        Raises:
+            ValueError: the grids do not account for the image and video tokens.
+        """
+        types = torch.zeros_like(input_ids) if mm_token_type_ids is None else mm_token_type_ids
+        types = types.cpu()  # one transfer: what follows are a few small tensors a row
+        keep = types >= 0 if attention_mask is None else attention_mask.cpu() != 0
+        seconds = chain([] if second_per_grid_ts is None else second_per_grid_ts, repeat(1.0))
+        blocks = {
+            IMAGE: (self._block(grid, 0.0) for grid in _rows(image_grid_thw)),
+            VIDEO: map(self._block, _rows(video_grid_thw), seconds),
+        }
+        positions = torch.zeros(3, *types.shape, dtype=torch.long)
+        deltas = torch.zeros(len(types), 1, dtype=torch.long)
+        for row, kept in enumerate(keep):
+            kinds, lengths = torch.unique_consecutive(types[row][kept], return_counts=True)
+            placed, start = [torch.zeros(3, 0, dtype=torch.long)], 0
+            for kind, length in zip(kinds.tolist(), lengths.tolist(), strict=True):
+                while length > 0:  # a run may hold several videos that no text separates
+                    text = torch.arange(length).expand(3, -1)
+                    block = text if kind == TEXT else next(blocks[kind], None)
+                    if block is None:
+                        break
+                    placed.append(block + start)
+                    start = int(placed[-1].max()) + 1
+                    length -= block.shape[1]
+                if length != 0:
+                    name = "image" if kind == IMAGE else "video"
+                    raise ValueError(
+                        f"{name} tokens and {name}_grid_thw disagree by {length} tokens: rebuild the inputs"
+                    )
+            positions[:, row, kept] = torch.cat(placed, 1)
+            deltas[row] = start - int(kept.sum())
+        return positions.to(input_ids.device), deltas.to(input_ids.device)
+
+    def _block(self, grid: list[int], seconds: float) -> Tensor:
+        """Positions (3, n) of an image or a video, counted from 0."""
         vision = self.config.vision_config
-        return rope_index(
-            mm_token_type_ids,
-            attention_mask,
-            image_grids=_rows(image_grid_thw),
-            video_grids=_rows(video_grid_thw),
-            seconds_per_grid=_rows(second_per_grid_ts),
-            merge_size=vision.spatial_merge_size,
-            tokens_per_second=vision.tokens_per_second,
-        )
-
-
-def rope_index(
-    token_types: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    image_grids: list[list[int]],
-    video_grids: list[list[int]],
-    seconds_per_grid: list[float],
-    merge_size: int,
-    tokens_per_second: float,
-) -> tuple[Tensor, Tensor]:
-    """Positions of a batch that may be padded on either side.
-
-    Args:
-        token_types: (B, T), 0 text, 1 image, 2 video.
-        attention_mask: (B, T), 0 where padded; None means no padding.
-        image_grids, video_grids: [time, height, width] in patches, in order of appearance over the whole batch.
-        seconds_per_grid: seconds between the temporal grids of each video; none at all: 1.0 each.
-        merge_size: patches per token along height and along width.
-        tokens_per_second: temporal positions per second.
-
-    Returns:
-        positions (3, B, T), 0 where padded, and deltas (B, 1): next position minus the row's unpadded length.
-
-    Raises:
-        LatentError: the grids do not account for the image and video tokens of ``token_types``.
-    """
-    device = token_types.device
-    types = token_types.cpu()  # one transfer: what follows are a few small tensors a row
-    keep = torch.ones_like(types) if attention_mask is None else attention_mask.cpu()
-    keep = keep != 0
-    seconds = iter(seconds_per_grid)
-    grids = {
-        IMAGE: iter([(grid, 0.0) for grid in image_grids]),
-        VIDEO: iter([(grid, next(seconds, 1.0)) for grid in video_grids]),
-    }
-    positions = torch.zeros(3, *types.shape, dtype=torch.long)
-    deltas = torch.zeros(types.shape[0], 1, dtype=torch.long)
-    for row in range(types.shape[0]):
-        kinds, lengths = torch.unique_consecutive(types[row][keep[row]], return_counts=True)
-        blocks, start = [], 0
-        for kind, length in zip(kinds.tolist(), lengths.tolist(), strict=True):
-            for block in _blocks(kind, length, grids, merge_size, tokens_per_second):
-                blocks.append(block + start)
-                start = int(blocks[-1].max()) + 1
-        if blocks:
-            positions[:, row, keep[row]] = torch.cat(blocks, dim=1)
-        deltas[row] = start - int(keep[row].sum())
-    return positions.to(device), deltas.to(device)
-
-
-def _blocks(
-    kind: int,
-    length: int,
-    grids: dict[int, Iterator[tuple[list[int], float]]],
-    merge_size: int,
-    tokens_per_second: float,
-) -> Iterator[Tensor]:
-    """Blocks (3, n), each counted from 0, of a run of ``length`` tokens of one kind."""
-    if kind == TEXT:
-        yield torch.arange(length).expand(3, -1)
-        return
-    while length > 0:  # a run may hold several videos that no text separates
-        grid, seconds = next(grids[kind], (None, 0.0))
-        if grid is None:
-            break
         # in float32, see above
-        time = torch.arange(grid[0]) * torch.tensor(float(seconds)) * tokens_per_second
-        sides = (torch.arange(side // merge_size) for side in grid[1:])
-        block = torch.stack(torch.meshgrid(time.long(), *sides, indexing="ij")).flatten(1)
-        length -= block.shape[1]
-        yield block
-    if length != 0:
-        name = "image" if kind == IMAGE else "video"
-        raise ValueError(
-            f"{name} tokens and {name}_grid_thw disagree by {length} tokens: rebuild the inputs"
-        )
+        time = torch.arange(grid[0]) * torch.tensor(float(seconds)) * vision.tokens_per_second
+        sides = (torch.arange(side // vision.spatial_merge_size) for side in grid[1:])
+        return torch.stack(torch.meshgrid(time.long(), *sides, indexing="ij")).flatten(1)
 
 
-def _rows(values: Tensor | Iterable[Any] | None) -> list[Any]:
-    return [] if values is None else values.tolist() if isinstance(values, Tensor) else list(values)
+def _rows(grids: Tensor | None) -> list[list[int]]:
+    return [] if grids is None else grids.tolist()
