@@ -25,6 +25,7 @@ from storm_vlm.data.row import Row, read_rows
 from storm_vlm.model.latent import IGNORE_INDEX
 from storm_vlm.model.rollout import RolloutOutput, rollout
 from storm_vlm.model.tokens import latent_tokens
+from storm_vlm.training.config import Method
 from storm_vlm.training.targets import alignment_targets
 
 
@@ -84,16 +85,16 @@ def train_stage(
     """Train in place, rows in their order; returns the loss of every step."""
     budget = model.config.latent_budget
     model.model.visual.requires_grad_(False)
-    targets: list[Tensor | None] = [None] * len(rows)
+    targets: Any = [None] * len(rows)
     if stage.alignment_weight:
-        targets = alignment_targets(model, processor, rows, budget, "whiten")
+        targets = alignment_targets(model, processor, rows, Method(latent_budget=budget))
     collator = StormCollator(
         processor, num_frames, budget, VideoInputs(processor, num_frames, cache_bytes=2**30)
     )
     loader = DataLoader(
         list(zip(rows, targets, strict=True)),  # type: ignore[arg-type]
         stage.batch_size,
-        collate_fn=lambda items: collator(*zip(*items, strict=True)),
+        collate_fn=collator,
     )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     plain = {name for name in trained if name.endswith("bias") or "norm" in name}

@@ -41,9 +41,11 @@ from storm_vlm.lab.world.clips import build_world, sample_several
 from storm_vlm.lab.world.simulator import REASONING
 from storm_vlm.model.interventions import answers_when_fed, noised, reordered
 from storm_vlm.model.rollout import rollout
+from storm_vlm.training.config import Method
 from storm_vlm.training.targets import alignment_targets
 
 K = 8
+PLAIN = Method(latent_budget=K, target_normalization="none")
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +246,7 @@ def test_text_and_visual_states_are_the_stock_models(storm, rows, states) -> Non
     tokens = storm.model.model.get_video_features(pixels, grid).pooler_output[0]
     frames = tokens.view(3, 16, -1).mean(1)
     torch.testing.assert_close(states.frames[1], frames, atol=1e-4, rtol=0)
-    (target,) = alignment_targets(storm.model, storm.processor, rows[1:2], K, "none")
+    (target,) = alignment_targets(storm.model, storm.processor, rows[1:2], PLAIN)
     torch.testing.assert_close(states.targets[1], target, atol=1e-4, rtol=0)
 
 

@@ -162,12 +162,13 @@ def one_step(
     add_latent_tokens(model, processor, K)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    targets = alignment_targets(model, processor, rows, K, "none")
+    plain = Method(latent_budget=K, target_normalization="none")
+    pairs = list(zip(rows, alignment_targets(model, processor, rows, plain), strict=True))
     arguments = training_arguments(config(Path("unused"), backbone, Path(data), 2))
     method = Method(latent_budget=K, slot_input="rollout")
     trainer = StormTrainer(model=model.train(), method=method, args=arguments)
     collate, size = StormCollator(processor, 6, K), 4 // parts
-    return trainer, [collate(rows[i : i + size], targets[i : i + size]) for i in range(0, 4, size)]
+    return trainer, [collate(pairs[i : i + size]) for i in range(0, 4, size)]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -21,11 +21,8 @@ def test_each_target_is_the_mean_of_its_adaptive_segment(tokens: int, slots: int
     torch.testing.assert_close(pool_targets(x, slots), torch.stack(segments))
 
 
-def test_pooling_is_float32_and_refuses_nonsense() -> None:
+def test_pooling_is_float32() -> None:
     assert pool_targets(torch.ones(6, 2, dtype=torch.bfloat16), 3).dtype == torch.float32
-    for tokens, slots in [(torch.ones(0, 2), 3), (torch.ones(2, 3, 4), 3), (torch.ones(4, 2), 0)]:
-        with pytest.raises(ValueError, match=r"tokens|num_slots"):
-            pool_targets(tokens, slots)
 
 
 def test_whitened_targets_vary_equally_in_every_direction_and_have_length_1() -> None:

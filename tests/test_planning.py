@@ -173,7 +173,8 @@ def test_weights_gradients_and_optimizer_are_exact(changes: dict[str, Any]) -> N
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     assert step.weights == sum(parameter.nbytes for parameter in net.parameters())
     assert step.gradients == sum(gradient.nbytes for gradient in gradients)
-    assert step.optimizer == sum(state.nbytes for state in states)
+    # but for a count of steps a tensor
+    assert step.optimizer == sum(state.nbytes for state in states if state.ndim)
     costs = plan_config(config(), tiny_processor().video_processor, request)
     assert costs.parameters.trainable == sum(parameter.numel() for parameter in trained)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,13 @@ STAGES = {
     "stage2": Method(latent_budget=K, alignment_weight=0),
 }
 
+WHITENED = Method(latent_budget=K)
+PLAIN = Method(latent_budget=K, target_normalization="none")
+
+
+def replace(method: Method, **changes: Any) -> Method:
+    return method.model_copy(update=changes)
+
 
 @pytest.fixture
 def model(backbone: str, processor):
@@ -51,9 +59,9 @@ def model(backbone: str, processor):
 @pytest.fixture
 def batch(model, processor, reasoning_rows: list[Row]) -> dict:
     rows = reasoning_rows[:3]
-    targets = alignment_targets(model, processor, rows, K, "whiten")
+    targets = alignment_targets(model, processor, rows, WHITENED)
     model.train()
-    return StormCollator(processor, 6, K)(rows, targets)
+    return StormCollator(processor, 6, K)(list(zip(rows, targets, strict=True)))
 
 
 def losses(model, method: Method, batch: dict) -> torch.Tensor:
@@ -71,7 +79,7 @@ def test_targets_are_the_pooled_tokens_of_the_vision_tower(
     model, processor, reasoning_rows
 ) -> None:
     rows = reasoning_rows[:3]
-    raw = alignment_targets(model, processor, rows, K, "none")
+    raw = alignment_targets(model, processor, rows, PLAIN)
     for row, target in zip(rows, raw, strict=True):
         video = VideoInputs(processor, 2 * K).get(row.thought_video.path)  # type: ignore[union-attr]
         with torch.no_grad():
@@ -81,7 +89,7 @@ def test_targets_are_the_pooled_tokens_of_the_vision_tower(
         assert torch.allclose(target, pool_targets(tokens, K), atol=1e-5)
         # With two frames a slot and whole grids, slot k is the mean over grid k: step k of the world.
         assert torch.allclose(target, tokens.view(K, -1, tokens.shape[-1]).mean(1), atol=1e-5)
-    white = torch.stack(list(alignment_targets(model, processor, rows, K, "whiten")))  # type: ignore[arg-type]
+    white = torch.stack(list(alignment_targets(model, processor, rows, WHITENED)))  # type: ignore[arg-type]
     assert torch.allclose(white.square().mean(-1), torch.ones(()), atol=1e-4)
 
 
@@ -91,10 +99,8 @@ def test_the_same_frames_are_pooled_to_more_or_fewer_slots_or_not_at_all(
     """Paper, Table 5: K = 4, 8, 16, and as many slots as there are visual tokens."""
 
     def targets(budget: int, frames: int) -> torch.Tensor:
-        found = alignment_targets(
-            model, processor, reasoning_rows[:1], budget, "none", num_frames=frames
-        )
-        return torch.stack(list(found))[0]  # type: ignore[arg-type]
+        method = replace(PLAIN, latent_budget=budget, target_frames=frames)
+        return torch.stack(list(alignment_targets(model, processor, reasoning_rows[:1], method)))[0]  # type: ignore[arg-type]
 
     eight = targets(8, 16)
     assert torch.equal(eight, targets(8, Method(latent_budget=8).num_target_frames))
@@ -111,15 +117,15 @@ def test_the_same_frames_are_pooled_to_more_or_fewer_slots_or_not_at_all(
 
 def test_rows_without_thought_video_have_no_target(model, processor, reasoning_rows) -> None:
     rows = [reasoning_rows[0], reasoning_rows[1].model_copy(update={"thought_video": None})]
-    targets = alignment_targets(model, processor, rows, K, "none")
+    targets = alignment_targets(model, processor, rows, PLAIN)
     assert targets[0] is not None and targets[1] is None
-    batch = StormCollator(processor, 6, K)(rows, targets)
+    batch = StormCollator(processor, 6, K)(list(zip(rows, targets, strict=True)))
     assert batch["target_mask"].tolist() == [True, False]
     model.train()
     for slot_input in ("target", "scheduled", "rollout"):
         losses(model, Method(latent_budget=K, slot_input=slot_input), batch).backward()  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no row has a thought video"):
-        alignment_targets(model, processor, rows[1:], K, "none")
+        alignment_targets(model, processor, rows[1:], PLAIN)
 
 
 def test_targets_are_kept_on_disk_until_anything_they_depend_on_changes(
@@ -133,7 +139,11 @@ def test_targets_are_kept_on_disk_until_anything_they_depend_on_changes(
     def targets(budget: int = K) -> torch.Tensor:
         calls.clear()
         return torch.stack(
-            list(alignment_targets(model, processor, rows, budget, "none", cache=cache))
+            list(
+                alignment_targets(
+                    model, processor, rows, replace(PLAIN, latent_budget=budget), cache
+                )
+            )
         )  # type: ignore[arg-type]
 
     first = targets()
@@ -238,16 +248,17 @@ def test_every_batch_takes_as_many_passes_whichever_rows_lack_targets(
     """Else the processes of a sharded run would wait for each other."""
     rows = [*reasoning_rows[:2], reasoning_rows[2].model_copy(update={"thought_video": None})]
     method = Method(latent_budget=K, slot_input=slot_input)
-    targets = alignment_targets(model, processor, rows, K, "whiten")
+    pairs = list(zip(rows, alignment_targets(model, processor, rows, WHITENED), strict=True))
     passes = []
     model.model.register_forward_hook(lambda *_: passes.append(1))
 
     def count(trained_on: int, part: slice) -> int:
-        data = RowDataset(rows[:trained_on], targets[:trained_on])
+        ours = rows[:trained_on]
+        data = RowDataset(ours, alignment_targets(model, processor, ours, PLAIN))
         arguments = quiet_arguments()
         trainer = StormTrainer(model=model, method=method, args=arguments, train_dataset=data)
         passes.clear()
-        trainer.compute_loss(model, StormCollator(processor, 6, K)(rows[part], targets[part]))
+        trainer.compute_loss(model, StormCollator(processor, 6, K)(pairs[part]))
         return len(passes)
 
     found = [count(3, part) for part in (slice(0, 2), slice(1, 3), slice(2, 3))]
@@ -410,8 +421,8 @@ def test_every_target_source_reads_what_it_says(model, processor, tmp_path) -> N
 
     def targets(source: TargetSource, of: list[Row] = longer) -> torch.Tensor:
         # One cache for all: some sources read the same file.
-        found = alignment_targets(model, processor, of, 8, "none", source, tmp_path / "targets")
-        return torch.stack(list(found))  # type: ignore[arg-type]
+        method = replace(PLAIN, latent_budget=8, target_source=source)
+        return torch.stack(list(alignment_targets(model, processor, of, method, tmp_path / "kept")))  # type: ignore[arg-type]
 
     collator = StormCollator(processor, 6, K)
     for short, long in zip(rows, longer, strict=True):  # the model sees the same of both
@@ -452,7 +463,12 @@ def test_each_keyframe_of_a_row_is_a_slot_in_the_order_of_time(
 ) -> None:
     """Each fills a temporal grid of its own, whatever order the row names them in."""
     rows = [reasoning_rows[0].model_copy(update={"keyframes": (1.0, 0.0, 0.5)}), reasoning_rows[1]]
-    targets = alignment_targets(model, processor, rows, 3, "none", "keyframes", num_frames=2)
+    targets = alignment_targets(
+        model,
+        processor,
+        rows,
+        replace(PLAIN, latent_budget=3, target_source="keyframes", target_frames=2),
+    )
     for slot, time in enumerate((0.0, 0.5, 1.0)):
         alone = VideoInputs(processor, 2).process(read_frames(rows[0].video, [time, time]))
         with torch.no_grad():
@@ -468,9 +484,9 @@ def test_targets_for_fewer_slots_are_others_though_made_from_the_same_frames(
     """As runs have them that set `target_frames` and share a folder."""
     rows = reasoning_rows[:2]
     for budget in (2, 4, 2):
-        arguments = (model, processor, rows, budget, "none", "thought_video")
-        kept = alignment_targets(*arguments, tmp_path, 8)
-        fresh = alignment_targets(*arguments, None, 8)
+        method = replace(PLAIN, latent_budget=budget, target_frames=8)
+        kept = alignment_targets(model, processor, rows, method, tmp_path)
+        fresh = alignment_targets(model, processor, rows, method)
         assert [t.shape[0] for t in kept] == [budget] * 2  # type: ignore[union-attr]
         assert all(map(torch.equal, kept, fresh))  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ from storm_vlm.evaluation.statistics import Estimate, estimate
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.model.backbones import unwrap
 from storm_vlm.model.rollout import head
-from storm_vlm.training.targets import FRAMES_PER_SLOT
+from storm_vlm.training.config import FRAMES_PER_SLOT
 
 SIDE = 32  # pixels of an imagined frame
 BASIS = 96  # pictures that every imagined frame is a mixture of

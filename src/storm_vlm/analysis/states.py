@@ -22,7 +22,8 @@ from storm_vlm.data.store import Store, key_of
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.model.interventions import latent_states
 from storm_vlm.model.latent import pool_targets, target_whitening, whiten_targets
-from storm_vlm.training.targets import FRAMES_PER_SLOT, excerpts
+from storm_vlm.training.config import FRAMES_PER_SLOT
+from storm_vlm.training.targets import excerpts
 from storm_vlm.versions import commit, versions
 
 

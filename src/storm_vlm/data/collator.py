@@ -122,27 +122,22 @@ class StormCollator:
         self.processor, self.latent_budget = processor, latent_budget
         self.videos = videos or VideoInputs(processor, num_frames)
 
-    def __call__(
-        self,
-        examples: Sequence[Example],
-        targets: Sequence[Tensor | None] | Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """The prompts of :meth:`collate_prompts` plus what is to be learned.
 
         Examples are rows, or mappings with a row's fields (as `datasets` yields them), so that this is
-        a ``DataCollator`` of transformers; or pairs of a row and its target.
-        ``labels`` (B, A): answer and end-of-turn tokens, then -100. With ``targets``, one (K, D)
-        per row or None where it has no thought video (paper eq. 4): ``targets`` (B, K, D) float32,
-        zero where absent, and ``target_mask`` (B,) bool. ``targets`` is left out if none has one.
-        Raises ``ValueError`` for targets that do not fit rows and budget, ``VideoError``.
+        a ``DataCollator`` of transformers; or pairs of a row and its target (K, D), None where it has no
+        thought video (paper eq. 4).
+        ``labels`` (B, A): answer and end-of-turn tokens, then -100. Of pairs, also ``targets`` (B, K, D)
+        float32, zero where absent, unless none has one; and ``target_mask`` (B,) bool.
+        Raises ``ValueError`` for targets that do not fit the budget, ``VideoError``.
         """
-        if targets is None and all(isinstance(example, tuple) for example in examples):
-            examples, targets = zip(*examples, strict=True)  # type: ignore[assignment]
-        rows = [row if isinstance(row, Row) else Row.model_validate(row) for row in examples]
+        pairs = [example if isinstance(example, tuple) else (example, None) for example in examples]
+        rows = [row if isinstance(row, Row) else Row.model_validate(row) for row, _ in pairs]
         batch = self.collate_prompts(rows, "force" if self.latent_budget else "off")
         batch["labels"] = self._labels(rows)
-        if targets is not None:
-            batch |= self._stack_targets(targets, len(rows))
+        if isinstance(examples[0], tuple):
+            batch |= self._stack_targets([target for _, target in pairs])
         return batch
 
     def collate_prompts(
@@ -196,11 +191,7 @@ class StormCollator:
         tokens = self._tokenize(texts, padding_side="right")
         return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORE_INDEX)
 
-    def _stack_targets(
-        self, targets: Sequence[Tensor | None] | Tensor, num_rows: int
-    ) -> dict[str, Tensor]:
-        if len(targets) != num_rows:
-            raise InputError(f"{len(targets)} targets for {num_rows} rows: pass one, or None, each")
+    def _stack_targets(self, targets: Sequence[Tensor | None]) -> dict[str, Tensor]:
         mask = torch.tensor([target is not None for target in targets])
         present = [target for target in targets if target is not None]
         if not present:
@@ -211,7 +202,7 @@ class StormCollator:
                 f"targets must all be (K, D) with K = latent_budget = {self.latent_budget}, got "
                 f"{sorted(shapes)}: compute them again for this budget"
             )
-        stacked = torch.zeros(num_rows, *present[0].shape)
+        stacked = torch.zeros(len(targets), *present[0].shape)
         stacked[mask] = torch.stack(present).float()
         return {"targets": stacked, "target_mask": mask}
 

@@ -59,9 +59,7 @@ class VideoSource:
     def __init__(self, path: str) -> None:
         self.path = path
         self.keyframes: list[float] = []
-        self._positions: dict[
-            float, int
-        ] = {}  # of keyframes, in bytes; in transport streams alone they are used
+        self._positions: dict[float, int] = {}  # of keyframes, in bytes, for transport streams
         self._file = "file:" + video_file(path)  # "12:30.avi" would be an address to FFmpeg
         self._open()
 

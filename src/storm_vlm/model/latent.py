@@ -28,14 +28,7 @@ def pool_targets(tokens: Tensor, num_slots: int) -> Tensor:
 
     Returns:
         (K, D) float32.
-
-    Raises:
-        ValueError: ``tokens`` is not a non-empty (N, D) matrix, or ``num_slots`` is below 1.
     """
-    if tokens.ndim != 2 or tokens.shape[0] == 0:
-        raise ValueError(f"tokens must be a non-empty (N, D), got shape {tuple(tokens.shape)}")
-    if num_slots < 1:
-        raise ValueError(f"num_slots must be at least 1, got {num_slots}")
     return F.adaptive_avg_pool1d(tokens.float().T, num_slots).T.contiguous()
 
 

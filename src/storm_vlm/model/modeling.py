@@ -24,7 +24,10 @@ from storm_vlm.model.adapters import adapted_config, merge_adapters
 from storm_vlm.model.backbones import BACKBONES, backbone
 from storm_vlm.model.checkpoint import ADAPTERS, CheckpointError, base_of, checkpoint_path
 from storm_vlm.model.generation import LatentRolloutMixin
-from storm_vlm.model.threads import one_thread_if_small
+
+# Parameters. Threads wait for each other after every operation, and a small model's take less than the wait: on cores
+# that other programs use, too, two threads were 10 to 400 times slower than one. (The micro models have a million.)
+SMALL = 20_000_000
 
 
 class StormForConditionalGeneration(LatentRolloutMixin):
@@ -112,7 +115,7 @@ def enable_latents(model: Any) -> Any:
 
     Its core also gets what its backbone's adapter says (`storm_vlm.model.backbones`): a Qwen2.5-VL the position rule
     it was trained with. A model type without an adapter gets the latent rollout in ``generate``.
-    A small model sets this process to one thread (`storm_vlm.model.threads`).
+    A small model sets this process to one thread (`SMALL`).
 
     Returns:
         The same object.
@@ -131,7 +134,8 @@ def _enable(model: Any, method: type) -> Any:
     if not isinstance(model, method):
         model.__class__ = _extended(type(model), method)
         _extend_core(model)
-    one_thread_if_small(model)
+    if sum(parameter.numel() for parameter in model.parameters()) <= SMALL:
+        torch.set_num_threads(1)
     return model
 
 

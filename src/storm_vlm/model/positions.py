@@ -57,7 +57,7 @@ class TrainedPositions:
         types = torch.zeros_like(input_ids) if mm_token_type_ids is None else mm_token_type_ids
         types = types.cpu()  # one transfer: what follows are a few small tensors a row
         keep = types >= 0 if attention_mask is None else attention_mask.cpu() != 0
-        seconds = chain([] if second_per_grid_ts is None else second_per_grid_ts, repeat(1.0))
+        seconds: Any = chain([] if second_per_grid_ts is None else second_per_grid_ts, repeat(1.0))
         blocks = {
             IMAGE: (self._block(grid, 0.0) for grid in _rows(image_grid_thw)),
             VIDEO: map(self._block, _rows(video_grid_thw), seconds),

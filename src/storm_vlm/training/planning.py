@@ -94,16 +94,14 @@ def plan_config(config: Any, video_processor: Any, request: PlanRequest) -> Plan
     costs = _Costs(config, request, video_grid(video_processor, request))
     budget, answer = request.latent_budget, request.answer_tokens
     prompt = request.question_tokens + costs.visual_tokens
-    # The output layer keeps its input if it trains, and a row's end is a view of the row's states.
-    viewed = request.batch_size == 1 and not request.lora_rank
-    steps = {"SFT": costs.step([_Pass(prompt + answer - 1, 0, viewed)], answer)}
+    steps = {"SFT": costs.step([_Pass(prompt + answer - 1)], answer)}
     if budget:
         prompt += 1  # <|latent_start|>
         length = prompt + budget + answer  # <|latent_end|>, and the answer but its last token
         rows = budget + answer + 1  # open the segment, go on after each slot but the last, close it
         fed_back = [_Pass(1, prompt + k - 1) for k in range(1, budget)]
         tail = _Pass(answer + 1, prompt + budget - 1)
-        steps["Stage I"] = costs.step([_Pass(length, 0, False)], rows)
+        steps["Stage I"] = costs.step([_Pass(length)], rows)
         steps["Stage II"] = costs.step([_Pass(prompt), *fed_back, tail], rows)
     return Plan(costs.grid, costs.visual_tokens, costs.parameters, steps)
 
@@ -132,7 +130,6 @@ class _Pass(NamedTuple):
 
     new: int
     past: int = 0
-    output_kept: bool = True  #: the losses look at a slice of its output, not at copied rows
 
     @property
     def keys(self) -> int:
@@ -153,15 +150,12 @@ class _Costs:
             model = AutoModelForImageTextToText.from_config(config)
         self.visual, layers = model.model.visual, model.model.language_model.layers
         self.count = len(layers)
-        linear = [module for module in layers.modules() if isinstance(module, nn.Linear)]
         self.weights = _linear_weights(layers)
-        widths = sum(layer.in_features + layer.out_features for layer in linear)
-        self.adapters = request.lora_rank * widths
+        linear = (module for module in layers.modules() if isinstance(module, nn.Linear))
+        self.adapters = request.lora_rank * sum(sum(layer.weight.shape) for layer in linear)
         total, vision = _size(model), _size(self.visual)
         trainable = total - vision if self.trains else self.adapters
         self.parameters = Parameters(total, vision, total - vision, trainable)
-        tensors = len(list(model.parameters())) - len(list(self.visual.parameters()))
-        self.trained_tensors = tensors if self.trains else 2 * len(linear)
         self.layer_weights = _size(layers[0])
         self.weights_apart = total - _size(layers) - _size(self.visual.blocks)  # in no layer
 
@@ -228,8 +222,7 @@ class _Costs:
     def _pass_bytes(self, one: _Pass) -> int:
         """Kept of a row's pass, but for the keys and values of a pass that extends the prompt."""
         hidden = self.text.hidden_size
-        output = self.size * hidden * (one.output_kept + self.trains)
-        last_norm = one.new * (4 * hidden + 4 + output)
+        last_norm = one.new * (4 * hidden + 4 + self.size * hidden * (1 + self.trains))
         if self._checkpointed(one):
             return last_norm + self.count * one.new * self.size * hidden
         keys = 0 if one.past else self._key_bytes(one)
@@ -295,8 +288,7 @@ class _Costs:
             states = 12 if self.size == 2 else 8
             return frozen + self.size * trainable, self.size * share, states * share
         held = (self.size if self.trains else 4) * trainable
-        # and a float32 count of steps per tensor
-        return frozen + held, held * min(2, request.devices), 2 * held + 4 * self.trained_tensors
+        return frozen + held, held * min(2, request.devices), 2 * held
 
 
 def _size(module: nn.Module) -> int:

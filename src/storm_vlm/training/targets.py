@@ -11,11 +11,12 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from storm_vlm.data.collator import VideoInputs
 from storm_vlm.data.row import Row
@@ -27,7 +28,7 @@ from storm_vlm.model.latent import (
     whiten_targets,
     whitening_matrix,
 )
-from storm_vlm.training.config import FRAMES_PER_SLOT, TargetSource
+from storm_vlm.training.config import Method, TargetSource
 from storm_vlm.training.feature_cache import Excerpt, FeatureCache, Tensors, visual_tokens
 
 CHUNK = 1024  # excerpts that are in memory at a time
@@ -37,7 +38,7 @@ class TargetError(StormError, ValueError):
     """Rows that lack what their targets are to be made from."""
 
 
-class Targets(Sequence[Tensor | None]):
+class Targets(Dataset[Tensor | None]):
     """A (K, D) float32 target for each row, or None.
 
     Args:
@@ -62,13 +63,7 @@ class Targets(Sequence[Tensor | None]):
         """Whether no row lacks a target."""
         return None not in self._places
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor | None: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor | None]: ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Tensor | None:
         place = self._places[index]
         if place is None:
             return None
@@ -127,25 +122,25 @@ def alignment_targets(
     model: Any,
     processor: Any,
     rows: Sequence[Row],
-    budget: int,
-    normalization: TargetNormalization,
-    source: TargetSource = "thought_video",
+    method: Method,
     cache: Path | None = None,
-    num_frames: int | None = None,
-    main_first: AbstractContextManager[Any] | None = None,
+    main_first: AbstractContextManager[Any] = nullcontext(),  # noqa: B008
 ) -> Targets:
-    """One (K, D) float32 target per row, None where a row has nothing of that source (paper sec. 3.3).
+    """One (K, D) float32 target per row, None where a row has nothing of the method's source (paper sec. 3.3).
 
     Args:
         cache: folder of the files; None keeps all in memory.
-        num_frames: read from each clip; default two for each slot.
         main_first: in it, of several processes the main one is first (`TrainingArguments.main_process_first()`).
 
     Raises:
         VideoError: a clip cannot be read.
         TargetError: no row has a target.
     """
-    num_frames = num_frames or FRAMES_PER_SLOT * budget
+    budget, source, num_frames = (
+        method.latent_budget,
+        method.target_source,
+        method.num_target_frames,
+    )
     wanted = excerpts(rows, source)
     place_of = {e: i for i, e in enumerate(dict.fromkeys(e for e in wanted if e is not None))}
     if not place_of:
@@ -164,8 +159,9 @@ def alignment_targets(
     else:
         rule = {"slots": budget, "pooling": "adaptive_avg_pool1d"}
         files = FeatureCache(cache, "targets", model, processor, num_frames, **rule)
-        array = _one_file(files, list(place_of), pooled, main_first or nullcontext())
-    return Targets(array, [None if e is None else place_of[e] for e in wanted], normalization)
+        array = _one_file(files, list(place_of), pooled, main_first)
+    places = [None if e is None else place_of[e] for e in wanted]
+    return Targets(array, places, method.target_normalization)
 
 
 def _one_file(

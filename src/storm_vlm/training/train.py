@@ -161,21 +161,14 @@ def build_trainer(
         videos = VideoInputs(processor, num_frames, cache_bytes)
     else:
         clips = [*rows, *validation]
-        folder = config.vision_cache
-        videos = CachedVideoInputs(model, processor, clips, num_frames, cache_bytes, folder)
+        videos = CachedVideoInputs(
+            model, processor, clips, num_frames, cache_bytes, config.vision_cache
+        )
     targets, distilled = None, method.target_source == "self_distilled"
     if method.needs_targets and not distilled:
-        targets = alignment_targets(
-            model,
-            processor,
-            rows,
-            method.latent_budget,
-            method.target_normalization,
-            method.target_source,
-            Path(config.target_cache or Path(config.data).with_suffix(".targets")),
-            method.num_target_frames,
-            arguments.main_process_first(local=False, desc="targets"),
-        )
+        folder = Path(config.target_cache or Path(config.data).with_suffix(".targets"))
+        main_first = arguments.main_process_first(local=False, desc="targets")
+        targets = alignment_targets(model, processor, rows, method, folder, main_first)
     tower.to(home)
     if config.lora is not None:
         model = add_adapters(model, config.lora)

@@ -49,15 +49,11 @@ class DivergedError(StormError, ValueError):
 class RowDataset(Dataset[tuple[Row, Tensor | None]]):
     """Rows with their targets (K, D); the collator reads the videos."""
 
-    def __init__(
-        self, rows: Sequence[Row], targets: Targets | Sequence[Tensor | None] | None = None
-    ) -> None:
+    def __init__(self, rows: Sequence[Row], targets: Targets | None = None) -> None:
         self.rows, self.targets = rows, targets
-        if isinstance(targets, Targets):
-            self.all_have_targets = targets.complete
-        else:  # a teacher makes its targets from thought videos, later
-            sources = [row.thought_video for row in rows] if targets is None else targets
-            self.all_have_targets = all(source is not None for source in sources)
+        # A teacher makes its targets from thought videos, later.
+        thoughts = all(row.thought_video is not None for row in rows)
+        self.all_have_targets = thoughts if targets is None else targets.complete
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,9 +106,8 @@ class StormTrainer(Trainer):
             self.add_callback(LossBar)
         self.model_accepts_loss_kwargs = True  # the loss is divided by the whole step's counts
         self._metrics: defaultdict[str, list[Tensor]] = defaultdict(list)
-        self._evaluated: list[
-            Tensor
-        ] = []  # of each batch, (2, 3): the sums of the terms, and their counts
+        # Of each batch, (2, 3): the sums of the terms, and their counts.
+        self._evaluated: list[Tensor] = []
         self._parts = 1  # in how many batches a step's loss is a sum
         self._checked = False  # that latents are alive
         # Whether a pass has all its slot inputs beforehand must be the same on every process, or they
