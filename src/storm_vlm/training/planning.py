@@ -94,14 +94,16 @@ def plan_config(config: Any, video_processor: Any, request: PlanRequest) -> Plan
     costs = _Costs(config, request, video_grid(video_processor, request))
     budget, answer = request.latent_budget, request.answer_tokens
     prompt = request.question_tokens + costs.visual_tokens
-    steps = {"SFT": costs.step([_Pass(prompt + answer - 1)], answer)}
+    # The output layer keeps its input if it trains, and a row's end is a view of the row's states.
+    viewed = request.batch_size == 1 and not request.lora_rank
+    steps = {"SFT": costs.step([_Pass(prompt + answer - 1, 0, viewed)], answer)}
     if budget:
         prompt += 1  # <|latent_start|>
         length = prompt + budget + answer  # <|latent_end|>, and the answer but its last token
         rows = budget + answer + 1  # open the segment, go on after each slot but the last, close it
         fed_back = [_Pass(1, prompt + k - 1) for k in range(1, budget)]
         tail = _Pass(answer + 1, prompt + budget - 1)
-        steps["Stage I"] = costs.step([_Pass(length)], rows)
+        steps["Stage I"] = costs.step([_Pass(length, 0, False)], rows)
         steps["Stage II"] = costs.step([_Pass(prompt), *fed_back, tail], rows)
     return Plan(costs.grid, costs.visual_tokens, costs.parameters, steps)
 
@@ -130,6 +132,7 @@ class _Pass(NamedTuple):
 
     new: int
     past: int = 0
+    output_kept: bool = True  #: the losses look at a slice of its output, not at copied rows
 
     @property
     def keys(self) -> int:
@@ -222,7 +225,8 @@ class _Costs:
     def _pass_bytes(self, one: _Pass) -> int:
         """Kept of a row's pass, but for the keys and values of a pass that extends the prompt."""
         hidden = self.text.hidden_size
-        last_norm = one.new * (4 * hidden + 4 + self.size * hidden * (1 + self.trains))
+        output = self.size * hidden * (one.output_kept + self.trains)
+        last_norm = one.new * (4 * hidden + 4 + output)
         if self._checkpointed(one):
             return last_norm + self.count * one.new * self.size * hidden
         keys = 0 if one.past else self._key_bytes(one)
