@@ -12,7 +12,7 @@ from scripted_endpoint import serving
 from stub_teacher import completion
 
 from storm_vlm.analysis.analyze import analyze
-from storm_vlm.data.check import row_faults, told
+from storm_vlm.data.check import fault_lines, row_faults
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.decode import VideoError
 from storm_vlm.data.row import Row, RowError, read_rows, write_rows
@@ -61,7 +61,7 @@ def odd(reasoning_rows: list[Row], wide: str, tmp_path_factory: pytest.TempPathF
 
 def test_rows_are_named_with_file_line_and_reason(odd: Path) -> None:
     faults = row_faults(read_rows(odd))
-    lines = told(faults, odd).splitlines()
+    lines = fault_lines(faults, odd).splitlines()
     reasons = (
         "no such video file",
         "more than 200 to 1",

@@ -31,7 +31,7 @@ from storm_vlm.analysis.reliance import (
 from storm_vlm.analysis.retrieval import retrieval
 from storm_vlm.analysis.states import States, extract
 from storm_vlm.data.atomic_write import write_json
-from storm_vlm.data.check import check_videos, row_faults, told
+from storm_vlm.data.check import check_videos, fault_lines, row_faults
 from storm_vlm.data.output import check_outputs, exclusive, refuse_input
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row, read_rows
@@ -129,7 +129,7 @@ def _readable_rows(file: Path, pipeline: StormPipeline, limit: int | None = None
 
     rows = read_rows(file)[:limit]
     if faults := row_faults(rows, check):
-        named = told(faults, file)
+        named = fault_lines(faults, file)
         log.warning("%d of %d rows are left out:\n%s", len(faults), len(rows), named)
     return [row for row in rows if row.id not in faults]
 

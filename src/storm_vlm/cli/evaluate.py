@@ -78,7 +78,7 @@ def evaluate(
         trust_remote_code: Run code that the checkpoint brings.
         as_json: Print the whole summary, to be read by programs.
     """
-    from storm_vlm.data.check import told
+    from storm_vlm.data.check import fault_lines
     from storm_vlm.data.identity import checkpoint_identity
     from storm_vlm.data.output import exclusive, refuse_input
     from storm_vlm.data.store import Store
@@ -113,7 +113,7 @@ def evaluate(
         )
         if questions.faults and state.is_main_process:
             count = f"{len(questions.faults)} of {len(questions.rows)} rows cannot be asked, and are skipped"
-            show(f"{count}:\n{told(questions.faults, source)}", to=errors)
+            show(f"{count}:\n{fault_lines(questions.faults, source)}", to=errors)
         if base_url is None:
             pipeline = StormPipeline.from_pretrained(
                 checkpoint,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,9 +11,10 @@ from tqdm.auto import tqdm
 from storm_vlm.data.json_objects import read_objects
 from storm_vlm.data.prompt import PromptError, answer_text, question_text
 from storm_vlm.data.row import Row
+from storm_vlm.data.thread_pool import thread_pool
 from storm_vlm.data.video import VideoError, video_shape
 
-NAMED = 10  # faults that are told at once
+NAMED = 10  # faults that a message lists
 
 
 def check_text(row: Row) -> None:
@@ -49,12 +49,12 @@ def row_faults(rows: Sequence[Row], check: Callable[[Row], object] = check_video
             return str(error)
         return ""
 
-    with ThreadPoolExecutor() as pool:
-        found = list(tqdm(pool.map(fault, rows), "rows checked", len(rows), leave=False))
-    return {row.id: reason for row, reason in zip(rows, found, strict=True) if reason}
+    with thread_pool() as pool:
+        reasons = list(tqdm(pool.map(fault, rows), "rows checked", len(rows), leave=False))
+    return {row.id: reason for row, reason in zip(rows, reasons, strict=True) if reason}
 
 
-def told(faults: Mapping[str, str], source: str | Path) -> str:
+def fault_lines(faults: Mapping[str, str], source: str | Path) -> str:
     """The first faults, a line each: place, id and reason."""
     places: dict[str, str] = {}
     with suppress(OSError):

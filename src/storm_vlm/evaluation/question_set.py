@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from storm_vlm.data.check import check_text, check_video, row_faults, told
+from storm_vlm.data.check import check_text, check_video, fault_lines, row_faults
 from storm_vlm.data.collator import Question
 from storm_vlm.data.identity import clip_identity
 from storm_vlm.data.prompt import PromptError, is_correct
@@ -59,7 +59,7 @@ class QuestionSet:
         questions.check(source)
         faults = row_faults(rows, check_video if questions._control.SHOWS_VIDEO else check_text)
         if len(faults) == len(rows):
-            raise RunError(f"no row can be asked:\n{told(faults, source)}")
+            raise RunError(f"no row can be asked:\n{fault_lines(faults, source)}")
         return dataclasses.replace(questions, faults=faults)
 
     def check(self, source: Path) -> None:

@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import (
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from storm_vlm.data.atomic_write import write_json, write_text
-from storm_vlm.data.check import check_video, check_videos, row_faults, told
+from storm_vlm.data.check import check_video, check_videos, fault_lines, row_faults
 from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.identity import checkpoint_identity, rows_identity
 from storm_vlm.data.output import exclusive
@@ -133,8 +133,8 @@ def sound_rows(config: TrainConfig, rows: list[Row]) -> list[Row]:
     named = f"{len(faults)} of {len(rows)} rows cannot be worked on"
     if not config.skip_bad_rows:
         mend = "mend or remove them, or set skip_bad_rows=true"
-        raise RowError(f"{named}: {mend}\n{told(faults, config.data)}")
-    logger.warning("%s, and are skipped:\n%s", named, told(faults, config.data))
+        raise RowError(f"{named}: {mend}\n{fault_lines(faults, config.data)}")
+    logger.warning("%s, and are skipped:\n%s", named, fault_lines(faults, config.data))
     return [row for row in rows if row.id not in faults]
 
 
