@@ -44,7 +44,7 @@ def answer(
     question_text(prompt.question, prompt.options)
     video_shape(video)  # before the model is loaded, which takes longer
     pipeline = StormPipeline.from_pretrained(
-        checkpoint or str(shipped("storm")),
+        str(shipped("storm")) if checkpoint is None else checkpoint,
         num_frames=num_frames,
         latent_mode=latent_mode,
         trust_remote_code=trust_remote_code,

@@ -245,7 +245,7 @@ def download(benchmark: Annotated[str, part_of(BENCHMARKS)], folder: Path, /) ->
     Args:
         folder: Where to; videos are to be unpacked there.
     """
-    hub = getattr(BENCHMARKS[benchmark], "hub", None)
+    hub = BENCHMARKS[benchmark].hub
     if hub is None:
         raise StormError(f"{benchmark} does not say where its questions are published")
     for written in hub.download(folder):

@@ -42,7 +42,7 @@ def clip_identity(path: str) -> str | None:
     """Size and time of change: reading every byte of a benchmark's clips would take hours. None: it is not there."""
     try:
         state = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # a name with a zero byte is none
         return None
     return f"{state.st_size} {state.st_mtime_ns}"
 

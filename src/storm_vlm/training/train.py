@@ -375,6 +375,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         raise ConfigError(f"training: {error}") from error
     if math.isnan(checked.learning_rate):
         raise ConfigError("training.learning_rate is not a number")
+    if checked.max_steps < 0 and checked.num_train_epochs <= 0:
+        raise ConfigError("training: there is no step to take: set max_steps, or num_train_epochs")
     if checked.max_steps > 0 and "num_train_epochs" in config.training:
         raise ConfigError(
             "training.num_train_epochs would be ignored beside training.max_steps: leave one out (max_steps=-1)"

@@ -23,7 +23,7 @@ class Benchmark(ABC):
     title: ClassVar[str]  #: of its column in a report
     table: ClassVar[str | None] = None  #: of the paper, that its column belongs to
     groups: ClassVar[tuple[str, ...]] = ()  #: keys of `Row.meta` that accuracy is broken down by
-    hub: ClassVar[Hub]  #: where its questions are published; left out, they cannot be downloaded
+    hub: ClassVar[Hub | None] = None  #: where its questions are published; None: not on the hub
     files: ClassVar[tuple[str, ...]] = ()  #: patterns; the first that any published file fits
     tasks: ClassVar[tuple[str, ...]] = ()  #: if named, only files called like one, or in its folder
 

@@ -89,9 +89,9 @@ def _files(benchmark: Benchmark, folder: Path) -> list[Path]:
     for pattern in (FETCHED, *benchmark.files):
         if files := sorted(p for p in Path(folder).rglob(pattern) if p.is_file()):
             return files
+    source = f"the data set {benchmark.hub.repository}" if benchmark.hub else "its files"
     raise AccessError(
-        f"{folder} holds no {' or '.join(benchmark.files)}: download the data set "
-        f"{benchmark.hub.repository} into it"
+        f"{folder} holds no {' or '.join(benchmark.files)}: download {source} into it"
     )
 
 
