@@ -86,7 +86,7 @@ def test_an_interrupt_ends_all_within_seconds(tmp_path: Path, number: int) -> No
         assert parent.poll() is None
         time.sleep(0.1)
     parent.send_signal(number)
-    until = time.monotonic() + 5
+    until = time.monotonic() + 15  # 5 on a quiet machine
     while any(map(alive, children)):
         assert time.monotonic() < until
         time.sleep(0.1)

@@ -104,16 +104,16 @@ def evaluate(
     state = distributed()
     if state.num_processes > 1 and out is None:
         raise RunError("several processes meet in a folder: name one with --out")
-    read = read_video if frame_cache is None else FrameCache(frame_cache)
-    frames = Frames(num_frames or DEFAULT_FRAMES, read)
-    # before the model is loaded, which takes longer
-    questions = QuestionSet.read(
-        source, benchmark, limit, frames=frames, control=control, prompt=prompt
-    )
-    if questions.faults and state.is_main_process:
-        count = f"{len(questions.faults)} of {len(questions.rows)} rows cannot be asked, and are skipped"
-        show(f"{count}:\n{fault_lines(questions.faults, source)}", to=errors)
     with TemporaryDirectory() as unkept, exclusive(folder := out or Path(unkept)):
+        read = read_video if frame_cache is None else FrameCache(frame_cache)
+        frames = Frames(num_frames or DEFAULT_FRAMES, read)
+        # before the model is loaded, which takes longer
+        questions = QuestionSet.read(
+            source, benchmark, limit, frames=frames, control=control, prompt=prompt
+        )
+        if questions.faults and state.is_main_process:
+            count = f"{len(questions.faults)} of {len(questions.rows)} rows cannot be asked, and are skipped"
+            show(f"{count}:\n{fault_lines(questions.faults, source)}", to=errors)
         if base_url is None:
             pipeline = StormPipeline.from_pretrained(
                 checkpoint,

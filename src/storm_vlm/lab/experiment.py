@@ -68,7 +68,7 @@ def recipe(arm: str, size: Size) -> dict[str, Any]:
 
 
 def _steps(stage: Stage, size: Size) -> int:
-    return round(stage.share * size.steps)
+    return max(1, round(stage.share * size.steps))
 
 
 def run_arm(
