@@ -156,7 +156,14 @@ def test_errors_and_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ctrl_c_ends_a_process_in_one_line(tmp_path: Path) -> None:
     verb = [sys.executable, "-m", "storm_vlm", "world", str(tmp_path / "w"), "--count", "5000"]
-    running = subprocess.Popen(verb, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    running = subprocess.Popen(
+        verb,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+        # a test run in the background may have been told to ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # type: ignore[arg-type]
+    )
     until = time.monotonic() + 60
     while not list(tmp_path.glob("w/**/*.mp4")) and time.monotonic() < until:
         time.sleep(0.2)
