@@ -95,7 +95,7 @@ def in_two_processes(run: TrainConfig, **environment: str) -> dict[str, Any]:
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [sys.executable, "-m", *command, "-m", "storm_vlm", "train", str(file)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "STORM_DEBUG": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=300,
