@@ -41,6 +41,14 @@ class Parrot(Reasoner):
     def answer(self, questions):
         return [Reply("four") for _ in questions]
 """
+UNTITLED = """
+from storm_vlm.evaluation.benchmarks import Benchmark
+
+class Untitled(Benchmark):
+    name = "untitled"
+    def row(self, published, videos, task, number):
+        return None
+"""
 ENTRY_POINTS = """
 [storm_vlm.generators]
 fade = fade_plugin:Fade
@@ -50,6 +58,8 @@ pairs = fade_plugin:pairs
 [storm_vlm.reasoners]
 parrot = fade_plugin:Parrot
 broken = fade_plugin:NotThere
+[storm_vlm.benchmarks]
+untitled = untitled_benchmark:Untitled
 """
 
 
@@ -58,6 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package as pip installs it."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "fade_plugin.py").write_text(PLUGIN)
+    (folder / "untitled_benchmark.py").write_text(UNTITLED)
     metadata = folder / "fade_plugin-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fade-plugin\nVersion: 1.0\n")
@@ -101,8 +112,12 @@ def test_three_seams_from_the_command_line(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["accuracy"]["mean"] == 1.0
     assert "parrot" in storm(site, "evaluate", "--help").stdout
-    done = storm(site, "evaluate", shipped("storm"), rows, "--reasoner", "broken")
-    assert done.returncode == 1 and "fade_plugin:NotThere" in done.stderr
+    for option, part, fault in (
+        ("--reasoner", "broken", "fade_plugin:NotThere"),
+        ("--benchmark", "untitled", "Untitled has no title"),
+    ):
+        done = storm(site, "evaluate", shipped("storm"), rows, option, part)
+        assert done.returncode == 1 and fault in done.stderr and "Traceback" not in done.stderr
 
 
 def test_no_package_takes_a_name_of_ours_away(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,48 +56,40 @@ def run(
         OutputError: another process is at work on it.
     """
     with exclusive(folder):
-        return _run(folder, reasoner, questions, settings, batch_size)
-
-
-def _run(
-    folder: Path,
-    reasoner: Reasoner,
-    questions: QuestionSet,
-    settings: dict[str, Any],
-    batch_size: int,
-) -> Run:
-    state, began = distributed(), time.perf_counter()
-    description = _begin(folder, reasoner, questions, settings, batch_size, state)
-    state.wait_for_everyone()  # the folder is in order
-    done = {record.id for record in read_records(folder)}
-    if done and state.is_main_process:
-        log.info("%s: %d of %d answers were there already", folder, len(done), len(questions.rows))
-    state.wait_for_everyone()  # all know what is left
-    left = [row for row in questions.rows if row.id not in done][
-        state.process_index :: state.num_processes
-    ]
-    with (folder / f"answers-{state.process_index}.jsonl").open("a", encoding="utf-8") as file:
-        bar = tqdm(total=len(left), desc="rows", disable=not state.is_main_process)
-        for records in answer_rows(reasoner, questions, left, batch_size):
-            file.writelines(json.dumps(asdict(r)) + "\n" for r in records)
-            file.flush()
-            bar.update(len(records))
-    state.wait_for_everyone()
-    place = {row.id: number for number, row in enumerate(questions.rows)}
-    records = sorted(read_records(folder), key=lambda record: place[record.id])
-    if len(records) < len(questions.rows):
-        raise RunError(
-            f"{folder} holds {len(records)} of {len(questions.rows)} answers, though all were written: see what else "
-            "changes its files, and run again"
-        )
-    finished = Run(folder, description, tuple(records))
-    if state.is_main_process:
-        description |= {
-            "seconds": time.perf_counter() - began,
-            "summary": asdict(summarize(finished)),
-        }
-        write_json(folder / "run.json", description)
-    return finished
+        state, began = distributed(), time.perf_counter()
+        description = _begin(folder, reasoner, questions, settings, batch_size, state)
+        state.wait_for_everyone()  # the folder is in order
+        done = {record.id for record in read_records(folder)}
+        if done and state.is_main_process:
+            log.info(
+                "%s: %d of %d answers were there already", folder, len(done), len(questions.rows)
+            )
+        state.wait_for_everyone()  # all know what is left
+        left = [row for row in questions.rows if row.id not in done][
+            state.process_index :: state.num_processes
+        ]
+        with (folder / f"answers-{state.process_index}.jsonl").open("a", encoding="utf-8") as file:
+            bar = tqdm(total=len(left), desc="rows", disable=not state.is_main_process)
+            for records in answer_rows(reasoner, questions, left, batch_size):
+                file.writelines(json.dumps(asdict(r)) + "\n" for r in records)
+                file.flush()
+                bar.update(len(records))
+        state.wait_for_everyone()
+        place = {row.id: number for number, row in enumerate(questions.rows)}
+        records = sorted(read_records(folder), key=lambda record: place[record.id])
+        if len(records) < len(questions.rows):
+            raise RunError(
+                f"{folder} holds {len(records)} of {len(questions.rows)} answers, though all were written: see "
+                "what else changes its files, and run again"
+            )
+        finished = Run(folder, description, tuple(records))
+        if state.is_main_process:
+            description |= {
+                "seconds": time.perf_counter() - began,
+                "summary": asdict(summarize(finished)),
+            }
+            write_json(folder / "run.json", description)
+        return finished
 
 
 def distributed() -> PartialState:

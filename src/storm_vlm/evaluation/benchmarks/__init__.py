@@ -27,6 +27,11 @@ class Benchmark(ABC):
     files: ClassVar[tuple[str, ...]] = ()  #: patterns; the first that any published file fits
     tasks: ClassVar[tuple[str, ...]] = ()  #: if named, only files called like one, or in its folder
 
+    def __init_subclass__(cls) -> None:
+        for attribute in ("name", "title"):
+            if not hasattr(cls, attribute):
+                raise AttributeError(f"{cls.__name__} has no {attribute}")
+
     def read(self, folder: Path) -> list[Row]:
         """Rows (split "test", absolute video paths) from the published files in `folder`, at any depth.
 
