@@ -157,8 +157,8 @@ def tempcompass_files(folder: Path) -> None:
         folder / "questions/caption_matching.json",
         {"1034": {"speed": [{"question": match, "answer": "Option 2: He jumps."}]}},
     )
-    caption = {"question": "Describe it.", "mc_question": what, "mc_answer": "A. dunking"}
-    put(folder / "questions/captioning.json", {"1034": {"action": [{**caption, "answer": ""}]}})
+    caption = {"question": "Describe it.", "answer": "A. dunking"}
+    put(folder / "questions/captioning.json", {"1034": {"action": [caption]}})
 
 
 def test_tempcompass_has_four_tasks_of_which_three_are_matched(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -43,11 +44,15 @@ class Benchmark(ABC):
 
         return read_published(self, folder)
 
+    def entries(self, file: Path) -> Iterator[Entry]:
+        """What a published file holds, question by question: here the places to make one layout of several."""
+        from storm_vlm.evaluation.benchmarks.published import read_entries
+
+        return read_entries(file)
+
     @abstractmethod
-    def row(
-        self, published: Entry, videos: Videos, task: str, number: int
-    ) -> Row | list[Row] | None:
-        """The row of a published entry, the how manieth of its file, from 1; None: not of this benchmark."""
+    def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row | None:
+        """The row of an entry, the how manieth of its file, from 1; None: not of this benchmark."""
 
     def official_prompt(self, row: Row) -> str:
         """The text that the benchmark's own harness asks with; without one, ours."""
@@ -77,5 +82,7 @@ BENCHMARKS: Registry[type[Benchmark]] = Registry(
         "tvbench": f"{__name__}.mvbench:TVBench",
         "tomato": f"{__name__}.tomato:Tomato",
         "vsibench": f"{__name__}.vsibench:VSIBench",
+        "vsibench_debiased": f"{__name__}.vsibench:VSIBenchDebiased",
+        "vsibench_pruned": f"{__name__}.vsibench:VSIBenchPruned",
     },
 )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import GENERAL, Benchmark
-from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, lettered
+from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, lettered, window
 
 CLEVRER, PERCEPTION = ("clevrer/video_validation", "clevrer"), ("perception/videos", "perception")
 CHARADES = ("star/Charades_segment", "star/Charades_v1_480", "star")  # cut before whole
@@ -55,8 +54,7 @@ class MVBench(Benchmark):
         others = {part for hints in SOURCES.values() if hints != folders for part in hints}
         video = videos.find(published["video"], folders, sorted(others))
         whole = not any(part.endswith("_segment") for part in Path(video).parts)
-        times = {k: published[k] for k in ("start", "end") if whole and k in published}
-        return _row(task, number, video, published, **times)
+        return _row(task, number, video, published, cut=whole)
 
     def official_prompt(self, row: Row) -> str:
         """Without "Best option:(", with which the original begins the model's turn."""
@@ -79,25 +77,30 @@ class TVBench(Benchmark):
     )
     hub = Hub("FunAILab/TVBench", tasks, split="train")
     files = MVBench.files
+    WINDOWED = ("action_localization", "action_sequence")
 
     def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row:
+        """Two tasks ask about a stretch of a whole film: "at the end" is the end of that."""
         others = [other for other in self.tasks if other != task]
-        return _row(task, number, videos.find(published["video"], (task,), others), published)
+        video = videos.find(published["video"], (task,), others)
+        return _row(task, number, video, published, cut=task in self.WINDOWED)
 
     def official_prompt(self, row: Row) -> str:
         """lmms-eval's."""
         return f"{row.question}\n{lettered(row.options)}Answer with the option letter only."
 
 
-def _row(task: str, number: int, video: str, published: Entry, **times: Any) -> Row:
-    options = bare(published["candidates"])
+def _row(task: str, number: int, video: str, published: Entry, cut: bool) -> Row:
+    name, options = f"{task}-{number}", bare(published["candidates"])
+    start, end = window(published, name) if cut else (None, None)
     return Row(
-        id=f"{task}-{number}",
+        id=name,
         video=video,
+        start=start,
+        end=end,
         question=published["question"],
         options=options,
         answer=options[published["candidates"].index(published["answer"])],
         split="test",
         meta={"task": task, "published_options": published["candidates"]},
-        **times,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import unicodedata
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from storm_vlm.evaluation.benchmarks import Benchmark
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".m4v")
-FETCHED = "questions-*.jsonl"  # what `Hub.download` writes
+log = logging.getLogger(__name__)
 Entry = dict[str, Any]  #: of a published file
 
 
@@ -38,6 +39,11 @@ class Hub:
     revision: str | None = None
     data_files: str | None = None
 
+    @property
+    def downloads(self) -> dict[str, str | None]:
+        """The configs by the names of the files that `download` writes."""
+        return {f"questions-{config or self.split}.jsonl": config for config in self.configs}
+
     def download(self, folder: Path) -> list[Path]:
         """Write each config's questions into `folder`, as JSON lines. Needs the extra `eval`."""
         try:
@@ -45,7 +51,7 @@ class Hub:
         except ImportError as error:
             raise InputError("downloading needs pip install 'storm-vlm[eval]'") from error
         written: list[Path] = []
-        for config in self.configs:
+        for name, config in self.downloads.items():
             published: Any = load_dataset(
                 self.repository,
                 config,
@@ -53,7 +59,7 @@ class Hub:
                 revision=self.revision,
                 data_files=self.data_files,
             )
-            written.append(folder / f"questions-{config or self.split}.jsonl")
+            written.append(folder / name)
             with in_one_step(written[-1]) as unfinished:
                 published.to_json(unfinished, lines=True, force_ascii=False)
         return written
@@ -67,10 +73,10 @@ def read_published(benchmark: Benchmark, folder: Path) -> list[Row]:
         task = next((name for name in names if name in benchmark.tasks), "")
         if benchmark.tasks and not task:
             continue
-        for number, published in enumerate(_entries(file), start=1):
+        for number, published in enumerate(benchmark.entries(file), start=1):
             place = f"{file}: row {number}"
             try:
-                made = benchmark.row(published, videos, task, number)
+                row = benchmark.row(published, videos, task, number)
             except ValidationError as error:
                 fault = error.errors()[0]
                 field = ".".join(map(str, fault["loc"])) or "row"
@@ -79,15 +85,16 @@ def read_published(benchmark: Benchmark, folder: Path) -> list[Row]:
                 raise RowError(f"{place}: {error.args[0]}: missing") from error
             except (ValueError, TypeError, AttributeError, IndexError) as error:
                 raise RowError(f"{place}: {error}") from error
-            for row in [made] if isinstance(made, Row) else made or []:
-                if rows.setdefault(row.id, row) is not row:
-                    raise RowError(f"{place}: id: {row.id!r} is taken: is a file there twice?")
+            if row and rows.setdefault(row.id, row) is not row:
+                raise RowError(f"{place}: id: {row.id!r} is taken: is a file there twice?")
     return list(rows.values())
 
 
 def _files(benchmark: Benchmark, folder: Path) -> list[Path]:
-    for pattern in (FETCHED, *benchmark.files):
-        if files := sorted(p for p in Path(folder).rglob(pattern) if p.is_file()):
+    fetched = tuple(benchmark.hub.downloads) if benchmark.hub else ()
+    for patterns in (fetched, *((pattern,) for pattern in benchmark.files)):
+        found = (path for pattern in patterns for path in Path(folder).rglob(pattern))
+        if files := sorted(path for path in found if path.is_file()):
             return files
     source = f"the data set {benchmark.hub.repository}" if benchmark.hub else "its files"
     raise AccessError(
@@ -95,8 +102,8 @@ def _files(benchmark: Benchmark, folder: Path) -> list[Path]:
     )
 
 
-def _entries(file: Path) -> Iterator[Entry]:
-    """The published rows of a JSON list, JSON lines or parquet file."""
+def read_entries(file: Path) -> Iterator[Entry]:
+    """The objects of a JSON list, JSON lines or parquet file; one of another JSON file."""
     if file.suffix == ".jsonl":
         yield from (entry for _, entry in read_objects(file))
     elif file.suffix != ".parquet":
@@ -159,6 +166,15 @@ class Videos:
         if paths:
             return str(paths[0])
         return os.path.normpath(self.folder / (hints[0] if hints else "") / expected)
+
+
+def window(published: Entry, name: str) -> tuple[float | None, float | None]:
+    """`start` and `end` of a stretch of the film; None for both where there is nothing between them."""
+    start, end = published.get("start"), published.get("end")
+    if start is not None and start == end:  # once in MVBench's object_interaction, until 2024-06-11
+        log.warning("%s: start and end are both %s: the whole clip is shown", name, start)
+        return None, None
+    return start, end
 
 
 def bare(options: Sequence[str]) -> tuple[str, ...]:

@@ -5,11 +5,19 @@ Three can be matched (5,536 questions, `tempcompass`); captions need a judge (2,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import GENERAL, Benchmark
-from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare
+from storm_vlm.evaluation.benchmarks.published import (
+    Entry,
+    Hub,
+    Videos,
+    bare,
+    read_entries,
+)
 from storm_vlm.evaluation.scoring import tempcompass
 
 POST_PROMPTS = {
@@ -31,10 +39,20 @@ class TempCompass(Benchmark):
     hub = Hub("lmms-lab/TempCompass", tasks)
     files = ("questions/*.json", "*.json", "*.parquet")
 
-    def row(self, published: Entry, videos: Videos, task: str, number: int) -> list[Row]:
-        return [
-            _row(task, f"{task}-{number}{place}", videos, flat) for place, flat in _flat(published)
-        ]
+    def entries(self, file: Path) -> Iterator[Entry]:
+        """The hub's rows; or the repository's {video: {dim: [question, …]}}, in the same form."""
+        for published in read_entries(file):
+            if "question" in published:
+                yield published
+                continue
+            for video, dims in published.items():
+                for dim, questions in dims.items():
+                    for number, entry in enumerate(questions):
+                        place = {"place": f"{video}-{dim}-{number}", "video_id": video, "dim": dim}
+                        yield entry | place
+
+    def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row:
+        return _row(task, f"{task}-{published.get('place', number)}", videos, published)
 
     def official_prompt(self, row: Row) -> str:
         return row.meta["published_question"] + POST_PROMPTS[row.meta["task"]]
@@ -46,7 +64,11 @@ class TempCompass(Benchmark):
 
 
 class TempCompassCaptioning(TempCompass):
-    """The captions."""
+    """The captions. A judge answers a multiple-choice question from each; its right answer is the row's.
+
+    The hub's rows bring that question. In the repository it is the first of the same video and dimension in
+    `multi-choice.json`, as the authors' `eval_captioning.py` has it.
+    """
 
     name = "tempcompass_captioning"
     title = "TempCompass, captions"
@@ -54,17 +76,14 @@ class TempCompassCaptioning(TempCompass):
     tasks = ("captioning",)
     hub = Hub("lmms-lab/TempCompass", tasks)
 
-
-def _flat(published: Entry) -> list[tuple[str, Entry]]:
-    """One row of the hub; or the repository's {video: {dim: [question, …]}}."""
-    if "question" in published:
-        return [("", published)]
-    return [
-        (f"-{video}-{dim}-{i}", {**entry, "video_id": video, "dim": dim})
-        for video, dims in published.items()
-        for dim, questions in dims.items()
-        for i, entry in enumerate(questions)
-    ]
+    def entries(self, file: Path) -> Iterator[Entry]:
+        judged: dict[str, Entry] = {}
+        for entry in super().entries(file):
+            if "place" in entry:
+                judged = judged or next(read_entries(file.with_name("multi-choice.json")))
+                first = judged[entry["video_id"]][entry["dim"]][0]
+                entry |= {"mc_question": first["question"], "mc_answer": first["answer"]}
+            yield entry
 
 
 def _row(task: str, name: str, videos: Videos, published: Entry) -> Row:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import Benchmark
-from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare
+from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, read_entries
 
 
 class Tomato(Benchmark):
@@ -12,7 +15,21 @@ class Tomato(Benchmark):
     title = "TOMATO"
     groups = ("reason_type", "demonstration_type")
     hub = Hub("lmms-eval/TOMATO")
-    files = ("test*.parquet", "*tomato*.json*")
+    files = ("test*.parquet", "*tomato*.json*", "data/*.json")
+
+    def entries(self, file: Path) -> Iterator[Entry]:
+        """The hub's rows; or a file of the repository's `data`, {number: question}, in the same form."""
+        for published in read_entries(file):
+            if "question" in published:
+                yield published
+                continue
+            for number, entry in published.items():  # numbers repeat from file to file
+                yield {
+                    "id": f"{file.stem}-{number}",
+                    "video_path": f"{entry['demonstration_type']}/{entry['key']}.mp4",
+                    "reason_type": entry["motion_type"],
+                    **entry,
+                }
 
     def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row:
         options = bare(published["options"])

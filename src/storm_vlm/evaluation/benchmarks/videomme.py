@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import GENERAL, Benchmark
-from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, index_of
+from storm_vlm.evaluation.benchmarks.published import (
+    Entry,
+    Hub,
+    Videos,
+    bare,
+    index_of,
+    read_entries,
+)
+
+# Of the authors' nested file, until it had the names of the hub's columns.
+FORMER = {
+    "duration_category": "duration",
+    "video_category": "domain",
+    "video_subcategory": "sub_category",
+    "choices": "options",
+}
 
 
 class VideoMME(Benchmark):
@@ -13,7 +32,20 @@ class VideoMME(Benchmark):
     table = GENERAL
     groups = ("duration", "domain", "task_type")
     hub = Hub("lmms-lab/Video-MME")
-    files = ("test-*.parquet", "*ideo*[mM][mM][eE]*.json*")
+    files = ("test-*.parquet", "*ideo*[mM][mM][eE]*.json*", "output_test_template.json")
+
+    def entries(self, file: Path) -> Iterator[Entry]:
+        """The hub's rows; or the authors' form for responses, videos with their `questions`, in the same form.
+
+        There a video is named by its address, in the newest form by its number alone ("001").
+        """
+        for published in read_entries(file):
+            if "questions" not in published:
+                yield published
+            for question in published.get("questions", ()):
+                entry = {FORMER.get(k) or k: v for k, v in {**published, **question}.items()}
+                id = re.search(r"[?&]v=([\w-]+)", entry.get("url", ""))
+                yield {"videoID": id[1] if id else entry.get("video_id"), **entry}
 
     def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row:
         options = bare(published["options"])

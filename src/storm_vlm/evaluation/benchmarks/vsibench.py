@@ -17,7 +17,7 @@ class VSIBench(Benchmark):
     title = "VSI-Bench"
     groups = ("kind", "question_type")
     hub = Hub("nyu-visionx/VSI-Bench", ("full",))
-    files = ("test*.jsonl", "test*.parquet")
+    files = ("test.jsonl", "test-*.parquet", "test.parquet")
 
     def row(self, published: Entry, videos: Videos, task: str, number: int) -> Row:
         listed = published.get("options") or []
@@ -49,3 +49,21 @@ class VSIBench(Benchmark):
 
     def official_score(self, text: str, row: Row) -> float:
         return vsi_choice(text, row) if row.options else vsi_number(text, row)
+
+
+class VSIBenchDebiased(VSIBench):
+    """Without the questions that are guessed from the text alone."""
+
+    name = "vsibench_debiased"
+    title = "VSI-Bench, debiased"
+    hub = Hub("nyu-visionx/VSI-Bench", ("debiased",))
+    files = ("test_debiased*.jsonl", "test_debiased*.parquet")
+
+
+class VSIBenchPruned(VSIBench):
+    """The questions that the debiased set leaves out."""
+
+    name = "vsibench_pruned"
+    title = "VSI-Bench, pruned"
+    hub = Hub("nyu-visionx/VSI-Bench", ("pruned",))
+    files = ("test_pruned*.jsonl", "test_pruned*.parquet")
