@@ -87,6 +87,7 @@ def test_help_needs_no_torch() -> None:
         (["bench", "train", "--batch", "0"], "--batch"),
         (["analyze", "x", "y", "--out", "z", "--limit", "1"], "--limit"),
         (["gallery", "x", "--limit", "0"], "--limit"),
+        (["gallery", "x", "y", "z"], "too many arguments: y z"),
         (["leaks", "x", "y", "--num-frames", "-1"], "--num-frames"),
         (["reproduce", "--steps", "4"], "--steps"),
     ],

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnusedCliTokensError
 from pydantic import ValidationError
 
 from storm_vlm.cli import analyze, answer, bench, build, datasets, evaluate, lab, report, train
@@ -152,4 +152,8 @@ def _usage_error(error: CycloptsError) -> str:
             for fault in error.__cause__.errors()
         ]
         return f"--{'; --'.join(faults)}"
+    if isinstance(error, UnusedCliTokensError):
+        return (
+            f"too many arguments: {' '.join(error.unused_tokens or ())} (see the command's --help)"
+        )
     return str(error)

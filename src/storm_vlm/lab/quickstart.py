@@ -38,7 +38,7 @@ class QuickstartSize:
 
     train_rows: int = 2000
     test_rows: int = 400
-    stage1_steps: int = 900
+    stage1_steps: int = 1300
     stage2_steps: int = 60
 
 
