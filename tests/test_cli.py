@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from storm_vlm.inference.reasoners import REASONERS
 from storm_vlm.lab.checkpoints import shipped
 
 VERBS = [
-    *("answer", "quickstart"),
+    *("answer", "doctor", "quickstart"),
     *("build", "export", "gallery", "import", "leaks"),
     *("plan", "train"),
     *("analyze", "compare", "download", "evaluate", "lmms-task", "report"),
@@ -267,3 +269,12 @@ def test_a_training_value_of_the_wrong_kind_is_one_line(
     result = run_storm("train", "sft", *arguments, override)
     assert result.exit_code == 1 and re.fullmatch(r"storm: .*\n", result.stderr), result.stderr
     assert override.partition("=")[0].rpartition(".")[2] in result.stderr or "later" in override
+
+
+def test_doctor_says_what_a_bug_report_needs() -> None:
+    facts = json.loads(run_storm("doctor", "--json").stdout)
+    assert set(facts) == {"storm", "system", "devices", "packages", "programs"}
+    assert facts["storm"]["version"] == version("storm-vlm")
+    assert facts["packages"]["transformers"] == version("transformers")
+    assert not {"storm-vlm", "ruff"} & set(facts["packages"])
+    assert "transformers: " in run_storm("doctor").stdout

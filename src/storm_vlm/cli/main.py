@@ -15,7 +15,18 @@ from typing import Any
 from cyclopts import App, CycloptsError, UnusedCliTokensError
 from pydantic import ValidationError
 
-from storm_vlm.cli import analyze, answer, bench, build, datasets, evaluate, lab, report, train
+from storm_vlm.cli import (
+    analyze,
+    answer,
+    bench,
+    build,
+    datasets,
+    doctor,
+    evaluate,
+    lab,
+    report,
+    train,
+)
 from storm_vlm.cli.terminal import (
     DATA,
     EVALUATION,
@@ -44,6 +55,7 @@ app = App(
 )
 app.command(answer.answer, group=USE)
 app.command(lab.quickstart, group=USE)
+app.command(doctor.doctor, group=USE)
 app.command(datasets.import_command, name="import", group=DATA)
 app.command(datasets.export_command, name="export", group=DATA)
 app.command(datasets.leaks, group=DATA)
