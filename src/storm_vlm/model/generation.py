@@ -46,6 +46,14 @@ _OPTIONS = ("latent_mode", "latent_budget", "output_latent_states")
 _LAST_STATE = [-1] if hasattr(output_capturing, "selected_hidden_states") else True
 
 
+def keep_latent_tokens(generation_config: Any, config: Any) -> None:
+    """No latent token ends the turn; that is for stock models alone (`storm_vlm.model.custom_generate`)."""
+    ends = generation_config.eos_token_id
+    if isinstance(ends, list) and getattr(config, "latent_start_token_id", None) is not None:
+        latent = latent_tokens(config)
+        generation_config.eos_token_id = [token for token in ends if token not in latent]
+
+
 @dataclass
 class _LatentRun:
     """One call of generate. Travels in model_kwargs, so that overlapping calls cannot mix."""
@@ -136,6 +144,7 @@ class LatentRolloutMixin(_Stock):
         options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         override = kwargs.pop("latent_override", None)
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        keep_latent_tokens(config, self.config)
         for name, value in options.items():
             setattr(config, name, value)
         config.latent_budget = self._latent_budget(config)

@@ -23,7 +23,8 @@ from transformers.utils import output_capturing
 from storm_vlm.model.adapters import adapted_config, merge_adapters
 from storm_vlm.model.backbones import BACKBONES, backbone
 from storm_vlm.model.checkpoint import ADAPTERS, CheckpointError, base_of, checkpoint_path
-from storm_vlm.model.generation import LatentRolloutMixin
+from storm_vlm.model.custom_generate import write_custom_generate
+from storm_vlm.model.generation import LatentRolloutMixin, keep_latent_tokens
 
 # Parameters. Threads wait for each other after every operation, and a small model's take less than the wait: on cores
 # that other programs use, too, two threads were 10 to 400 times slower than one. (The micro models have a million.)
@@ -72,6 +73,19 @@ class StormForConditionalGeneration(LatentRolloutMixin):
             model = _enable(_stock(path, dtype, kwargs), method)
         model.name_or_path = path  # the base of what will be trained on it
         return model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers' own; beside the weights, what those need who load them without this package.
+
+        See `storm_vlm.model.custom_generate`.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_custom_generate(self, Path(save_directory))
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        write_custom_generate(self, Path(working_dir))  # saving and uploading may be one call
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 def _stock(path: str, dtype: Any, kwargs: dict[str, Any]) -> Any:
@@ -134,6 +148,8 @@ def _enable(model: Any, method: type) -> Any:
     if not isinstance(model, method):
         model.__class__ = _extended(type(model), method)
         _extend_core(model)
+    keep_latent_tokens(model.generation_config, model.config)
+    vars(model).pop("generate", None)  # a checkpoint's custom_generate is this method
     if sum(parameter.numel() for parameter in model.parameters()) <= SMALL:
         torch.set_num_threads(1)
     return model
