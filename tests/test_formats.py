@@ -26,6 +26,7 @@ R1: dict[str, Any] = {
     "path": "./LLaVA-Video-178K/academic/ytb_abc.mp4",
     "data_source": "LLaVA-Video-178K/30_60_s_youtube_v0_1",
 }
+VIDEO = {"video": "a.mp4"}
 MC = "What rises?\nA. a kite\nB. a balloon\nC. smoke\nPlease answer with the letter only."
 
 
@@ -373,7 +374,7 @@ def test_marks_nan_and_addresses_in_a_source(tmp_path, as_list):
     source.write_text(text, encoding="utf-8-sig")
     counts = import_rows("video-r1", source, out, tmp_path)
     assert counts.written == 1 and read_rows(out)[0].meta["source"] == "LLaVA-Video-178K"
-    assert counts.rejected == {"addresses are not read": 1}
+    assert counts.rejected == {"video is an address": 1}
 
 
 def test_the_command_prints_what_became_of_the_rows(tmp_path):
@@ -388,3 +389,87 @@ def test_the_command_prints_what_became_of_the_rows(tmp_path):
     source.write_text(json.dumps([R1 | {"data_type": "image"}]))
     result = run_storm(*arguments)
     assert result.exit_code != 0 and "no row was written" in result.stderr
+
+
+def pair(row: Row) -> tuple[str, str]:
+    return row.question, row.answer
+
+
+SWIFT = {  # modelscope/ms-swift 025fc6b, docs/source_en/Customization/Custom-dataset.md
+    "messages": {"messages": [{"role": "system", "content": "S"}, *turns("Q", "A", "R", "B")]},
+    "sharegpt": {
+        "system": "S",
+        "conversation": [{"human": "Q", "assistant": "A"}, {"human": "R", "assistant": "B"}],
+    },
+    "query": {"system": "S", "query": "R", "response": "B", "history": [["Q", "A"]]},
+}
+
+
+@pytest.mark.parametrize("layout", SWIFT)
+def test_swift_documents_four_layouts(tmp_path, layout):
+    rows, *_ = imported(tmp_path, "ms-swift", {**SWIFT[layout], "videos": ["/v/a.mp4"]})
+    assert [pair(row) for row in rows] == [("Q", "A"), ("R", "B")]
+    assert {row.meta["system"] for row in rows} == {"S"} and rows[1].meta["turn"] == 1
+
+
+@pytest.mark.parametrize("name", ["ms-swift", "llama-factory"])
+def test_alpaca_and_the_system_column(tmp_path, name):
+    """hiyouga/LLaMA-Factory ff6d4d1 data/README.md: `instruction\\ninput` is the prompt; `system` is optional."""
+    alpaca = {"instruction": "<video>Look.", "input": "What is it?", "output": "A dog."}
+    alpaca |= {"history": [], "videos": ["a.mp4"]}
+    said = turns("<video>What is it?", "A dog.", role="from", text="value")
+    sharegpt = {"conversations": said, "system": "Be brief.", "videos": ["a.mp4"]}
+    (first, second), *_ = imported(tmp_path, name, alpaca, sharegpt)
+    assert pair(first) == ("Look.\nWhat is it?", "A dog.") and "system" not in first.meta
+    assert pair(second) == ("What is it?", "A dog.") and second.meta["system"] == "Be brief."
+
+
+def test_rows_with_sound_are_skipped(tmp_path):
+    """hiyouga/LLaMA-Factory ff6d4d1 data/mllm_video_audio_demo.json."""
+    both = {"messages": turns("<video><audio>What is the video describing?", "A girl who draws.")}
+    both |= {"videos": ["mllm_demo_data/4.mp4"], "audios": ["mllm_demo_data/4.mp3"]}
+    sound = {"messages": turns("<audio>What is said?", "Hello."), "audios": ["1.mp3"]}
+    for name in ("llama-factory", "ms-swift"):
+        rows, counts, _ = imported(tmp_path, name, both, sound)
+        assert not rows and counts.skipped == {"audio row": 2} and not counts.rejected
+    parts = [{"type": "audio", "path": "1.mp3"}, {"type": "text", "text": "What?"}]
+    item = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]}
+    assert imported(tmp_path, "openai", item)[1].skipped == {"audio row": 1}
+
+
+@pytest.mark.parametrize("key", ["video", "path", "url"])
+def test_chat_parts_of_transformers(tmp_path, key):
+    """huggingface/transformers 5.x docs, chat_templating_multimodal: a video part has `video`, `path` or `url`."""
+    parts = [{"type": "video", key: "a.mp4"}, {"type": "text", "text": "What?"}]
+    item = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]}
+    (row,), *_ = imported(tmp_path, "openai", item)
+    assert row.video == str(tmp_path / "media/a.mp4") and pair(row) == ("What?", "x")
+    parts[0][key] = [f"{i}.jpg" for i in range(4)]
+    assert imported(tmp_path, "openai", item)[1].skipped == {"video given as frames": 1}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_video_must_be_a_file(tmp_path, name):
+    key, role, text, media, mark = CONVERSATIONS[name]
+    said = {key: turns(mark + "What?", "x", role=role, text=text)}
+    videos = ["https://example.org/a.mp4", "data:video/mp4;base64,AAAA", "AAAA" * 2000]
+    field = next(iter(media))
+    items = [said | {field: video if field == "video" else [video]} for video in videos]
+    rows, counts, (address, *encoded) = imported(tmp_path, name, *items)
+    assert not rows
+    assert counts.rejected == {"video is an address": 1, "video is base64": 2}
+    assert address["detail"] == "download it first: https://example.org/a.mp4"
+    assert all(len(reject["detail"]) < 100 for reject in encoded)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_pictures_in_a_reply_are_another_format(tmp_path, name):
+    """LiuJunhua02/TwiFF e25c415 README.md; OpenGVLab/Future-L1 a91add2 (`<image>` in both turns)."""
+    asked = "frame_1\n<image>\nWhat next?"
+    twiff = turns(asked, "It is hot.\n<rimage>\nOil.\n<ans>Egg.</ans>", role="from", text="value")
+    twiff = {"frames": [1], "recon_frames": [3], "conversations": twiff}
+    future = turns(asked, "THOUGHT 1: hot\n<image>\nTHOUGHT 2: oil", role="from", text="value")
+    future = {"id": "x1", "reasoning_image": [3], "conversations": future, "answer": "Egg."}
+    rows, counts, rejects = imported(tmp_path, name, twiff | VIDEO, future | VIDEO)
+    assert not rows and counts.rejected == {"pictures in a reply": 2}
+    assert rejects[0]["detail"].startswith("<rimage>, as TwiFF and Future-L1")

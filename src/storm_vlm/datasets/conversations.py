@@ -13,6 +13,7 @@ from storm_vlm.data.row import Row
 from storm_vlm.datasets.parse import Fields, Skipped, listed_choice, unwrapped
 
 _PLACEHOLDER = re.compile(r"<(?:video|image)>")
+_IN_REPLY = re.compile(r"<(?:video|image|rimage|audio)>")
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant"), "assistant"),
@@ -32,20 +33,19 @@ def llama_factory_rows(item: Fields) -> list[Fields]:
     """`messages` or `conversations`, a `<video>` in the text for each of `videos`; or our own record beside them."""
     if row := _recorded(item):
         return [row]
-    turns = item.get("messages") or item.get("conversations")
-    return conversation_rows(item, turns, one_video(item), range(1, 2))
+    return conversation_rows(item, _turns(item), one_video(item), range(1, 2))
 
 
 def swift_rows(item: Fields) -> list[Fields]:
     """As LLaMA-Factory has them; a `<video>` that is left out comes first."""
     if row := _recorded(item):
         return [row]
-    return conversation_rows(item, item.get("messages"), one_video(item), range(0, 2))
+    return conversation_rows(item, _turns(item), one_video(item), range(0, 2))
 
 
 def openai_rows(item: Fields) -> list[Fields]:
-    """Content is text or parts: `text`, `video` (a path) and `video_url` ({"url": ...})."""
-    media: Fields = {"videos": [], "images": []}
+    """Content is text or parts: `text`; `video` (as `video`, `path` or `url`) and `video_url` ({"url": ...})."""
+    media: Fields = {"videos": [], "images": [], "audios": []}
     turns: list[Any] = []
     for message in item.get("messages") or []:
         content = message.get("content")
@@ -96,13 +96,18 @@ def conversation_rows(item: Fields, turns: Any, video: str, placeholders: range)
 
     A later question is asked without the turns before it; `meta.turn` tells which those are. ``placeholders``: how
     many `<video>` (or `<image>`, as LLaVA writes for a video) the conversation may hold. A reply's <think> is the
-    plan. Raises ``ValueError``.
+    plan. Raises ``ValueError``, also for pictures in a reply: they are what the answer should foresee.
     """
     spoken = [_turn(turn) for turn in turns if turn] if isinstance(turns, list) else []
-    system = [text for role, text in spoken if role == "system"]
+    system = [text for role, text in spoken if role == "system"] or [item.get("system") or ""]
     spoken = [(role, text) for role, text in spoken if role != "system"]
     if not spoken or [role for role, _ in spoken] != ["user", "assistant"] * (len(spoken) // 2):
         raise ValueError(f"turns are not question and reply: {[role for role, _ in spoken]}")
+    replies = " ".join(text for role, text in spoken if role == "assistant")
+    if shown := _IN_REPLY.search(replies):
+        raise ValueError(
+            f"pictures in a reply: {shown[0]}, as TwiFF and Future-L1 have them, is another format"
+        )
     count = sum(len(_PLACEHOLDER.findall(text)) for role, text in spoken if role == "user")
     if count not in placeholders:
         raise ValueError(f"placeholders do not match the videos: {count} for 1 video")
@@ -114,7 +119,7 @@ def conversation_rows(item: Fields, turns: Any, video: str, placeholders: range)
         stated = reply if "<answer>" in reply else re.split("</think>", reply)[-1]
         fields = listed_choice(_PLACEHOLDER.sub("", question), stated)
         meta: Fields = {"original": {"question": question, "answer": reply}}
-        if system:
+        if any(system):
             meta["system"] = "\n".join(system)
         if len(spoken) > 2:
             meta |= {"turn": number, "turns": len(spoken) // 2}
@@ -125,7 +130,9 @@ def conversation_rows(item: Fields, turns: Any, video: str, placeholders: range)
 
 
 def one_video(item: Fields) -> str:
-    """The video of an object with `videos` or `video`. Raises :class:`Skipped` unless there is exactly one file."""
+    """The video of an object with `videos` or `video`. Raises :class:`Skipped` unless that is one file, alone."""
+    if item.get("audios") or item.get("audio"):
+        raise Skipped("audio row")
     videos = item.get("videos") or item.get("video") or []
     videos = videos if isinstance(videos, list) else [videos]
     if not videos:
@@ -147,6 +154,26 @@ def _recorded(item: Fields) -> Fields | None:
     return row.model_dump()
 
 
+def _turns(item: Fields) -> Any:
+    """Of the layouts that ms-swift documents, of which LLaMA-Factory has two: messages, ShareGPT, alpaca and query.
+
+    Pairs of a query's `history` come first; alpaca's `input` is a second line of the instruction.
+    """
+    if turns := item.get("messages") or item.get("conversations"):
+        return turns
+    pairs = [(pair["human"], pair["assistant"]) for pair in item.get("conversation") or ()]
+    if "response" in item:
+        pairs = [*(item.get("history") or ()), (item["query"], item["response"])]
+    elif "output" in item:
+        asked = "\n".join(part for part in (item["instruction"], item.get("input")) if part)
+        pairs = [*(item.get("history") or ()), (asked, item["output"])]
+    return [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
 def _turn(turn: Any) -> tuple[str, str]:
     role = turn.get("role") or turn.get("from")
     text = turn.get("content", turn.get("value"))
@@ -160,9 +187,9 @@ def _text(part: Fields, media: Fields) -> str:
     kind = part.get("type")
     if kind == "text":
         return part["text"]
-    if kind not in ("video", "video_url", "image", "image_url"):
+    media_of_kind = f"{str(kind).removeprefix('input_').removesuffix('_url')}s"
+    if media_of_kind not in media:
         raise ValueError(f"part of unknown type: {kind!r}")
-    value = part.get(kind)
-    url = value.get("url") if isinstance(value, dict) else value
-    media["videos" if kind.startswith("video") else "images"].append(url)
+    value = part.get(str(kind)) or part.get("path") or part.get("url")
+    media[media_of_kind].append(value.get("url") if isinstance(value, dict) else value)
     return ""

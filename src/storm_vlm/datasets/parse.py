@@ -27,6 +27,15 @@ def text_of(item: Fields, key: str) -> str:
     return value.strip()
 
 
+def file_name(video: str) -> str:
+    """The name of a video's file. Raises ``ValueError`` for an address and for the video itself in base64."""
+    if video.startswith("data:") or len(video) > 4096:  # longer than a path can be
+        raise InputError(f"video is base64: write it to a file first: {video[:40]}…")
+    if "://" in video and not video.startswith("file://"):
+        raise InputError(f"video is an address: download it first: {video}")
+    return video
+
+
 def bare_options(options: Sequence[str]) -> list[str]:
     """Options without their labels and without white space around them."""
     return [option.strip() for option in without_labels(options)]

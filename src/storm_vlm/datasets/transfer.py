@@ -21,7 +21,7 @@ from storm_vlm.data.output import check_outputs
 from storm_vlm.data.prompt import answer_text, question_text
 from storm_vlm.data.row import Row, Split, absolute, read_rows, write_rows
 from storm_vlm.datasets import EXPORTERS, IMPORTERS
-from storm_vlm.datasets.parse import Fields, Skipped
+from storm_vlm.datasets.parse import Fields, Skipped, file_name
 from storm_vlm.datasets.videoespresso import find_core_frames
 from storm_vlm.errors import InputError, StormError
 
@@ -69,9 +69,7 @@ def import_rows(
     def finish(fields: Fields, number: int, index: int) -> Row:
         own = f"{name}-{number}" + (f"/{index}" if index else "")
         fields = {"split": split, "id": own} | fields
-        fields["video"] = absolute(fields["video"], videos.absolute())
-        if "://" in fields["video"]:
-            raise InputError(f"addresses are not read: download {fields['video']}")
+        fields["video"] = absolute(file_name(fields["video"]), videos.absolute())
         if check_videos and not os.path.isfile(fields["video"]):
             raise InputError(f"video file missing: {fields['video']}")
         if core_frames and (images := fields["meta"].get("core_frames")):
