@@ -7,7 +7,7 @@ BIN := .venv/bin
 export MALLOC_TRIM_THRESHOLD_ ?= 1000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 1000000000
 
-.PHONY: install quickstart test lint types clean
+.PHONY: install quickstart test lint types docs clean
 
 install: $(BIN)/.installed
 
@@ -32,5 +32,10 @@ types: install
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --durations 5  # one thread a process: two processes share two cores
 
+docs: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict  # into site/; warnings are errors
+	@echo "built site/index.html; to look at it: $(BIN)/mkdocs serve"
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -1,4 +1,4 @@
-"""Write README's results and pictures from docs/results/*.json: `python dev/tables.py` (`--check` only compares)."""
+"""Write the tables and pictures of README and docs from docs/results/*.json: `python dev/tables.py` (`--check` compares)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from PIL import Image
 
 from storm_vlm.lab.reproduce.comparison_table import read_tables
 from storm_vlm.lab.reproduce.evidence_charts import dots
-from storm_vlm.lab.reproduce.evidence_page import grid_of
 from storm_vlm.lab.world.clips import HORIZON
 from storm_vlm.lab.world.questions import sample_reasoning
 from storm_vlm.lab.world.render import clip_frames, thought_frames
@@ -22,34 +21,31 @@ from storm_vlm.lab.world.simulator import REASONING
 ROOT = Path(__file__).resolve().parent.parent
 
 
+ROWS = {  # of README's table: the arms, each at its better learning rate, and what a newcomer would call them
+    "full": "**STORM**, Stage I then II",
+    "cot": "chain of thought, taught with the oracle's plans",
+    "sft_slower": "SFT, at the better of two learning rates",
+    "pause": "pause slots: eight empty steps",
+}
+
+
 def results(found: dict[str, Any]) -> str:
-    """The results section, in Markdown: the first tables of docs/results.md."""
-    references = found["references"]
-    shortcuts, perception = references["shortcuts"], references["perception"]
-    best = max(shortcuts, key=lambda name: shortcuts[name])
+    """README's table, in Markdown: the arms of the first table of docs/results.md that a reader would ask for."""
+    arms = {line["arm"]: line for line in found["tables"]["main"]["lines"]}
     lines = [
-        f"Micro world, {found['n_test']} test questions about the unseen part, every arm with the same rows and the same number of optimizer "
-        f"steps ({found['steps']}); 95% intervals over seeds and questions. All tables, with what differs from the paper: "
-        f"[docs/results.md](docs/results.md), written by `{found['command']}` ([figures](docs/results/reproduce.json)).",
-        "",
+        "| trained on the same rows, for the same steps | right answers | with another clip's latents | tokens written |",
+        "|---|---|---|---|",
     ]
-    for name in ("main", "stages"):
-        table = found["tables"][name]
-        heading = f"**{table['title']}** ({table['paper']} of the paper)"
-        lines += [heading, "", table["paragraph"], "", grid_of(table), ""]
-    lines += [
-        f"Best shortcut ({best.replace('_', ' ')}): {shortcuts[best]:.1%}; uniform guess: {references['chance']:.1%}.",
-        "",
-        "![Accuracy of each arm](docs/images/micro.svg)",
-        "",
-        "Perception of the shipped backbone, in scenes with one ball (as all but the harder split have) and in all: "
-        + ", ".join(
-            f"{family} {perception['one'][family]:.1%} / {score:.1%}"
-            for family, score in perception["all"].items()
-        )
-        + ".",
-    ]
+    for arm, name in ROWS.items():
+        line = arms[arm]
+        right = f"{percent(line['accuracy'])} ({percent(line['accuracy'], 'low')} to {percent(line['accuracy'], 'high')})"
+        swapped = line["tampered"] and percent(line["tampered"]["swap_other_answer"])
+        lines.append(f"| {name} | {right} | {swapped or ''} | {line['tokens']:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def percent(estimate: Any, field: str = "mean") -> str:
+    return f"{getattr(estimate, field):.1%}"
 
 
 def latency(found: dict[str, Any]) -> str:
@@ -57,7 +53,7 @@ def latency(found: dict[str, Any]) -> str:
     run = found["micro cpu"]
     lines = [
         f"What does a way to reason cost? Micro model, {run['threads']} CPU thread, lengths fixed (answer {run['lengths']['answer']} tokens, chain of thought {run['lengths']['cot']}, "
-        f"grounded {run['lengths']['grounded_cot']}, {run['lengths']['tool_rounds']} tool rounds of {run['lengths']['tool_tokens']}); median of {run['rounds']} rounds and their range. At 7B on a GPU: {found['7b cuda']} ([figures](docs/results/latency.json), `storm bench latency`):",
+        f"grounded {run['lengths']['grounded_cot']}, {run['lengths']['tool_rounds']} tool rounds of {run['lengths']['tool_tokens']}); median of {run['rounds']} rounds and their range. At 7B on a GPU: {found['7b cuda']} ([figures](results/latency.json), `storm bench latency`):",
         "",
         "| reasoner | seconds an item | times latent | times direct |",
         "|---|---|---|---|",
@@ -87,9 +83,9 @@ def draw(main: dict[str, Any], folder: Path) -> None:
     Image.fromarray(np.concatenate([*shown, gap, *unseen], 1)).save(folder / "world.png")
 
 
-SECTIONS = {
-    "results": (results, "reproduce"),
-    "latency": (latency, "latency"),
+SECTIONS = {  # what is written between marks of that name, from which record, in which file
+    "results": (results, "reproduce", ROOT / "README.md"),
+    "latency": (latency, "latency", ROOT / "docs" / "evaluate.md"),
 }
 
 
@@ -98,18 +94,17 @@ def recorded(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = wanted = readme.read_text()
-    for name, (write, record) in SECTIONS.items():
+    for name, (write, record, file) in SECTIONS.items():
+        text = file.read_text()
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        head, rest = wanted.split(start)
+        head, rest = text.split(start)
         wanted = head + start + write(recorded(record)) + end + rest.split(end)[1]
-    if "--check" in sys.argv:
-        sys.exit(
-            "README.md is not what docs/results says: run dev/tables.py" if wanted != text else 0
-        )
-    readme.write_text(wanted)
-    draw(recorded("reproduce")["tables"]["main"], ROOT / "docs/images")
+        if "--check" not in sys.argv:
+            file.write_text(wanted)
+        elif wanted != text:
+            sys.exit(f"{file.name} is not what docs/results says: run dev/tables.py")
+    if "--check" not in sys.argv:
+        draw(recorded("reproduce")["tables"]["main"], ROOT / "docs/images")
 
 
 if __name__ == "__main__":

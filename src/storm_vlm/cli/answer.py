@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from storm_vlm.cli.terminal import Json, Switch, show, show_json
+from storm_vlm.cli.terminal import Json, Switch, errors, show, show_json
 
 
 def answer(
@@ -22,7 +22,7 @@ def answer(
     as_json: Annotated[bool, Json] = False,
     trust_remote_code: Annotated[bool, Switch] = False,
 ) -> None:
-    """Answer a question about a video.
+    """Answer a question about a video; what it took is printed beside the answer, on stderr.
 
     Args:
         video: A video file.
@@ -52,7 +52,10 @@ def answer(
     result = pipeline.answer_batch([prompt])[0]
     if as_json:
         show_json(result)
-    elif options and result.option is None:
+        return
+    if options and result.option is None:
         show(f"no option was chosen; the model wrote: {result.text!r}")
     else:
         show(result.option or result.text)
+    slots = f"{result.slots_used} latent slots" if result.opened else "no latent slots"
+    show(f"({slots}, {result.tokens} tokens, {result.seconds['total']:.2f} s)", to=errors)

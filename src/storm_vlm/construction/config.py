@@ -27,7 +27,7 @@ class TeacherConfig(Settings):
     model: str = Field("", description="The paper's is gpt-4o.")
     base_url: str | None = Field(None, description="By default OpenAI's own; any compatible one.")
     api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable of the key.")
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, description="Of the teacher's sampling.")
     max_tokens: int = Field(1024, ge=1, description="Of one answer.")
     detail: Literal["low", "high", "auto"] = Field("low", description="Of the pictures.")
     response_format: Literal["json_schema", "json_object", "none"] = Field(
@@ -57,8 +57,10 @@ class FilterConfig(Settings):
 class BuildConfig(Settings):
     """One run. What decides a row's result is part of its key in the store; the rest may change freely."""
 
-    steps: tuple[StepName, ...] = STEPS
-    generator: Annotated[str, AfterValidator(GENERATORS.check)] = "wan"
+    steps: tuple[StepName, ...] = Field(STEPS, description="Which are run, in this order.")
+    generator: Annotated[str, AfterValidator(GENERATORS.check)] = Field(
+        "wan", description="What makes thought videos: a name of the registry."
+    )
     generator_config: SerializeAsAny[BaseModel] = Field(
         {}, validate_default=True, description="Settings of the generator: its own `Config`."
     )
@@ -70,7 +72,7 @@ class BuildConfig(Settings):
     max_side: int = Field(512, ge=16, description="Pixels of the longer side of what it sees.")
     keyframes: int = Field(4, ge=1, le=8, description="K at most; the paper does not say.")
     show_answer: bool = Field(True, description="Tell the teacher the correct answer (appendix B).")
-    seed: int = 0
+    seed: int = Field(0, description="Of the generator, for every row.")
     off_topic_model: str | None = Field(None, description="Folder or hub name, CLIP or SigLIP.")
     teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig.model_validate({}))
     filters: FilterConfig = Field(default_factory=lambda: FilterConfig.model_validate({}))

@@ -100,17 +100,23 @@ class TrainConfig(Settings):
         "training.num_train_epochs": "training.max_steps",
     }
 
-    model: str
-    data: str
-    output_dir: str
-    num_frames: int = Field(32, ge=1)
+    model: str = Field(
+        description="Folder or hub name to start from; for Stage II, Stage I's folder."
+    )
+    data: str = Field(
+        description="A JSONL file of rows. Those of the split `validation` are for evaluations."
+    )
+    output_dir: str = Field(description="Folder for checkpoints, curves and the trained model.")
+    num_frames: int = Field(32, ge=1, description="Spread evenly over each clip.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of the weights; `auto` is the checkpoint's."
     )
     attn_implementation: str | None = Field(
         None, description="As in transformers; by default the fastest that is installed."
     )
-    freeze_vision: bool = True
+    freeze_vision: bool = Field(
+        True, description="Leave the vision tower as it is, so that targets can be computed once."
+    )
     lora: dict[str, Any] | None = Field(
         None, description="Fields of PEFT's LoraConfig. The latent tokens' embeddings train, too."
     )
@@ -125,7 +131,9 @@ class TrainConfig(Settings):
     eval_samples: int = Field(
         8, ge=0, description="Validation questions answered at each evaluation (`eval_strategy`)."
     )
-    video_cache_gb: float = Field(1.0, ge=0)
+    video_cache_gb: float = Field(
+        1.0, ge=0, description="Memory of a process for clips that were read and preprocessed."
+    )
     target_cache: str | None = Field(
         None,
         description="Folder of the alignment targets; default: beside `data`, in `<data>.targets`.",
@@ -140,8 +148,12 @@ class TrainConfig(Settings):
         description="Fields of timm's Muon, which then moves the decoder's matrices, and NAdamW all else (with "
         "`training.learning_rate`). On the micro world it needs half of AdamW's steps. None: `training.optim`.",
     )
-    method: Method = Field(default_factory=lambda: Method.model_validate({}))
-    training: dict[str, Any] = Field(default_factory=dict)
+    method: Method = Field(
+        default_factory=lambda: Method.model_validate({}), description="See `Method`."
+    )
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of transformers' TrainingArguments."
+    )
 
     @field_validator("training")
     @classmethod
