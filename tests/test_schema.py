@@ -217,3 +217,47 @@ def test_home_and_addresses_are_no_relative_paths(tmp_path, monkeypatch):
     rows = [{**FULL, "id": name, "video": name} for name in names]
     read = read_rows(write_lines(tmp_path / "rows.jsonl", *rows))
     assert [row.video for row in read] == list(names.values())
+
+
+THOUGHT = FULL["thought_video"]
+
+
+def test_a_thought_video_may_be_a_stretch_of_a_file(tmp_path):
+    stretch = row(thought_video=THOUGHT | {"start": 4, "end": 9.5})
+    write_rows(tmp_path / "rows.jsonl", [stretch])
+    (again,) = read_rows(tmp_path / "rows.jsonl")
+    assert again.thought_video and (again.thought_video.start, again.thought_video.end) == (4, 9.5)
+    assert row().model_dump()["thought_video"] == THOUGHT  # as before there were stretches
+    with pytest.raises(ValidationError, match="must be less than end"):
+        row(thought_video=THOUGHT | {"start": 4, "end": 4})
+
+
+@pytest.mark.parametrize(
+    ("window", "thought", "leaks"),
+    [
+        ((None, None), (None, None), True),
+        ((None, None), (4, None), True),  # the clip is the whole file
+        ((None, 4), (1, 4), True),
+        ((1, 4), (2, 3), True),
+        ((None, 4), (4, None), False),
+        ((None, 4), (3, 9), False),  # begins with what is seen, as generated ones do
+        ((None, 4), (None, None), False),  # as rows have it from before there were stretches
+        ((2, None), (0, 2), False),  # what came before
+    ],
+)
+def test_a_thought_video_shows_more_than_the_clip(window, thought, leaks):
+    fields = dict(zip(("start", "end"), window, strict=True), keyframes=[])
+    stretch = dict(zip(("start", "end"), thought, strict=True), path="./clips/x/../a.mp4")
+    if leaks:
+        with pytest.raises(ValidationError, match="within the clip that is seen"):
+            row(**fields, thought_video=THOUGHT | stretch)
+    else:
+        row(**fields, thought_video=THOUGHT | stretch)
+    row(**fields, thought_video=THOUGHT | stretch | {"path": "clips/b.mp4"})
+
+
+def test_keyframes_of_the_unseen_part_are_a_leak(tmp_path):
+    row(keyframes=[1, 4])
+    lines = write_lines(tmp_path / "rows.jsonl", {**FULL, "keyframes": [2, 4.5]})
+    with pytest.raises(RowError, match=r"rows.jsonl:1: .*\[4.5\] s come after the clip's end"):
+        read_rows(lines)

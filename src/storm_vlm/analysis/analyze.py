@@ -124,8 +124,8 @@ def _readable_rows(file: Path, pipeline: StormPipeline, limit: int | None = None
     def check(row: Row) -> None:
         check_videos(row)
         read_video(row.video, num_frames, row.start, row.end)
-        if row.thought_video is not None:
-            read_video(row.thought_video.path, num_frames)
+        if (thought := row.thought_video) is not None:
+            read_video(thought.path, num_frames, thought.start, thought.end)
 
     rows = read_rows(file)[:limit]
     if faults := row_faults(rows, check):

@@ -173,9 +173,9 @@ def imagine(resources: Resources, draft: Draft) -> Draft:
 def judge(resources: Resources, draft: Draft) -> Draft:
     """Scores of the thought video; thresholds are applied when results are collected."""
     row = draft.row
-    if row.thought_video is None:
+    if (thought := row.thought_video) is None:
         raise StormError(f"{row.id}: has no thought video to judge; run the step thoughts first")
-    frames = read_video(row.thought_video.path, JUDGED).frames
+    frames = read_video(thought.path, JUDGED, thought.start, thought.end).frames
     scores = {
         "blank": filters.blank(frames),
         "frozen": filters.frozen(frames),

@@ -31,8 +31,8 @@ def check_video(row: Row) -> None:
 def check_videos(row: Row) -> None:
     """The thought video's, too."""
     check_video(row)
-    if row.thought_video is not None:
-        video_shape(row.thought_video.path)
+    if (thought := row.thought_video) is not None:
+        video_shape(thought.path, thought.start)
 
 
 def row_faults(rows: Sequence[Row], check: Callable[[Row], object] = check_video) -> dict[str, str]:

@@ -13,7 +13,15 @@ from string import ascii_uppercase
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from storm_vlm.data.atomic_write import in_one_step
 from storm_vlm.data.json_objects import read_objects
@@ -38,14 +46,28 @@ class ThoughtVideo(BaseModel):
     ``source`` tells how it came about: rendered by a simulator (``oracle``), by a video generator
     (``generated``), cut from what follows the input clip (``future``), or the input's own
     ``keyframes``. ``provenance`` keeps what is needed to make it again (prompt, seed, revision).
+    It is the whole file, or what the file shows from ``start`` to ``end``, in seconds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: NonEmpty
+    start: Seconds | None = None
+    end: Seconds | None = None
     source: ThoughtSource
     generator: str
     provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _has_a_length(self) -> Self:
+        _check_window(self.start, self.end)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _window_if_any(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A whole file is written, and hashed, as it was before there were windows."""
+        whole = {name for name in ("start", "end") if getattr(self, name) is None}
+        return {name: value for name, value in written(self).items() if name not in whole}
 
 
 class Row(BaseModel):
@@ -53,6 +75,8 @@ class Row(BaseModel):
 
     With ``options``, ``answer`` is the text of exactly one of them; without, it is free text. A null is taken for a
     field that is left out, and labels come off options that have them ("A. red"): the prompt has its own.
+    A row that gives away the unseen part is refused: its thought video must show more than the clip does, and no
+    keyframe may come after the clip's end.
     Raises pydantic's ``ValidationError`` (a ``ValueError``) that names the offending field.
     """
 
@@ -88,13 +112,35 @@ class Row(BaseModel):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        if self.start is not None and self.end is not None and self.start >= self.end:
-            raise ValueError(f"start ({self.start}) must be less than end ({self.end})")
+        _check_window(self.start, self.end)
+        late = [time for time in self.keyframes if self.end is not None and time > self.end]
+        if late:
+            raise ValueError(
+                f"keyframes at {late} s come after the clip's end ({self.end} s) and would give away what is "
+                "unseen; leave them out, or correct end"
+            )
+        if (thought := self.thought_video) and self._shows(thought):
+            raise ValueError(
+                f"thought_video {thought.path} from {thought.start} to {thought.end} s lies within the clip that is "
+                "seen, so there is nothing to be imagined; set end where the seen part ends, or name what follows"
+            )
         if len(set(self.options)) < len(self.options):
             raise ValueError(f"options must be distinct, got {self.options}")
         if self.options and self.answer not in self.options:
             raise ValueError(f"answer must be one of the options' texts, got {self.answer!r}")
         return self
+
+    def _shows(self, thought: ThoughtVideo) -> bool:
+        """Whether the clip is of the same file and leaves out none of the thought video."""
+        same = os.path.normpath(self.video) == os.path.normpath(thought.path)
+        begins = (self.start or 0) <= (thought.start or 0)
+        ends = self.end is None or (thought.end is not None and thought.end <= self.end)
+        return same and begins and ends
+
+
+def _check_window(start: float | None, end: float | None) -> None:
+    if start is not None and end is not None and start >= end:
+        raise ValueError(f"start ({start}) must be less than end ({end})")
 
 
 def without_labels(options: Sequence[str]) -> list[str]:

@@ -35,7 +35,10 @@ WHITENED_EVERY = 100  # optimizer steps
 
 def thought_question(row: Row) -> Row | Question:
     """The row's question about its thought video, if it has one."""
-    return row if row.thought_video is None else Question(row.thought_video.path, row.question)
+    thought = row.thought_video
+    if thought is None:
+        return row
+    return Question(thought.path, row.question, start=thought.start, end=thought.end)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ def excerpts(rows: Sequence[Row], source: TargetSource) -> list[Excerpt | None]:
             Excerpt(row.video, times=tuple(sorted(row.keyframes))) if row.keyframes else None
             for row in rows
         ]
-    own = [Excerpt(row.thought_video.path) if row.thought_video else None for row in rows]
+    thoughts = (row.thought_video for row in rows)
+    own = [Excerpt(t.path, t.start, t.end) if t else None for t in thoughts]
     if source != "shuffled":
         return own
     places = [place for place, excerpt in enumerate(own) if excerpt is not None]
