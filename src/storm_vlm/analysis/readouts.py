@@ -75,7 +75,8 @@ def thought_frames(rows: Sequence[Row], budget: int) -> Tensor:
     """
     pictures = []
     for row in tqdm(rows, "thought frames", leave=False):
-        assert (thought := row.thought_video) is not None
+        thought = row.thought_video
+        assert thought is not None
         clip = read_video(thought.path, FRAMES_PER_SLOT * budget, thought.start, thought.end)
         frames = clip.frames
         middle = [(2 * k + 1) * len(frames) // (2 * budget) for k in range(budget)]

@@ -129,8 +129,15 @@ def leaks(
     show(
         f"{len(rows) - len(kept)} of {len(rows)} training rows leak, in {len(found.leaks)} pairs of clips"
     )
+    if found.look_alikes:
+        show(
+            f"{len(found.look_alikes)} pairs look alike, but what stands still in them differs, as in two puzzles on "
+            "one board: not counted as leaks; --out FILE.json has them, to be looked at"
+        )
     if found.generic:
-        show(f"{found.generic} clips have a name that says nothing: compared by frames alone")
+        show(
+            f"{found.generic} clips have a name that says nothing, or that others have, too: compared by frames alone"
+        )
     if found.unreadable:
         show(f"{len(found.unreadable)} videos cannot be read: compared by name alone")
         for reason in list(found.unreadable.values())[:3]:

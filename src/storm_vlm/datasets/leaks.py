@@ -10,15 +10,16 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
-from storm_vlm.data.frame_hash import distances, frame_hashes
+from storm_vlm.data.frame_hash import agree, distances, frame_hashes, pictures
 from storm_vlm.data.row import Row
 from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.thread_pool import thread_pool
@@ -37,6 +38,16 @@ SIDE = 256  # pixels that frames are read at
 _CHUNK = 512  # training frames compared at a time
 
 Window = tuple[str, float | None, float | None]  #: file, start, end
+Pair = tuple[Window, Window]  #: of training, of evaluation
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What of two clips is alike: share and distance as in `Leak`, and the frames, by their numbers."""
+
+    share: float
+    distance: float
+    frames: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,11 @@ class LeakReport:
     """Every leak, and what could not be compared."""
 
     leaks: tuple[Leak, ...]
+    look_alikes: tuple[Leak, ...]  #: frames of one kind, but what stands still in them differs
     unreadable: dict[str, str]  #: file: why; compared by name alone
-    generic: int  #: clips whose name says nothing; compared by frames alone
+    generic: (
+        int  #: clips whose name says nothing, or is another clip's, too; compared by frames alone
+    )
 
 
 def names(path: str) -> set[str]:
@@ -73,38 +87,56 @@ def find_leaks(
 ) -> LeakReport:
     """Compare the clips of two sets of rows.
 
-    By name: see :func:`names`. By frames: ``num_frames`` spread over each clip (0: names only), and at least two, and
-    a tenth, of one clip's frames must look like frames of the other. That finds copies that are encoded again,
-    resized, darkened, reversed, joined or cut, as long as enough of the longer one's frames fall into the cut (raise
-    ``num_frames`` for long videos); not mirrored or cropped ones. Hashes are kept in the folder ``cache``.
+    By name: see :func:`names`; a name that several files of one side have says nothing. By frames: ``num_frames``
+    spread over each clip (0: names only), and at least two, and a tenth, of one clip's frames must look like frames
+    of the other. That finds copies that are encoded again, resized, darkened, reversed, joined or cut, as long as
+    enough of the longer one's frames fall into the cut (raise ``num_frames`` for long videos); not mirrored or
+    cropped ones. Clips of one kind, such as two puzzles on one board, have such frames, too: unless in half of these
+    what stands still agrees, they are look-alikes. Hashes are kept in the folder ``cache``.
     """
     ours, theirs = _rows_by_clip(train), _rows_by_clip(evaluation)
-    why: dict[tuple[Window, Window], list[str]] = defaultdict(list)
+    our_names, their_names = _telling_names(ours), _telling_names(theirs)
+    why: dict[Pair, list[str]] = defaultdict(list)
     called: dict[str, list[Window]] = defaultdict(list)
     for clip in theirs:
-        for name in {os.path.realpath(clip[0])} | names(clip[0]):
+        for name in {os.path.realpath(clip[0])} | their_names[clip[0]]:
             called[name].append(clip)
     for clip in ours:
-        for reason, known in (("file", {os.path.realpath(clip[0])}), ("name", names(clip[0]))):
+        known_as = (("file", {os.path.realpath(clip[0])}), ("name", our_names[clip[0]]))
+        for reason, known in known_as:
             for pair in {(clip, other) for name in known for other in called.get(name, ())}:
                 why[pair].append(reason)
     unreadable: dict[str, str] = {}
-    alike: dict[tuple[Window, Window], tuple[float, float]] = {}
+    alike: dict[Pair, Likeness] = {}
     if num_frames:
         hashes = _hashes({**ours, **theirs}, Store(cache), num_frames, unreadable)
         alike = _alike(
             {c: hashes[c] for c in ours if c in hashes},
             {c: hashes[c] for c in theirs if c in hashes},
         )
-    for pair in alike:
+    same = _same(alike, Store(cache), num_frames)
+    for pair in same:
         why[pair].append("frames")
-    leaks = tuple(
-        Leak(
-            a[0], b[0], tuple(ours[a]), tuple(theirs[b]), tuple(reasons), *alike.get((a, b), (0.0, None))
-        )
-        for (a, b), reasons in why.items()
-    )  # fmt: skip
-    return LeakReport(leaks, unreadable, sum(not names(clip[0]) for clip in {**ours, **theirs}))
+
+    def leak(pair: Pair) -> Leak:
+        (a, b), likeness = pair, alike.get(pair)
+        how = (likeness.share, likeness.distance) if likeness else (0.0, None)
+        return Leak(a[0], b[0], tuple(ours[a]), tuple(theirs[b]), tuple(why.get(pair, ())), *how)
+
+    return LeakReport(
+        tuple(map(leak, why)),
+        tuple(leak(pair) for pair in alike if pair not in why),
+        unreadable,
+        sum(not (our_names | their_names)[clip[0]] for clip in {**ours, **theirs}),
+    )
+
+
+def _telling_names(clips: Iterable[Window]) -> dict[str, set[str]]:
+    """`names` of each path; none where several files have the same stem, as `ground_truth.mp4` in many folders."""
+    files: dict[str, set[str]] = defaultdict(set)
+    for path, _, _ in clips:
+        files[Path(path).stem].add(os.path.realpath(path))
+    return {path: names(path) if len(files[Path(path).stem]) < 2 else set() for path, _, _ in clips}
 
 
 def without_leaks(train: Iterable[Row], comparison: LeakReport) -> list[Row]:
@@ -126,18 +158,10 @@ def _hashes(
     """uint8 (T, 64) for every clip that can be read."""
 
     def hashes(clip: Window) -> np.ndarray | str:
-        path, start, end = clip
         try:
-            content = store.content(path) if os.path.isfile(path) else ""
-            key = key_of(clip=content, window=[start, end], frames=num_frames, side=SIDE)
-            if (kept := store.read("frame_hashes", key, load_file, ".safetensors")) is not None:
-                return kept["hashes"]
-            computed = frame_hashes(read_video(path, num_frames, start, end, SIDE).frames)
+            return _kept(store, "frame_hashes", clip, num_frames)["hashes"]
         except (VideoError, OSError) as error:
             return str(error)
-        with store.place("frame_hashes", key, ".safetensors") as unfinished:
-            save_file({"hashes": computed}, unfinished)
-        return computed
 
     by_clip: dict[Window, np.ndarray] = {}
     clips = list(clips)
@@ -151,10 +175,29 @@ def _hashes(
     return by_clip
 
 
+def _kept(store: Store, kind: str, clip: Window, num_frames: int) -> dict[str, np.ndarray]:
+    """What `_COMPUTED` of the clip's frames, from the store if it is there. Raises VideoError, OSError."""
+    path, start, end = clip
+    content = store.content(path) if os.path.isfile(path) else ""
+    key = key_of(clip=content, window=[start, end], frames=num_frames, side=SIDE)
+    if (kept := store.read(kind, key, load_file, ".safetensors")) is not None:
+        return kept
+    computed = _COMPUTED[kind](read_video(path, num_frames, start, end, SIDE).frames)
+    with store.place(kind, key, ".safetensors") as unfinished:
+        save_file(computed, unfinished)
+    return computed
+
+
+_COMPUTED: dict[str, Callable[[np.ndarray], dict[str, np.ndarray]]] = {
+    "frame_hashes": lambda frames: {"hashes": frame_hashes(frames)},
+    "pictures": lambda frames: dict(zip(("small", "still"), pictures(frames), strict=True)),
+}
+
+
 def _alike(
     ours: dict[Window, np.ndarray], theirs: dict[Window, np.ndarray]
-) -> dict[tuple[Window, Window], tuple[float, float]]:
-    """(share, distance) of the pairs that show the same."""
+) -> dict[Pair, Likeness]:
+    """The pairs that show the same, or things of one kind."""
     if not ours or not theirs:
         return {}
     our_clips, their_clips = list(ours), list(theirs)
@@ -164,20 +207,48 @@ def _alike(
     )
     our_owner = np.repeat(np.arange(len(ours)), [len(h) for h in ours.values()])
     their_owner = np.repeat(np.arange(len(theirs)), [len(h) for h in theirs.values()])
-    seen: dict[tuple[int, int], tuple[set[int], set[int], list[float]]] = {}
+    our_first, their_first = (
+        np.concatenate([[0], np.cumsum([len(h) for h in side.values()])]) for side in (ours, theirs)
+    )
+    seen: dict[tuple[int, int], list[tuple[int, int, float]]] = defaultdict(list)
     for i, j, distance in _close(our_frames, their_frames):
-        pair = seen.setdefault((int(our_owner[i]), int(their_owner[j])), (set(), set(), []))
-        pair[0].add(i)
-        pair[1].add(j)
-        pair[2].append(distance)
-    found: dict[tuple[Window, Window], tuple[float, float]] = {}
-    for (i, j), (mine, others, apart) in seen.items():
+        a, b = int(our_owner[i]), int(their_owner[j])
+        seen[a, b].append((i - int(our_first[a]), j - int(their_first[b]), distance))
+    found: dict[Pair, Likeness] = {}
+    for (i, j), matches in seen.items():
         a, b = our_clips[i], their_clips[j]
-        share = max(len(mine) / len(ours[a]), len(others) / len(theirs[b]))
+        mine, others = len({m[0] for m in matches}), len({m[1] for m in matches})
+        share = max(mine / len(ours[a]), others / len(theirs[b]))
         enough = min(2, len(ours[a]), len(theirs[b]))
-        if share >= SHARE and max(len(mine), len(others)) >= enough:
-            found[a, b] = (share, min(apart))
+        if share >= SHARE and max(mine, others) >= enough:
+            frames = tuple((match[0], match[1]) for match in matches)
+            found[a, b] = Likeness(share, min(match[2] for match in matches), frames)
     return found
+
+
+def _same(alike: dict[Pair, Likeness], store: Store, num_frames: int) -> list[Pair]:
+    """Those of the pairs in which half of the frames alike, of either clip, agree in what stands still."""
+
+    @lru_cache(256)
+    def shown(clip: Window) -> dict[str, np.ndarray]:
+        return _kept(store, "pictures", clip, num_frames)
+
+    def same(pair: Pair) -> bool:
+        a, b = map(shown, pair)
+        frames = alike[pair].frames
+        agreeing = [
+            (i, j)
+            for i, j in frames
+            if agree(a["small"][i], b["small"][j], a["still"][i] & b["still"][j])
+        ]
+        return any(
+            2 * len({match[side] for match in agreeing}) >= len({match[side] for match in frames})
+            for side in (0, 1)
+        )
+
+    with thread_pool() as pool:
+        verdicts = list(tqdm(pool.map(same, alike), "pairs", len(alike), leave=False))
+    return [pair for pair, verdict in zip(alike, verdicts, strict=True) if verdict]
 
 
 def _close(ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[int, int, float]]:
