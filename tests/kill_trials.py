@@ -89,7 +89,7 @@ def stub_config(teacher: StubTeacher, workers: int = 4) -> BuildConfig:
             "generator": "keyframes",
             "workers": workers,
             "teacher": {"model": "stub", "base_url": teacher.url},
-            "filters": {"frozen": 0.02},
+            "filters": {"frozen": 0.85},
         }
     )
 

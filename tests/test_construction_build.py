@@ -70,7 +70,7 @@ def test_a_row_with_all_that_led_to_it(source: Path, teacher: StubTeacher, tmp_p
         assert provenance["steps"]["keyframes"]["teacher"] == "stub"
         responses = [key for step in provenance["steps"].values() for key in step["responses"]]
         assert {Path(path).stem for path in responses} <= {call.key for call in teacher.calls}
-        assert provenance["scores"]["frozen"] >= 0.02 and provenance["key"] in thought.path
+        assert provenance["scores"]["frozen"] >= 0.85 and provenance["key"] in thought.path
         shown = read_video(row.video, 6)
         first = shown.frames[shown.timestamps.tolist().index(row.keyframes[0])]
         difference = read_video(thought.path, 99).frames[0].astype(int) - first
@@ -78,7 +78,7 @@ def test_a_row_with_all_that_led_to_it(source: Path, teacher: StubTeacher, tmp_p
         bare = {"keyframes": (), "plan": None, "thought_video": None}
         assert row.model_copy(update=bare) == originals[row.id]
     for reject in rejects:
-        assert reject["score"] < reject["threshold"] == 0.02
+        assert reject["score"] < reject["threshold"] == 0.85
         assert Row.model_validate(reject["row"]).id == reject["id"]
     run(source, tmp_path, stub_config(teacher))
     assert len(teacher.calls) == 20  # all there

@@ -60,12 +60,14 @@ def test_duplicates_survive_encoding_and_others_are_far(
     mine = filters.fingerprint(good)
     limit = DEFAULT.duplicate or 0
     earlier = filters.Duplicates(limit)
-    assert earlier.nearest(mine) == 1
+    assert earlier.nearest(mine, "a") == 1
     for print_ in prints:
-        earlier.add(print_)
-    assert earlier.nearest(mine) > 2 * limit
-    earlier.add(mine)
-    assert earlier.nearest(mine) == 0 < earlier.nearest(filters.fingerprint(noisy)) < limit
+        earlier.add(print_, "b")
+    assert earlier.nearest(mine, "a") > 2 * limit
+    earlier.add(mine, "b")
+    assert (
+        earlier.nearest(mine, "a") == 0 < earlier.nearest(filters.fingerprint(noisy), "a") < limit
+    )
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.2])
@@ -90,9 +92,9 @@ def test_no_duplicate_is_overlooked_and_few_others_are_looked_at(
     )
     for number, print_ in enumerate(prints):
         nearest = exact[number, :number].min(initial=1)
-        found = earlier.nearest(print_.hex())
+        found = earlier.nearest(print_.hex(), number)
         assert found == nearest or (found >= nearest >= limit)
-        earlier.add(print_.hex())
+        earlier.add(print_.hex(), number)
     assert sum(compared) < 0.05 * len(prints) ** 2 / 2
 
 
@@ -102,19 +104,20 @@ def test_rejects_keep_reason_score_and_threshold(reasoning_rows: list[Row]) -> N
     drafts = [
         Draft(row=row, scores=scores, fingerprint="00"),
         Draft(row=row, scores={"blank": 0.5}, fingerprint="ff"),
-        Draft(row=row, scores={"blank": 0.5}, fingerprint="ff"),
+        Draft(row=row, scores={"blank": 0.5}, fingerprint="ff"),  # about the same clip
+        Draft(row=row.model_copy(update={"end": 0.5}), scores={"blank": 0.5}, fingerprint="ff"),
         Draft(row=row, rejected="plan_refused", detail="why"),
     ]
     kept, rejects = apply_filters(drafts, DEFAULT)
     assert [(r["reason"], r["score"], r["threshold"]) for r in rejects] == [
-        ("frozen", 0.001, 0.004),
+        ("frozen", 0.001, 0.06),
         ("duplicate", 0.0, 0.05),
         ("plan_refused", None, None),
     ]
-    assert isinstance(kept[0].thought_video, ThoughtVideo) and len(kept) == 1
+    assert isinstance(kept[0].thought_video, ThoughtVideo) and len(kept) == 2
     assert kept[0].thought_video.provenance["scores"] == {"blank": 0.5, "duplicate": 1.0}
     off = FilterConfig.model_validate(dict.fromkeys(FilterConfig.model_fields))
-    assert len(apply_filters(drafts, off)[0]) == 3
+    assert len(apply_filters(drafts, off)[0]) == 4
 
 
 def test_thresholds_do_not_decide_what_is_stored() -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from storm_vlm.construction import filters
 from storm_vlm.construction.config import BuildConfig, FilterConfig
 from storm_vlm.construction.filters import LOW_IS_BAD, Duplicates
 from storm_vlm.construction.steps import STEP_FUNCTIONS, Draft, Resources
@@ -74,7 +75,8 @@ class Builder:
         thought = row.thought_video
         content = self.store.content
         files = [content(row.video), content(thought.path) if thought else ""]
-        return key_of(row=fields, files=files, config=self.config.determining())
+        rules = filters.RULES
+        return key_of(row=fields, files=files, config=self.config.determining(), rules=rules)
 
     def finished(self, row: Row) -> Draft | None:
         """The row's result, if it is there."""
@@ -265,9 +267,9 @@ def apply_filters(
     earlier = Duplicates(thresholds.duplicate or 0.0)
     limits = thresholds.model_dump()
     for draft in drafts:
-        scores = dict(draft.scores)
+        scores, clip = dict(draft.scores), (draft.row.video, draft.row.start, draft.row.end)
         if draft.fingerprint and thresholds.duplicate is not None:
-            scores["duplicate"] = round(earlier.nearest(draft.fingerprint), 6)
+            scores["duplicate"] = round(earlier.nearest(draft.fingerprint, clip), 6)
         reason, score = draft.rejected, None
         for name, value in scores.items() if reason is None else ():
             limit = limits[name]
@@ -280,7 +282,7 @@ def apply_filters(
             rejects.append({**told, "row": draft.row})
             continue
         if draft.fingerprint and thresholds.duplicate is not None:
-            earlier.add(draft.fingerprint)
+            earlier.add(draft.fingerprint, clip)
         kept.append(_with_scores(draft.row, scores))
     return kept, rejects
 

@@ -47,7 +47,7 @@ class FilterConfig(Settings):
     """Thresholds of `filters.py`; null switches one off. A row is rejected on the wrong side of one."""
 
     blank: float | None = Field(0.02, description="At least.")
-    frozen: float | None = Field(0.004, description="At least.")
+    frozen: float | None = Field(0.06, description="At least.")
     flicker: float | None = Field(0.05, description="At most.")
     mismatch: float | None = Field(0.15, description="At most.")
     off_topic: float | None = Field(0.9, description="At most; needs `off_topic_model`.")

@@ -7,7 +7,7 @@ must reach; the others must not be exceeded. Thresholds are in `FilterConfig`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LOW_IS_BAD = frozenset({"blank", "frozen", "duplicate"})
 PRINTED = 5  # frames of a video that its fingerprint looks at
+BLOCKS = 32  # of a picture's side
+RULES = 2  # changes with what scores mean: stored ones of another number are made again
 
 
 def blank(frames: np.ndarray) -> float:
@@ -28,9 +30,10 @@ def blank(frames: np.ndarray) -> float:
 
 
 def frozen(frames: np.ndarray) -> float:
-    """How far the picture gets from the first frame: the largest mean absolute difference to it."""
-    grey = _grey(frames)
-    return float(np.abs(grey - grey[0]).mean(axis=(1, 2)).max())
+    """How far any of 32 x 32 blocks gets from its colour in the first frame; a thin line on white moves, too."""
+    size, scale = (BLOCKS, BLOCKS), Image.Resampling.BOX
+    blocks = np.stack([Image.fromarray(frame).resize(size, scale) for frame in frames])
+    return float(np.abs(blocks - blocks[:1].astype(np.float32)).max() / 255)
 
 
 def flicker(frames: np.ndarray) -> float:
@@ -54,10 +57,11 @@ def fingerprint(frames: np.ndarray) -> str:
 
 
 class Duplicates:
-    """Fingerprints, and how near a new one comes to them.
+    """Fingerprints of thought videos, and how near one of another clip comes to them.
 
-    Only prints that share a band of MinHashes are compared, so that a look takes no longer the more there are. Of
-    two prints closer than `limit`, one in 10^6 shares none.
+    Two questions about one clip may well have the same: such prints are not compared. Nor are those that share no
+    band of MinHashes, so that a look takes no longer the more there are. Of two prints closer than `limit`, one in
+    10^6 shares none.
     """
 
     BANDS = 32
@@ -70,26 +74,29 @@ class Duplicates:
         self._last: dict[int, int] = {}  # the last print that has a band's hashes …
         self._before: list[np.ndarray] = []  # … and for each print and band, the one before it
         self._prints: list[np.ndarray] = []
+        self._clips: list[Hashable] = []
 
-    def nearest(self, fingerprint: str) -> float:
+    def nearest(self, fingerprint: str, clip: Hashable) -> float:
         """The distance (see `frame_hash.py`) to the nearest that may be a duplicate; 1 without any."""
         mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
         near: set[int] = set()
         for number, band in enumerate(self._signature(mine)):
             place = self._last.get(band, -1)
             while place >= 0:
-                near.add(place)
+                if self._clips[place] != clip:
+                    near.add(place)
                 place = int(self._before[place][number])
         if not near:
             return 1.0
         return float(distances(mine[None], np.stack([self._prints[i] for i in near])).min())
 
-    def add(self, fingerprint: str) -> None:
+    def add(self, fingerprint: str, clip: Hashable) -> None:
         mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
         bands = self._signature(mine)
         self._before.append(np.array([self._last.get(band, -1) for band in bands], np.int32))
         self._last.update(dict.fromkeys(bands, len(self._prints)))
         self._prints.append(mine)
+        self._clips.append(clip)
 
     def _signature(self, mine: np.ndarray) -> list[int]:
         """For every band, its MinHashes as one number; none for a print without structure, which is like none."""

@@ -171,24 +171,29 @@ def imagine(resources: Resources, draft: Draft) -> Draft:
 
 
 def judge(resources: Resources, draft: Draft) -> Draft:
-    """Scores of the thought video; thresholds are applied when results are collected."""
+    """Scores of the thought video; thresholds are applied when results are collected.
+
+    What is true (an oracle's, or the real future) need not begin at a keyframe, and may be like another or off a
+    text; a real video may also have cuts, black frames and flashes.
+    """
     row = draft.row
     if (thought := row.thought_video) is None:
         raise StormError(f"{row.id}: has no thought video to judge; run the step thoughts first")
     frames = read_video(thought.path, JUDGED, thought.start, thought.end).frames
-    scores = {
-        "blank": filters.blank(frames),
-        "frozen": filters.frozen(frames),
-        "flicker": filters.flicker(frames),
-    }
-    if row.thought_video.source in ("generated", "keyframes") and row.keyframes:
+    imagined, real = thought.source in ("generated", "keyframes"), thought.source == "future"
+    contrasts = [filters.blank(frame[None]) for frame in frames]
+    scores = {"blank": max(contrasts) if real else min(contrasts), "frozen": filters.frozen(frames)}
+    if not real:
+        scores["flicker"] = filters.flicker(frames)
+    if imagined and row.keyframes:
         (first,) = _keyframes(row, first=True)
         scores["mismatch"] = filters.mismatch(frames, first)
-    if resources.config.off_topic_model:
-        text = str(row.thought_video.provenance.get("prompt") or row.question)
+    if imagined and resources.config.off_topic_model:
+        text = str(thought.provenance.get("prompt") or row.question)
         scores["off_topic"] = resources.off_topic(frames, text)
     rounded = {name: round(score, 6) for name, score in scores.items()}
-    return draft.model_copy(update={"scores": rounded, "fingerprint": filters.fingerprint(frames)})
+    print_ = filters.fingerprint(frames) if imagined else ""
+    return draft.model_copy(update={"scores": rounded, "fingerprint": print_})
 
 
 STEP_FUNCTIONS: dict[StepName, Callable[[Resources, Draft], Draft]] = {
