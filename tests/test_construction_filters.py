@@ -105,7 +105,7 @@ def test_rejects_keep_reason_score_and_threshold(reasoning_rows: list[Row]) -> N
         Draft(row=row, scores=scores, fingerprint="00"),
         Draft(row=row, scores={"blank": 0.5}, fingerprint="ff"),
         Draft(row=row, scores={"blank": 0.5}, fingerprint="ff"),  # about the same clip
-        Draft(row=row.model_copy(update={"end": 0.5}), scores={"blank": 0.5}, fingerprint="ff"),
+        Draft(row=row.model_copy(update={"start": 0.1}), scores={"blank": 0.5}, fingerprint="ff"),
         Draft(row=row, rejected="plan_refused", detail="why"),
     ]
     kept, rejects = apply_filters(drafts, DEFAULT)
