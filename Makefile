@@ -1,7 +1,7 @@
-# Everything a newcomer needs: `make quickstart` and `make test`, on a machine with Python 3.11 or 3.12.
+# Everything a newcomer needs: `make quickstart` and `make test`, on a machine with Python 3.11 to 3.13.
 # The first interpreter that runs and is new enough, and not too new.
-PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
-	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; done)
+PYTHON ?= $(shell for python in python3.12 python3.11 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 # glibc gives freed memory back to the system at once; keeping it halves the time of small CPU steps.
 export MALLOC_TRIM_THRESHOLD_ ?= 1000000000
@@ -12,7 +12,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 1000000000
 install: $(BIN)/.installed
 
 $(BIN)/.installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "storm needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "storm needs Python 3.11 to 3.13: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@

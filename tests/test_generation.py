@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_model import (
     BUDGET,
     EOS,
@@ -334,13 +335,44 @@ def test_off_is_the_stock_model_bit_for_bit(off: dict[str, Any]) -> None:
     assert not (silent[:, -3:] == TOKENS.start).any()
 
 
-def test_off_needs_no_latent_tokens_and_anything_else_says_so() -> None:
+def test_a_model_without_latent_tokens_generates_as_if_off_and_cannot_be_forced() -> None:
     model, row = tiny_model(), prompts(force=False)[0]
+    off = tiny_model().generate(**row, latent_mode="off")
     for name in ("start", "pad", "end"):
         delattr(model.config, f"latent_{name}_token_id")
-    assert model.generate(**row, latent_mode="off", max_new_tokens=2).shape[1] > 2
+    for mode in ({}, {"latent_mode": "auto"}, {"latent_mode": "off"}):
+        assert torch.equal(model.generate(**row, **mode), off)
     with pytest.raises(ValueError, match="add_latent_tokens"):
-        model.generate(**row)
+        model.generate(**row, latent_mode="force")
+
+
+@pytest.mark.skipif(transformers.__version__ < "5.18", reason="its own generate fails at chunks")
+@pytest.mark.parametrize("chunk", [3, 7])
+def test_a_prompt_read_in_chunks_can_be_forced(chunk: int) -> None:
+    """Of text alone: transformers reads no video in chunks."""
+    model = tiny_model()
+    ids = torch.tensor([[*range(40, 60), TOKENS.start]])
+    whole = model.generate(ids, latent_mode="force", max_new_tokens=NEW)
+    assert int((whole == TOKENS.pad).sum()) == BUDGET
+    chunked = {"latent_mode": "force", "max_new_tokens": NEW, "prefill_chunk_size": chunk}
+    assert torch.equal(model.generate(ids, **chunked), whole)
+    with pytest.raises(ValueError, match="force"):
+        model.generate(ids[:, :-1], **chunked)
+
+
+def test_a_plain_forward_refuses_ids_of_latent_slots() -> None:
+    """It would feed the pad's embedding where `generate` fed a state: a trainer would learn from the difference."""
+    model, row = tiny_model(), prompts()[0]
+    written = model.generate(**row, max_new_tokens=NEW)
+    assert int((written == TOKENS.pad).sum()) == BUDGET
+    text = {"mm_token_type_ids": torch.zeros_like(written)}
+    for call in (lambda: model(written, **text), lambda: model(input_ids=written, **text)):
+        with pytest.raises(ValueError, match=r"latent_pad.*rollout"):
+            call()
+    embeds = model.get_input_embeddings()(written)
+    assert model(inputs_embeds=embeds).logits.shape[1] == written.shape[1]
+    model.config.latent_pause = True  # slots hold the pad's own embedding
+    assert model(written, **text).logits.shape[1] == written.shape[1]
 
 
 def test_budget_and_mode_come_from_call_then_generation_config_then_checkpoint() -> None:

@@ -118,6 +118,23 @@ class Terse(StormForConditionalGeneration):
         return super().generate(*args, **kwargs)[:, -3:]
 
 
+@pytest.mark.parametrize("of_the_model", [True, None])
+def test_options_of_a_saved_generation_config_are_loaded(tmp_path: Path, of_the_model) -> None:
+    model = tiny_model()
+    model.generation_config._from_model_config = of_the_model  # as both shipped checkpoints say
+    model.generation_config.latent_mode = "off"
+    model.generation_config.latent_budget = 3
+    model.save_pretrained(tmp_path)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    for again in (
+        StormForConditionalGeneration.from_pretrained(str(tmp_path)),
+        enable_latents(stock),
+    ):
+        options = again.generation_config
+        assert (options.latent_mode, options.latent_budget) == ("off", 3)
+        assert not (again.generate(**prompts()[0]) == again.config.latent_pad_token_id).any()
+
+
 def test_a_subclass_loads_as_itself_and_saves_a_stock_checkpoint(tmp_path: Path) -> None:
     model, batch = tiny_model(), left_pad(prompts())
     model.save_pretrained(tmp_path / "a")

@@ -6,9 +6,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import accelerate
 import command_line
 import numpy as np
 import pytest
+import torch
 
 from storm_vlm import StormPipeline
 from storm_vlm.data.collator import Question
@@ -39,6 +41,15 @@ def test_a_batch_answers_as_each_row_alone(storm, reasoning_rows) -> None:
     assert [(a.text, a.slots_used, a.forced_end) for a in together] == [
         (a.text, a.slots_used, a.forced_end) for a in alone
     ]
+
+
+def test_weights_that_accelerate_offloads_answer_the_same(reasoning_rows) -> None:
+    storm = StormPipeline.from_pretrained(str(shipped("storm")), device="cpu")
+    expected = storm.answer_batch(reasoning_rows[:2])
+    accelerate.cpu_offload(storm.model, torch.device("cpu"))
+    assert storm.model.device.type == "meta"
+    offloaded = storm.answer_batch(reasoning_rows[:2])
+    assert [a.text for a in offloaded] == [a.text for a in expected]
 
 
 def test_answer_equals_plain_generate(storm, reasoning_rows) -> None:

@@ -18,7 +18,7 @@ from storm_vlm.data.row import Row
 from storm_vlm.data.video import read_video
 from storm_vlm.evaluation.statistics import Estimate, estimate
 from storm_vlm.inference.pipeline import StormPipeline
-from storm_vlm.model.backbones import unwrap
+from storm_vlm.model.backbones import input_device, unwrap
 from storm_vlm.model.rollout import head
 from storm_vlm.training.config import FRAMES_PER_SLOT
 
@@ -176,7 +176,7 @@ def logit_lens(
 ) -> list[list[tuple[str, float]]]:
     """For each of (K, D) states the tokens that the output layer would choose, with their probabilities."""
     model: Any = unwrap(pipeline.model)
-    logits = head(model, latents.to(model.device, model.dtype)).float()
+    logits = head(model, latents.to(input_device(model), model.dtype)).float()
     chances, ids = logits.softmax(-1).topk(top)
 
     def shown(token: int) -> str:
@@ -194,6 +194,6 @@ def lens_accuracy(pipeline: StormPipeline, rows: Sequence[Row], latents: Tensor)
     begins = pipeline.processor.tokenizer([answer_text(row) for row in rows])["input_ids"]
     model: Any = unwrap(pipeline.model)
     with torch.no_grad():
-        chosen = head(model, latents.to(model.device, model.dtype)).argmax(-1).cpu()
+        chosen = head(model, latents.to(input_device(model), model.dtype)).argmax(-1).cpu()
     hits = [ids[0] in slots for ids, slots in zip(begins, chosen.tolist(), strict=True)]
     return estimate(hits, [row.video for row in rows])

@@ -23,6 +23,7 @@ from storm_vlm.evaluation.records import Intervention, Movement, Reliance, Sensi
 from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import Estimate, estimate, paired_difference
 from storm_vlm.inference.pipeline import StormPipeline
+from storm_vlm.model.backbones import input_device
 from storm_vlm.model.interventions import (
     answers_when_fed,
     end_tokens,
@@ -282,7 +283,7 @@ def fed_answers(
     ends = end_tokens(pipeline.model)
     for first in tqdm(range(0, len(rows), batch_size), "answers", leave=False):
         part = slice(first, first + batch_size)
-        batch = {kind: states[part].to(pipeline.model.device) for kind, states in slots.items()}
+        batch = {kind: states[part] for kind, states in slots.items()}
         answers = answers_when_fed(pipeline.model, _inputs(pipeline, rows[part]), batch)
         for kind, logits in answers.items():
             for ids in logits.argmax(-1).cpu():
@@ -295,7 +296,8 @@ def fed_answers(
 
 def _inputs(pipeline: StormPipeline, rows: Sequence[Row | Question]) -> dict[str, Tensor]:
     inputs = pipeline.collator.collate_prompts(rows, "force")
-    return {name: tensor.to(pipeline.model.device) for name, tensor in inputs.items()}
+    device = input_device(pipeline.model)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def _tampered(

@@ -20,6 +20,7 @@ from storm_vlm.data.identity import checkpoint_identity
 from storm_vlm.data.row import Row
 from storm_vlm.data.store import Store, key_of
 from storm_vlm.inference.pipeline import StormPipeline
+from storm_vlm.model.backbones import input_device
 from storm_vlm.model.interventions import latent_states
 from storm_vlm.model.latent import pool_targets, target_whitening, whiten_targets
 from storm_vlm.training.config import FRAMES_PER_SLOT
@@ -104,7 +105,8 @@ def _batch_states(pipeline: StormPipeline, rows: Sequence[Row]) -> dict[str, Ten
     model, collator = pipeline.model, pipeline.collator
     budget = collator.latent_budget
     inputs = collator.collate_prompts(rows, "force")
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    device = input_device(model)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     states, hidden = latent_states(model, inputs, 2 * budget)
     frames = visual_tokens(pipeline, [collator.videos.get(r.video, r.start, r.end) for r in rows])
     keyframes = _tokens_of(pipeline, excerpts(rows, "keyframes"))
@@ -161,7 +163,7 @@ def visual_tokens(pipeline: StormPipeline, inputs: Sequence[dict[str, Tensor]]) 
     """The vision tower's tokens of each processed clip: (grids, h * w, D)."""
     if not inputs:
         return []
-    device = pipeline.model.device
+    device = input_device(pipeline.model)
     pixels = torch.cat([item["pixel_values_videos"] for item in inputs]).to(device)
     grids = torch.cat([item["video_grid_thw"] for item in inputs]).to(device)
     features = pipeline.model.model.get_video_features(pixels, grids).pooler_output

@@ -13,6 +13,7 @@ from storm_vlm.data.video import video_metadata
 from storm_vlm.inference.chat import ChatModel, Completion, Turn
 from storm_vlm.inference.pipeline import GREEDY, StormPipeline, count_written, prompt_sizes
 from storm_vlm.inference.timing import Phases
+from storm_vlm.model.backbones import input_device
 
 
 class LocalChat:
@@ -70,8 +71,9 @@ class LocalChat:
         inputs = self.processor(
             text=prompts, padding=True, padding_side="left", return_tensors="pt", **videos
         )
+        device = input_device(self.model)
         return {
-            name: value.to(self.model.device) if isinstance(value, torch.Tensor) else value
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
         }
 

@@ -17,9 +17,10 @@ from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip, read_video
 from storm_vlm.errors import InputError, StormError
 from storm_vlm.inference.timing import Phases
+from storm_vlm.model.backbones import input_device
 from storm_vlm.model.checkpoint import load_processor
 from storm_vlm.model.modeling import StormForConditionalGeneration
-from storm_vlm.model.tokens import latent_tokens
+from storm_vlm.model.tokens import has_latent_tokens, latent_tokens
 
 DEFAULT_FRAMES = 32  # the paper's Tables 1 and 2
 #: Greedy decoding, whatever a checkpoint's generation_config.json asks for (Qwen2.5-VL's, a repetition penalty).
@@ -97,7 +98,7 @@ class StormPipeline:
         read: Reader = read_video,
     ) -> None:
         config = model.config
-        has_slots = getattr(config, "latent_start_token_id", None) is not None
+        has_slots = has_latent_tokens(config)
         budget = config.latent_budget if has_slots else 0
         self.model, self.processor = model.eval(), processor
         self.latent_mode: LatentMode = latent_mode or ("force" if budget else "off")
@@ -179,7 +180,8 @@ class StormPipeline:
         began = time.perf_counter()
         inputs = self.collator.collate_prompts(questions, self.latent_mode)
         self._warn_of_length(inputs["input_ids"].shape[1])
-        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        device = input_device(self.model)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         ready = time.perf_counter()
         latent = self.latent_mode != "off"
         # Pads and the end; where the model may open the segment itself, the start, too.
@@ -256,7 +258,7 @@ def count_written(model: Any, new_ids: Tensor) -> list[int]:
     ends = torch.as_tensor([] if ends is None else ends, device=new_ids.device).reshape(-1)
     is_end = torch.isin(new_ids, ends)
     written = is_end.cumsum(1) - is_end.long() == 0  # what follows an end of turn is padding
-    if getattr(model.config, "latent_start_token_id", None) is not None:
+    if has_latent_tokens(model.config):
         latent = torch.tensor(latent_tokens(model.config), device=new_ids.device)
         written &= ~torch.isin(new_ids, latent)
     return written.sum(1).tolist()

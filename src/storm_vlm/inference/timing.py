@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from storm_vlm.model.backbones import input_device
+
 
 class Phases:
     """Around one call of ``model.generate``; then `split` tells its phases apart.
@@ -18,7 +20,7 @@ class Phases:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.on_gpu = model.device.type == "cuda"
+        self.device = input_device(model)
         self.vision = 0.0
         self.forwards: list[float] = []  # when each was over
 
@@ -54,8 +56,8 @@ class Phases:
         }
 
     def _now(self) -> float:
-        if self.on_gpu:
-            torch.cuda.synchronize(self.model.device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def _forward_over(self, *_: Any) -> None:

@@ -6,6 +6,7 @@ Training, the features of the vision tower and all that reads states needs an ad
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,12 @@ class Backbone:
     def decoder(self) -> Any:
         """The language model's layers (``decoder.layers``) and final norm."""
         return self.core.language_model
+
+    @property
+    def cache_argument(self) -> str:
+        """What the decoder calls its cache; transformers 5.24 renamed it."""
+        names = inspect.signature(self.decoder.forward).parameters
+        return "cache" if "cache" in names else "past_key_values"
 
     @property
     def video_token_id(self) -> int:
@@ -113,6 +120,16 @@ def backbone(model: Any) -> Backbone:
 def unwrap(model: Any) -> Any:
     """The transformers model beneath PEFT, whose adapters live inside its layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model's inputs belong: where its embedding layer is, or where accelerate brings that when it is needed.
+
+    `model.device` is `meta` for a model whose weights are offloaded.
+    """
+    embedding = unwrap(model).get_input_embeddings()
+    device = embedding.weight.device
+    return embedding._hf_hook.execution_device if device.type == "meta" else device
 
 
 def _present(batch: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ instance's class is swapped for a subclass with the stock name and module. What 
 from __future__ import annotations
 
 import functools
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +16,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.utils import output_capturing
+from transformers.utils import GENERATION_CONFIG_NAME, output_capturing
+from transformers.utils.hub import cached_file
 
 from storm_vlm.model.adapters import adapted_config, merge_adapters
 from storm_vlm.model.backbones import BACKBONES, backbone
 from storm_vlm.model.checkpoint import ADAPTERS, CheckpointError, base_of, checkpoint_path
 from storm_vlm.model.custom_generate import write_custom_generate
-from storm_vlm.model.generation import LatentRolloutMixin, keep_latent_tokens
+from storm_vlm.model.generation import OPTIONS, LatentRolloutMixin, keep_latent_tokens
+from storm_vlm.model.tokens import LatentError
 
 # Parameters. Threads wait for each other after every operation, and a small model's take less than the wait: on cores
 # that other programs use, too, two threads were 10 to 400 times slower than one. (The micro models have a million.)
@@ -148,6 +151,7 @@ def _enable(model: Any, method: type) -> Any:
     if not isinstance(model, method):
         model.__class__ = _extended(type(model), method)
         _extend_core(model)
+        _restore_options(model)
     keep_latent_tokens(model.generation_config, model.config)
     vars(model).pop("generate", None)  # a checkpoint's custom_generate is this method
     if sum(parameter.numel() for parameter in model.parameters()) <= SMALL:
@@ -159,6 +163,17 @@ def _extend_core(model: Any) -> None:
     if model.config.model_type in BACKBONES:
         adapter = backbone(model)
         adapter.core.__class__ = _extended(type(adapter.core), *adapter.core_mixins)
+
+
+def _restore_options(model: Any) -> None:
+    """Our options in generation_config.json, which transformers drops where that says `_from_model_config`."""
+    try:
+        file = cached_file(model.name_or_path, GENERATION_CONFIG_NAME, local_files_only=True)
+    except (OSError, ValueError):  # it has none, or was never saved
+        return
+    stored = json.loads(Path(str(file)).read_text())
+    for name in stored.keys() & set(OPTIONS):
+        setattr(model.generation_config, name, stored[name])
 
 
 @functools.cache
@@ -206,12 +221,30 @@ def _open(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     DDP, FSDP and PEFT make a model ready, and collect its gradients, around one call of its ``forward``. A rollout
     is several passes, and must lie within one such call. `inspect.signature`, by which ``generate`` learns what
     a model can do, still sees the stock one.
+
+    The stock one knows only the pad's embedding where ``generate`` had fed a state; whoever computed with it would
+    get other probabilities than the sequence was sampled with. So ids of latent slots are refused.
     """
 
     @functools.wraps(stock_forward)
     def forward(
         self: Any, *args: Any, compute: Callable[[Any], Any] | None = None, **kw: Any
     ) -> Any:
-        return stock_forward(self, *args, **kw) if compute is None else compute(self)
+        if compute is not None:
+            return compute(self)
+        _refuse_slots(self.config, kw.get("input_ids", args[0] if args else None))
+        return stock_forward(self, *args, **kw)
 
     return forward
+
+
+def _refuse_slots(config: Any, ids: Tensor | None) -> None:
+    pad = getattr(config, "latent_pad_token_id", None)
+    if pad is None or getattr(config, "latent_pause", False) or torch.compiler.is_compiling():
+        return
+    # A single token is a step of `generate`, which would have to wait for the answer.
+    if ids is not None and ids.shape[-1] > 1 and bool((ids == pad).any()):
+        raise LatentError(
+            "these input_ids hold <|latent_pad|>, and a plain forward does not know the states that belong there: "
+            "the probabilities of an answer come from storm_vlm.model.rollout; strip old segments from a prompt"
+        )

@@ -135,8 +135,8 @@ class Prompt:
                 inputs_embeds=embeds,
                 position_ids=self.last_position + step,
                 attention_mask=mask,
-                past_key_values=self.cache,
                 use_cache=False,  # as below
+                **{self.backbone.cache_argument: self.cache},
             ).last_hidden_state
 
 
@@ -161,8 +161,8 @@ def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
             inputs_embeds=prompt_embeds(model, batch),
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=recorder,
             use_cache=False,  # it would only warn: the layers write to the recorder all the same
+            **{base.cache_argument: recorder},
             **base.vision_inputs(batch),
         ).last_hidden_state
     recorded = None

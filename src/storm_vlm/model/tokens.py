@@ -31,6 +31,11 @@ class LatentTokens(NamedTuple):
     end: int
 
 
+def has_latent_tokens(config: Any) -> bool:
+    """Whether this config's model has met `add_latent_tokens`."""
+    return getattr(config, _CONFIG_NAMES[0], None) is not None
+
+
 def latent_tokens(config: Any) -> LatentTokens:
     """Read the ids from a model config.
 

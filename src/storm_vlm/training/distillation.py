@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from storm_vlm.data.collator import Question, StormCollator
 from storm_vlm.data.row import Row
-from storm_vlm.model.backbones import unwrap
+from storm_vlm.model.backbones import input_device, unwrap
 from storm_vlm.model.latent import pool_targets, target_whitening, whiten_targets
 from storm_vlm.model.rollout import read_prompt
 from storm_vlm.training.config import ConfigError, Method
@@ -91,10 +91,10 @@ class SelfDistilledTeacher(TrainerCallback):
         return whiten_targets(raw, *self.whitening) if self.normalization == "whiten" else raw
 
     def _whiten(self) -> None:
-        seen = []
+        seen, device = [], input_device(self.model)
         for first in range(0, len(self.sample), 8):
             batch = self.collator.collate_prompts(self.sample[first : first + 8], "off")
-            seen.append(self._pooled({n: t.to(self.model.device) for n, t in batch.items()}))
+            seen.append(self._pooled({n: t.to(device) for n, t in batch.items()}))
         self.whitening = target_whitening(torch.cat(seen))
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class SelfDistilledTeacher(TrainerCallback):
 
     def load(self, folder: Path) -> None:
         kept = load_file(folder / FILE)
-        mean, matrix = (kept.pop(name).to(self.model.device) for name in WHITENING)
+        mean, matrix = (kept.pop(name).to(input_device(self.model)) for name in WHITENING)
         self.whitening = mean, matrix
         own = dict(self.model.named_parameters())
         for name, tensor in kept.items():

@@ -32,7 +32,7 @@ from storm_vlm.model.attention import SDPA_IN_PARTS
 from storm_vlm.model.backbones import unwrap
 from storm_vlm.model.checkpoint import load_processor
 from storm_vlm.model.modeling import StormForConditionalGeneration
-from storm_vlm.model.tokens import add_latent_tokens
+from storm_vlm.model.tokens import add_latent_tokens, has_latent_tokens
 from storm_vlm.training.checkpoints import all_or_nothing, last_whole_checkpoint, set_torn_aside
 from storm_vlm.training.config import ConfigError, TrainConfig
 from storm_vlm.training.distillation import DistillationCollator, SelfDistilledTeacher
@@ -46,6 +46,11 @@ from storm_vlm.versions import versions
 INPUTS = "inputs.json"  # beside a run: what model and data were, by content
 # The decoder's projections; the vision tower has layers of the same names.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+# Fields of TrainingArguments that transformers 5.24 renamed.
+RENAMED = {
+    f"gradient_checkpointing{suffix}": f"activation_checkpointing{suffix}"
+    for suffix in ("", "_kwargs")
+}
 ARBITRARY = ConfigDict(arbitrary_types_allowed=True)
 #: Fields of TrainingArguments that count something.
 COUNTS = {
@@ -221,7 +226,7 @@ def load_model(config: TrainConfig) -> tuple[Any, Any]:
     if config.method.latent_budget:
         add_latent_tokens(model, processor, config.method.latent_budget)
         model.config.latent_pause = config.method.slot_input == "pause"
-    elif getattr(model.config, "latent_start_token_id", None) is not None:
+    elif has_latent_tokens(model.config):
         model.config.latent_budget = 0
     model.config.num_frames = config.num_frames
     if config.freeze_vision:
@@ -249,7 +254,7 @@ def add_adapters(model: Any, settings: dict[str, Any]) -> Any:
     if touches_tables and model.config.tie_word_embeddings:
         settings = {"ensure_weight_tying": True, **settings}
     settings = {"target_modules": LORA_TARGETS, **settings}
-    if getattr(model.config, "latent_start_token_id", None) is not None:
+    if has_latent_tokens(model.config):
         if "trainable_token_indices" in settings:
             raise ConfigError(
                 "lora.trainable_token_indices: it is where the latent tokens stand: leave it out"
@@ -396,7 +401,9 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 
 def _typed(training: dict[str, Any]) -> dict[str, Any]:
     """Values of the types that TrainingArguments declares and does not check. Raises ConfigError."""
-    values, hints = dict(training), get_type_hints(TrainingArguments)
+    hints = get_type_hints(TrainingArguments)
+    renamed = {old: new for old, new in RENAMED.items() if new in hints}
+    values = {renamed.get(name, name): value for name, value in training.items()}
     for name in values.keys() & hints.keys():
         try:
             values[name] = TypeAdapter(hints[name], config=ARBITRARY).validate_python(values[name])

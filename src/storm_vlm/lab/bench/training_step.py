@@ -168,7 +168,9 @@ def bench_train(
         raise InputError("no CUDA GPU here: use --device cpu, or another machine")
     model = random_model(config, budget, device, torch.bfloat16 if on_gpu else torch.float32)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = "activation_checkpointing_enable"  # its name from transformers 5.24
+        enable = enable if hasattr(model, enable) else "gradient_checkpointing_enable"
+        getattr(model, enable)({"use_reentrant": False})
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-6, fused=True)
     record: dict[str, Any] = {

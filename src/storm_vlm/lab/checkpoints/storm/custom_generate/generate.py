@@ -57,6 +57,11 @@ class LatentTokens(NamedTuple):
     end: int
 
 
+def has_latent_tokens(config: Any) -> bool:
+    """Whether this config's model has met `add_latent_tokens`."""
+    return getattr(config, _CONFIG_NAMES[0], None) is not None
+
+
 def latent_tokens(config: Any) -> LatentTokens:
     """Read the ids from a model config.
 
@@ -290,7 +295,7 @@ the end is forced.
 
 Extra arguments of ``generate``, also valid as attributes of a generation config:
     latent_mode: ``auto`` (default; the model may open a segment, a prompt ending in ``<|latent_start|>`` has opened
-        one), ``force`` (every prompt must end so) or ``off``.
+        one; ``off`` for a model that has no latent tokens), ``force`` (every prompt must end so) or ``off``.
     latent_budget: K, by default the checkpoint's; 0 is ``off``.
     output_latent_states: with ``return_dict_in_generate``, adds ``latent_states`` (B, K, D), the model's own state
         per slot, zero where unused, ``latent_counts`` (B,) slots used, and ``forced_end`` (B,) bool: the budget, not
@@ -320,7 +325,7 @@ _MODES = (
 )
 # Behind the mixin stands a stock class, whose methods a type checker cannot see.
 _Stock: Any = object
-_OPTIONS = ("latent_mode", "latent_budget", "output_latent_states")
+OPTIONS = ("latent_mode", "latent_budget", "output_latent_states")
 # 5.17 can only keep the states of all layers, later versions just the last one
 _LAST_STATE = [-1] if hasattr(output_capturing, "selected_hidden_states") else True
 
@@ -328,7 +333,7 @@ _LAST_STATE = [-1] if hasattr(output_capturing, "selected_hidden_states") else T
 def keep_latent_tokens(generation_config: Any, config: Any) -> None:
     """No latent token ends the turn; that is for stock models alone (`storm_vlm.model.custom_generate`)."""
     ends = generation_config.eos_token_id
-    if isinstance(ends, list) and getattr(config, "latent_start_token_id", None) is not None:
+    if isinstance(ends, list) and has_latent_tokens(config):
         latent = latent_tokens(config)
         generation_config.eos_token_id = [token for token in ends if token not in latent]
 
@@ -349,10 +354,9 @@ class _LatentRun:
     states: Tensor | None = None  # (B, K + 1, D); the last column takes what belongs to no slot
     wants_end: Tensor | None = None  # (B,): at the last open position, would it have ended itself?
 
-    def check_prompt(self, new_ids: Tensor) -> None:
-        if bool((new_ids == self.tokens.pad).any()):
-            raise LatentError("the prompt holds <|latent_pad|>: strip old latent segments from it")
-        if self.forced and not bool(self.is_open.all()):
+    def check_prompt(self, ids: Tensor) -> None:
+        is_open, _ = latent_segment(ids, self.tokens, self.budget)
+        if self.forced and not bool(is_open.all()):
             raise LatentError(
                 "latent_mode='force' needs prompts that end in <|latent_start|>: "
                 "append it, or use latent_mode='auto'"
@@ -408,7 +412,7 @@ class LatentRolloutMixin(_Stock):
         mode = getattr(generation_config, "latent_mode", None) or "auto"
         if mode not in LATENT_MODES:
             raise LatentError(f"latent_mode must be one of {LATENT_MODES}, got {mode!r}")
-        if mode == "off":
+        if mode == "off" or (mode == "auto" and not has_latent_tokens(self.config)):
             return 0
         latent_tokens(self.config)  # raises if this model has never met its latent tokens
         budget = getattr(generation_config, "latent_budget", None)
@@ -420,7 +424,7 @@ class LatentRolloutMixin(_Stock):
     def _prepare_generation_config(
         self, generation_config: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
-        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         override = kwargs.pop("latent_override", None)
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         keep_latent_tokens(config, self.config)
@@ -429,7 +433,7 @@ class LatentRolloutMixin(_Stock):
         config.latent_budget = self._latent_budget(config)
         if override is not None and override.shape[1] < config.latent_budget:
             raise LatentError(f"latent_override must have {config.latent_budget} slots")
-        if getattr(self.config, "latent_start_token_id", None) is not None:
+        if has_latent_tokens(self.config):
             model_kwargs["latent_run"] = _LatentRun(
                 latent_tokens(self.config),
                 config.latent_budget,
@@ -468,7 +472,7 @@ class LatentRolloutMixin(_Stock):
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        if getattr(self.config, "latent_start_token_id", None) is not None:
+        if has_latent_tokens(self.config):
             processors.append(
                 LatentBudgetProcessor(
                     latent_tokens(self.config),
@@ -496,17 +500,17 @@ class LatentRolloutMixin(_Stock):
             **kwargs,
         )
         active = latent_run if latent_run is not None and latent_run.budget else None
-        if is_first_iteration and inputs.get("past_key_values") is not None:
+        cache = inputs.get("cache", inputs.get("past_key_values"))  # its name before 5.24
+        if is_first_iteration and cache is not None:
             # beam search hands nothing but the cache to _reorder_cache; caches may be reused
-            inputs["past_key_values"].latent_run = active
+            cache.latent_run = active
         if active is None:
             return inputs
         inputs["output_hidden_states"] = inputs.get("output_hidden_states") or _LAST_STATE
         active.is_open, active.used = latent_segment(input_ids, active.tokens, active.budget)
         ids = inputs["input_ids"]
-        if active.hidden is None:
-            active.check_prompt(input_ids if ids is None else ids)
-        else:  # always embeddings, so that a compiled forward sees one kind of input
+        if active.hidden is not None and ids.shape[1] == 1:  # behind the prompt, or its last chunk
+            # always embeddings, so that a compiled forward sees one kind of input
             embeds = active.embed(self.get_input_embeddings()(ids), ids)
             inputs["input_ids"], inputs["inputs_embeds"] = None, embeds
         return inputs
@@ -519,12 +523,20 @@ class LatentRolloutMixin(_Stock):
             latent_run.read_outputs(outputs)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
-    def _reorder_cache(self, past_key_values: Any, beam_idx: Tensor) -> Any:
-        past_key_values.reorder_cache(beam_idx)
-        run = getattr(past_key_values, "latent_run", None)
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: Any, *args: Any, **kw: Any
+    ) -> Any:
+        latent_run = model_kwargs.get("latent_run")
+        if latent_run is not None and latent_run.budget:
+            latent_run.check_prompt(input_ids)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kw)
+
+    def _reorder_cache(self, cache: Any, beam_idx: Tensor) -> Any:
+        cache.reorder_cache(beam_idx)
+        run = getattr(cache, "latent_run", None)
         if run is not None:
             run.hidden = run.hidden.index_select(0, beam_idx.to(run.hidden.device))
-        return past_key_values
+        return cache
 
     def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = super()._sample(input_ids, *args, **kwargs)
