@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import read_rows
 from storm_vlm.data.video import read_video
 from storm_vlm.lab.world.clips import FAR_HORIZON, HORIZON, NUM_FRAMES, build_world, shortcuts
@@ -26,6 +27,7 @@ from storm_vlm.lab.world.simulator import (
     SIZE,
     Ball,
     Tile,
+    cell_name,
     sample_scene,
     simulate,
 )
@@ -195,3 +197,20 @@ def test_a_folder_built_again_with_another_count_shows_what_its_rows_ask(tmp_pat
     for one, other in zip(grown, fresh, strict=True):
         assert one.question == other.question
         assert Path(one.video).read_bytes() == Path(other.video).read_bytes()
+
+
+def test_a_moment_is_when_the_clip_shows_it(tmp_path) -> None:
+    """By the clip's own frames: the ball's white ring is in the cell asked about then, and at no other time."""
+    rows = read_rows(build_world(tmp_path, "grounding", "test", 12))
+    assert [row.meta["family"] for row in rows] == ["when", "track"] * 12
+    assert all(("moment" in row.meta) == (row.meta["family"] == "when") for row in rows)
+    for row in (row for row in rows if "moment" in row.meta and row.meta["balls"] == 1):
+        start, end = row.meta["moment"]
+        assert row.answer == f"{start} - {end}" and is_correct(row.answer, row)
+        asked = row.question.split(" at ")[1][:2]
+        clip = read_video(row.video, NUM_FRAMES)
+        centres = np.stack([np.median(np.argwhere((f > 200).all(-1)), 0) for f in clip.frames])
+        cells = centres.reshape(-1, 2, 2).mean(1).astype(int) // CELL  # of the two frames of a step
+        inside = [cell_name((int(line), int(column))) == asked for line, column in cells]
+        within = [bool(start <= time < end) for time in clip.timestamps[::2]]
+        assert inside == within, row.question

@@ -16,7 +16,7 @@ def world(
     /,
     *,
     count: PositiveInt = 100,
-    kind: Literal["reasoning", "perception"] = "reasoning",
+    kind: Literal["reasoning", "perception", "grounding"] = "reasoning",
     split: Literal["train", "validation", "test", "ood"] = "train",
     seed: NonNegativeInt = 0,
     continued: Annotated[bool, Switch] = False,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any, Literal
 
+from storm_vlm.data.moment import RIGHT, overlap, parse_moment
 from storm_vlm.data.row import Row
 from storm_vlm.errors import InputError
 
@@ -123,12 +124,16 @@ def is_correct(text: str, row: Row) -> bool | None:
     """Whether ``text`` answers the row; None if it cannot be parsed (which counts as wrong).
 
     Free-text answers must be equal up to case, white space and a trailing period. ``meta["labels"]`` holds a
-    benchmark's own labels of the options, if it has any.
+    benchmark's own labels of the options, if it has any; ``meta["moment"]`` the start and end, in seconds of what is
+    shown, that a question of temporal grounding asks for: the answer must meet them by half.
     """
     if row.options:
         index = parse_answer(text, row.options, row.meta.get("labels", ()))
         return None if index is None else row.options[index] == row.answer
     text = _final(text)
+    if moment := row.meta.get("moment"):
+        found = parse_moment(text)
+        return None if found is None else overlap(found, moment) >= RIGHT
     return _normalised(text) == _normalised(row.answer) if text.strip() else None
 
 

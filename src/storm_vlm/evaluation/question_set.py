@@ -21,6 +21,7 @@ from storm_vlm.evaluation.benchmarks import BENCHMARKS, Benchmark
 from storm_vlm.evaluation.controls import CONTROLS, Control
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import RunError
+from storm_vlm.evaluation.shares import answer_shares
 from storm_vlm.inference.client import RefusedError, UnansweredError
 from storm_vlm.inference.frames import Frames, QuestionLike
 from storm_vlm.inference.reasoners import Reasoner
@@ -109,6 +110,7 @@ class QuestionSet:
             official=official,
             error=error,
             clip=clip_identity(row.video),
+            shares=answer_shares(reply.text if reply else "", row),
         )
 
     @property

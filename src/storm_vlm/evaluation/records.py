@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from storm_vlm.evaluation.statistics import Estimate
 from storm_vlm.inference.reply import Reply
@@ -25,6 +25,7 @@ class Record:
     )
     error: str | None = None  #: why it could not be asked; counted, and wrong
     clip: str | None = None  #: which file the video was, see `clip_identity`
+    shares: dict[str, float] = field(default_factory=dict)  #: see `answer_shares`
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,7 @@ def _score(summary: RunSummary | None) -> Cell:
     if summary.errors:
         shares["errors"] = summary.errors
     small += [f"{name.replace('_', ' ')} {percent(share)}%" for name, share in shares.items()]
+    small += [f"mean {name} {percent(share)}" for name, share in summary.shares.items()]
     if official.scored:
         some = "" if official.scored == n else f" on {official.scored:,}"
         small.append(f"official {percent(official.accuracy)}{some}")

@@ -15,6 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
+from storm_vlm.data.moment import overlap
+
 
 class Item(Protocol):
     """What a rule needs of an example: `Row` and `Record` both have it."""
@@ -275,6 +277,79 @@ def _first_number(text: str) -> float | None:
     return float(total)
 
 
+_OPENERS = ("The best answer is", "The correct answer is", "The answer is", "The answer")
+
+
+def futurebench(text: str, item: Item) -> float:
+    """FutureBench's own rule: the first capital A to D after some phrases, four of which miss the comma between."""
+    joined = ("The best option isThe correct option is", "Best answer:Best option:")
+    return _first_letter(text, item, (*_OPENERS, *joined), "[ABCD]")
+
+
+def videomme_v2(text: str, item: Item) -> float:
+    """Video-MME-v2's own rule: the first capital A to H after some phrases."""
+    ends = ("Final Answer:", "Best answer:", "Best option:", "Answer:", "Option:")
+    options = ("The best option is", "The correct option is")
+    return _first_letter(text, item, (*_OPENERS, *options, *ends), "[A-H]")
+
+
+def _first_letter(text: str, item: Item, phrases: Sequence[str], letters: str) -> float:
+    for phrase in phrases:
+        text = text.replace(phrase, "")
+    match = re.search(letters, text)
+    return float(match is not None and match[0] == letter(item))
+
+
+def lvbench(text: str, item: Item) -> float:
+    """LVBench's own rule: the first character of what follows the first "(", or of the text."""
+    answer = text.strip().split(")")[0].strip()
+    answer = answer.split("(")[1].strip() if "(" in answer else answer
+    return float(answer[:1] == letter(item))
+
+
+_CLOCK = r"\d{1,2}:\d{2}(?::\d{2})?"
+_STRETCHES = (
+    rf"\b({_CLOCK})\s*[\u2013-]\s*({_CLOCK})\b",
+    r"(\d+(?:\.\d+)?)\s*[\u2013-]\s*(\d+(?:\.\d+)?)",
+)
+
+
+def charades_lmms_eval(text: str, item: Item) -> float:
+    """IoU of the first stretch in a sentence about a start, an end or what happens; where none is, in any.
+
+    A stretch is "a - b" or "a to b", else two clock times, else the first numbers of two such sentences. One that
+    runs backwards is turned round.
+    """
+    told = text.lower().replace("a specific example is : 20.8 - 30.0 seconds", "")
+    sentences = re.split(r"[!?\n]", told.replace("to", "-"))
+    sentences = [s for s in sentences if re.search("start|end|happen", s)] or sentences
+    times: list[str] = []
+    for pattern in _STRETCHES:
+        found = next((m for s in sentences if (m := re.search(pattern, s))), None)
+        times = times or list(found.groups() if found else ())
+    times = times or [time for s in sentences for time in re.findall(rf"\b{_CLOCK}\b", s)]
+    if len(times) < 2:
+        firsts = (re.search(r"\b\d+(?:\.\d+)?\b", s) for s in sentences)
+        times = [first[0] for first in firsts if first]
+    if len(times) < 2:
+        found = (
+            re.search(r"(\d+(?:\.\d+)?)\s*s\s*[\u2013-]\s*(\d+(?:\.\d+)?)", s) for s in sentences
+        )
+        times = next((list(match.groups()) for match in found if match), [])
+    if not times:
+        return 0.0
+    start, end = sorted(map(_clock_seconds, times[:2]))
+    gold = item.answer.split(" - ")
+    return overlap((start, end), (float(gold[0]), float(gold[1])))
+
+
+def _clock_seconds(time: str) -> float:
+    seconds = 0.0
+    for part in time.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
+
+
 #: The first rule of a benchmark is the one that `Benchmark.official_score` gives.
 RULES: dict[str, dict[str, Rule]] = {
     "videomme": {"lmms-eval": videomme_lmms_eval, "VLMEvalKit": videomme_vlmevalkit},
@@ -285,4 +360,8 @@ RULES: dict[str, dict[str, Rule]] = {
     "mmvu": {"lmms-eval": mmvu_lmms_eval},
     "mmvu_open": {"lmms-eval": mmvu_lmms_eval},
     "tomato": {"lmms-eval": tomato_lmms_eval},
+    "futurebench": {"original": futurebench},
+    "videomme_v2": {"original": videomme_v2},
+    "lvbench": {"original": lvbench, "lmms-eval": videomme_lmms_eval},
+    "charades_sta": {"lmms-eval": charades_lmms_eval},
 }

@@ -32,6 +32,7 @@ class Shares:
     errors: float
     faults: dict[str, float]  #: of an endpoint's answers, by `Reply.fault`; those that there were
     official: Score
+    shares: dict[str, float]  #: means of `Record.shares`: F1 of open answers, IoU of moments
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,10 @@ def _shares(records: Sequence[Record], accuracy: Estimate) -> Shares:
         errors=sum(r.error is not None for r in records) / n,
         faults={fault: count / n for fault, count in sorted(faults.items())},
         official=_score([r.official for r in records]),
+        shares={
+            measure: mean(r.shares[measure] for r in records if measure in r.shares)
+            for measure in dict.fromkeys(measure for r in records for measure in r.shares)
+        },
     )
 
 

@@ -84,5 +84,10 @@ BENCHMARKS: Registry[type[Benchmark]] = Registry(
         "vsibench": f"{__name__}.vsibench:VSIBench",
         "vsibench_debiased": f"{__name__}.vsibench:VSIBenchDebiased",
         "vsibench_pruned": f"{__name__}.vsibench:VSIBenchPruned",
+        "videomme_v2": f"{__name__}.videomme_v2:VideoMMEv2",
+        "lvbench": f"{__name__}.lvbench:LVBench",
+        "futurebench": f"{__name__}.futurebench:FutureBench",
+        "twiffbench": f"{__name__}.twiffbench:TwiFFBench",
+        "charades_sta": f"{__name__}.charades_sta:CharadesSTA",
     },
 )

@@ -22,6 +22,7 @@ from storm_vlm.lab.world.questions import (
     PERCEPTION_FAMILIES,
     REASONING_FAMILIES,
     Question,
+    ask_moment,
     ask_perception,
     ask_reasoning,
     plan,
@@ -45,7 +46,7 @@ FAR_HORIZON = (6, 7)
 THOUGHT_STEPS = 8  # of a thought video, the last shown step included; one for each of K = 8 slots
 CRF = 12  # near-lossless, so that the world and not the codec sets the difficulty
 ASKED = (*PERCEPTION_FAMILIES, "tile", "tile", "position")  # these three need the most practice
-Kind = Literal["reasoning", "perception"]
+Kind = Literal["reasoning", "perception", "grounding"]
 
 
 def build_world(
@@ -59,11 +60,11 @@ def build_world(
 ) -> Path:
     """Write `count` scenes of one split and their rows; returns the path of the row file.
 
-    A reasoning scene has one question and a thought video; a perception scene has a question of every
-    family that fits it. Splits never share a scene: each draws from a random stream of its own. Files that
-    are there are kept, so an interrupted call can be repeated. `continued` clips go on after what is to be seen of
-    them (`Row.end`), as real videos do: the real future, cover and all. `questions` of different families are asked
-    about each reasoning scene (retrieval probe, paper sec. A.1).
+    A reasoning scene has one question and a thought video; a perception scene has a question of every family that
+    fits it; a grounding scene is asked when something is the case, and what happens. Splits never share a scene: each
+    draws from a random stream of its own. Files that are there are kept, so an interrupted call can be repeated.
+    `continued` clips go on after what is to be seen of them (`Row.end`), as real videos do: the real future, cover
+    and all. `questions` of different families are asked about each reasoning scene (retrieval probe, paper sec. A.1).
     """
     folder = Path(folder)
     (folder / "clips").mkdir(parents=True, exist_ok=True)
@@ -88,8 +89,8 @@ def draw_scenes(
 ) -> Iterator[tuple[Scene, list[Question]]]:
     """The scenes of `build_world`, with their questions; the same arguments give the same scenes."""
     rng = random.Random(f"{kind}/{split}/{seed}")
-    if kind == "perception":
-        yield from sample_perception(rng, count)
+    if kind != "reasoning":
+        yield from (sample_perception if kind == "perception" else sample_grounding)(rng, count)
         return
     far = split == "ood"
     difficulty, horizon = (OUT_OF_DISTRIBUTION, FAR_HORIZON) if far else (REASONING, HORIZON)
@@ -135,6 +136,7 @@ def _write_scene(
                 "balls": len(scene.tracks),
                 "scenes": count,  # answers are balanced over all, so that scenes depend on it
                 "shortcuts": shortcuts(scene, question) if question.steps else {},
+                **({"moment": question.moment} if question.moment else {}),
             },
         )
         for j, question in enumerate(questions)
@@ -158,6 +160,17 @@ def sample_perception(rng: random.Random, count: int) -> Iterable[tuple[Scene, l
             asked = [ask_perception(scene, asking, family) for family in ASKED]
             questions = [question for question in dict.fromkeys(asked) if question is not None]
         yield scene, questions
+
+
+def sample_grounding(rng: random.Random, count: int) -> Iterator[tuple[Scene, list[Question]]]:
+    """`count` scenes, each with a moment to be found ("when") and an open question, what the ball does ("track")."""
+    while count:
+        scene = sample_scene(rng, REASONING)
+        asked = [ask_moment(scene, rng, FRAMES_PER_STEP / FPS), ask_perception(scene, rng, "track")]
+        questions = [question for question in asked if question is not None]
+        if len(questions) == len(asked):
+            count -= 1
+            yield scene, questions
 
 
 def sample_several(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 
 from storm_vlm.lab.world.simulator import (
     COLOURS,
@@ -27,13 +28,17 @@ NUMBERS = ("none", "one", "two", "three")
 
 @dataclass(frozen=True)
 class Question:
-    """`steps` is how many hidden steps the answer depends on (0: perception); `ball` is who is asked about."""
+    """`steps` is how many hidden steps the answer depends on (0: perception); `ball` is who is asked about.
+
+    `moment`: start and end of what a grounding question asks for, in seconds; not in the name of the clip.
+    """
 
     family: str
     text: str
     answer: str
     steps: int = 0
     ball: int = 0
+    moment: tuple[float, float] | None = field(default=None, repr=False)
 
 
 def _the_ball(scene: Scene, ball: int) -> str:
@@ -206,6 +211,25 @@ def ask_reasoning(scene: Scene, family: str, n: int, ball: int) -> Question | No
         return None
     asked = REASONING_FAMILIES[family](scene, ball, n)
     return None if asked is None else Question(family, *asked, steps=n, ball=ball)
+
+
+def ask_moment(scene: Scene, rng: random.Random, step_seconds: float) -> Question | None:
+    """When a ball is in a cell that it enters once and leaves or stays in, or None if there is no such cell."""
+    if not _told_apart(scene):
+        return None
+    ball = rng.randrange(len(scene.tracks))
+    path = [b.cell for b in scene.tracks[ball][: scene.shown_steps]]
+    stays = [(cell, len(list(steps))) for cell, steps in groupby(path)]
+    once = [
+        c for c, _ in stays if [cell for cell, _ in stays].count(c) == 1 and c not in scene.cover
+    ]
+    if len(stays) < 2 or not once:
+        return None
+    cell = rng.choice(once)
+    first, count = path.index(cell), path.count(cell)
+    start, end = first * step_seconds, (first + count) * step_seconds
+    text = f"When is {_the_ball(scene, ball)} at {cell_name(cell)}? Answer with its start and end in seconds."
+    return Question("when", text, f"{start} - {end}", ball=ball, moment=(start, end))
 
 
 def answers(family: str) -> list[str]:
