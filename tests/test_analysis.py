@@ -1,17 +1,21 @@
-"""Analysis: interventions against slow recomputation, probes against what they must find, the page."""
+"""The validity suite: replacements against slow recomputation, probes against what they must find, the page."""
 
+import gzip
+import html
 import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from command_line import run_storm
 
 from storm_vlm import StormPipeline
-from storm_vlm.analysis.analyze import _decoder, analyze, read_analysis
 from storm_vlm.analysis.embeddings import nearness
+from storm_vlm.analysis.probes import _folds, correlation, probe
 from storm_vlm.analysis.readouts import (
     SIDE,
     decoding_quality,
@@ -23,23 +27,32 @@ from storm_vlm.analysis.readouts import (
 )
 from storm_vlm.analysis.reliance import (
     KINDS,
+    Donors,
+    Tampered,
     _donors,
     _inputs,
     _says,
-    _tampered,
     fed_answers,
     latent_reliance,
+    reliance_of,
+    replacements,
     rolled_out,
     slot_accuracy,
+    slot_kinds,
     slot_variants,
+    tamper,
 )
 from storm_vlm.analysis.retrieval import first_ranks, retrieval, slot_ranks
-from storm_vlm.analysis.states import States, extract
+from storm_vlm.analysis.states import Batches, States, extract, kept_batches
+from storm_vlm.analysis.validate import _decoder, read_analysis, validate
+from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row, read_rows, write_rows
+from storm_vlm.evaluation.records import Movement, Sensitivity
+from storm_vlm.evaluation.verdict import verdict
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world, sample_several
 from storm_vlm.lab.world.simulator import REASONING
-from storm_vlm.model.interventions import answers_when_fed, noised, reordered
+from storm_vlm.model.interventions import answers_when_fed, noised, recorded_layers, reordered
 from storm_vlm.model.rollout import rollout
 from storm_vlm.training.config import Method
 from storm_vlm.training.targets import alignment_targets
@@ -67,7 +80,7 @@ def rows(several: Path) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def states(storm, rows, tmp_path_factory) -> States:
-    return extract(storm, rows, tmp_path_factory.mktemp("states"), "storm", 5)
+    return extract(storm, rows, Batches(5))
 
 
 def test_a_scene_is_asked_several_questions_of_its_own(rows) -> None:
@@ -101,14 +114,24 @@ def test_what_changes_nothing_changes_nothing_to_the_last_digit(storm, rows, sta
 @torch.no_grad()
 def test_every_kind_equals_a_slow_recompute(storm, rows, states) -> None:
     """One pass over prompt, slots and the answer that was found, without any cache, writes that answer again."""
-    given = {f"swap_{s}_answer": [3, 4, 5, 0] for s in ("same", "other")}
-    slots = _tampered(states.latents, {k: [*v, *range(4, 12)] for k, v in given.items()}, 0)
-    slots = {kind: found[:4] for kind, found in slots.items()}
+    donor: list[int | None] = [3, 4, 5, 0, *range(4, 12)]
+    given = Donors(same=donor, other=donor)
+    fed = replacements(storm, states.latents, given, states.visual(states.targets))
+    assert fed.keys() == KINDS.keys()
+    slots = {kind: found[:4] for kind, found in fed.items() if found is not None}
+    assert set(fed) - set(slots) == {"no_markers"}
     own, budget = states.latents[:4], (4, K, 128)
     assert not slots["zero"].any() and slots["removed"].shape == (4, 0, 128)
     torch.testing.assert_close(slots["mean"], states.latents.mean(0).expand(budget))
     assert torch.equal(slots["swap_other_answer"], states.latents[[3, 4, 5, 0]])
     torch.testing.assert_close(slots["shuffle"].sort(1).values, own.sort(1).values)
+    assert torch.equal(slots["first_repeat"][:, 5], own[:, 0])
+    torch.testing.assert_close(slots["random"].norm(dim=-1), own.norm(dim=-1))
+    for slot in range(K):  # of that slot, whatever the row
+        for drawn in slots["matched_random"][:, slot]:
+            assert (drawn == states.latents[:, slot]).all(-1).any()
+    pad = storm.model.get_input_embeddings().weight[storm.model.config.latent_pad_token_id]
+    torch.testing.assert_close(slots["pause"], pad.expand(budget))
     slots |= {name: pick(states.latents[:4]) for name, pick in slot_variants(K).items()}
     logits = answers_when_fed(storm.model, _inputs(storm, rows[:4]), slots)
     for kind, found in logits.items():
@@ -139,12 +162,14 @@ def test_removed_slots_equal_the_stock_forward(storm, rows) -> None:
 
 def test_answers_are_those_that_generate_writes(storm, rows, states) -> None:
     other = states.latents[torch.arange(12).roll(3)]
-    fed = fed_answers(storm, rows, {"own": states.latents, "other": other}, 5)
+    fed = fed_answers(storm, rows, {"own": states.latents, "other": other, "plain": None})
     end = storm.model.config.latent_end_token_id
     for kind, override in (("own", None), ("other", other)):
         written = storm.answer_batch(rows, latent_override=override, suppress_tokens=[end])
         assert fed[kind] == [answer.text for answer in written], kind
-    assert fed["own"] != fed["other"]
+    plain = StormPipeline(storm.model, storm.processor, latent_mode="off")
+    assert fed["plain"] == [answer.text for answer in plain.answer_batch(rows)]
+    assert fed["own"] != fed["other"] != fed["plain"]
 
 
 def test_extracted_latents_are_those_that_generate_feeds(storm, rows, states) -> None:
@@ -159,7 +184,7 @@ def test_extracted_latents_are_those_that_generate_feeds(storm, rows, states) ->
         return_dict_in_generate=True,
     )
     torch.testing.assert_close(states.latents, output.latent_states, atol=1e-4, rtol=0)
-    shorter = rolled_out(storm, rows, 5, 3)
+    shorter = rolled_out(storm, rows, Batches(5), 3)
     torch.testing.assert_close(shorter, states.latents[:, :3], atol=1e-4, rtol=0)
 
 
@@ -194,7 +219,7 @@ def test_a_donors_answer_is_a_letter_where_there_are_options(rows) -> None:
 def test_the_reliance_table_says_what_is_known_of_the_shipped_model(storm, rows, states) -> None:
     found = latent_reliance(storm, rows, states.latents, 12)
     assert found == latent_reliance(storm, rows, states.latents, 12)  # seeded
-    assert set(found.interventions) == set(KINDS)
+    assert set(found.interventions) == set(KINDS) - {"oracle"}
     own, swap, removed = (
         found.interventions[kind] for kind in ("own", "swap_other_answer", "removed")
     )
@@ -203,7 +228,9 @@ def test_the_reliance_table_says_what_is_known_of_the_shipped_model(storm, rows,
     assert swap.follows.mean > swap.follows_own.mean
     assert swap.difference and found.reliance.low == -swap.difference.high > 0
     assert found.sensitivity.clip.mean > 0.5 > found.sensitivity.question.slots[0]
-    slots = slot_accuracy(storm, rows, states.latents, states.further, 12)
+    assert swap.follows_more and swap.follows_more.low > 0
+    kinds = slot_kinds(states.latents, states.further)
+    slots = slot_accuracy(rows, fed_answers(storm, rows, kinds))
     assert slots.variants["all slots"] == slots.sweep[8] == own.accuracy
     assert slots.sweep[0] == removed.accuracy
 
@@ -215,20 +242,23 @@ def test_reliance_without_a_second_clip_is_refused(storm, rows) -> None:
 
 # ------------------------------------------------------------------------------------------ probes
 def test_states_are_reused_only_for_the_same_inputs(storm, rows, tmp_path) -> None:
-    made = extract(storm, rows[:3], tmp_path, "storm", 2)
-    (file,) = tmp_path.glob("states/*/*")
-    written = file.stat().st_mtime_ns
-    again = extract(storm, rows[:3], tmp_path, "storm", 2)
-    assert file.stat().st_mtime_ns == written
+    name = str(shipped("storm"))
+    batches = kept_batches(storm, tmp_path, name, 2)
+    made = extract(storm, rows[:3], batches)
+    files = set(tmp_path.glob("states/*/*"))
+    written = {file.stat().st_mtime_ns for file in files}
+    assert len(files) == 2
+    again = extract(storm, rows[:3], batches)
+    assert {file.stat().st_mtime_ns for file in files} == written
     assert torch.equal(made.latents, again.latents) and torch.equal(made.text, again.text)
     assert all(map(torch.equal, made.frames + made.keyframes, again.frames + again.keyframes))
-    fewer = extract(storm, rows[:2], tmp_path, "storm", 2)
-    assert len(fewer.latents) == 2 and file.stat().st_mtime_ns == written
-    (file,) = set(tmp_path.glob("states/*/*")) - {file}
+    more = extract(storm, rows[:4], batches)
+    (file,) = set(tmp_path.glob("states/*/*")) - files
     file.write_bytes(b"damaged")
-    assert torch.equal(extract(storm, rows[:2], tmp_path, "storm", 2).latents, fewer.latents)
-    about = json.loads((tmp_path / "states.json").read_text())
-    assert about["rows"] == 2 and about["shapes"]["latents"] == [2, K, 128]
+    assert torch.equal(extract(storm, rows[:4], batches).latents, more.latents)
+    other = kept_batches(storm, tmp_path, str(shipped("backbone")), 2)
+    extract(storm, rows[:2], other)  # another checkpoint's states are its own
+    assert len(set(tmp_path.glob("states/*/*")) - files) == 2
 
 
 @torch.no_grad()
@@ -319,30 +349,162 @@ def test_maps_and_lens(storm, rows, states, reasoning_rows) -> None:
 
 
 def test_the_decoder_is_not_tried_on_what_it_was_trained_on(storm, states, rows) -> None:
-    decoder, held_out = _decoder(storm, rows, states, None, 12)
+    nothing = states.latents[:0]
+    decoder, held_out = _decoder(rows, states, [], nothing, given=False)
     assert decoder is not None and held_out == [0, 1, 2, 6, 7, 8]
     none = [row.model_copy(update={"thought_video": None}) for row in rows]
-    assert _decoder(storm, none, states, None, 12) == (None, [])
+    assert _decoder(none, states, [], nothing, given=False) == (None, [])
+
+
+# ------------------------------------------------------------------------------------------ verdict
+RECORD = Path(__file__).resolve().parent.parent / "docs/results/outcomes"
+
+
+@pytest.mark.parametrize(
+    ("arm", "matters"),
+    [("full", True), ("stage1_only", True), ("shuffled", False), ("stage2_only", False)],
+)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_verdict_tells_the_recorded_arms_apart(arm: str, matters: bool, seed: int) -> None:
+    """Trained models' answers to 400 questions; two of the arms were built to fail."""
+    run = json.loads(gzip.decompress((RECORD / f"{arm}-{seed}.json.gz").read_bytes()))
+    asked = [SimpleNamespace(video=outcome["id"]) for outcome in run["test"]]
+    still = Movement(1.0, 0.9, 1.1, 400, (1.0,) * K)
+    tampered, moved = Tampered(**run["tampered"]), Sensitivity(still, still)
+    found = verdict(reliance_of(asked, tampered, K, moved))  # type: ignore[arg-type]
+    assert found.matter == matters, found.text
+    assert found.text.startswith(
+        "The latents matter" if matters else "No evidence that the latents"
+    )
+
+
+def test_slots_that_hold_nothing_are_no_evidence(rows) -> None:
+    """A model of pause slots; and one without a Stage, whose answers are what they are."""
+    paused = StormPipeline.from_pretrained(str(shipped("storm")))
+    paused.model.config.latent_pause = True
+    found = latent_reliance(paused, rows, None, 12)
+    assert found.reliance.mean == 0 == found.sensitivity.clip.mean
+    ends = paused.answer_batch(rows)
+    tampered, fed = tamper(paused, rows)
+    assert not any(tampered.changed["swap_other_answer"]) and (fed == fed[:1]).all()
+    assert tampered.right["own"] == [
+        bool(is_correct(a.text, r)) for a, r in zip(ends, rows, strict=True)
+    ]
+    assert "No evidence that the latents matter: ignored latents" in verdict(found).text
+
+
+def test_latents_that_steer_but_do_not_help_are_told_from_those_that_do(rows) -> None:
+    count = 60
+    asked = [SimpleNamespace(video=str(i)) for i in range(count)]
+    own = [i < 40 for i in range(count)]
+    swapped = [i < 10 for i in range(count)]
+    still = Movement(1.0, 0.9, 1.1, count, (1.0,))
+
+    def told(**right: list[bool]) -> str:
+        kinds = {"own": own, "swap_other_answer": swapped, **right}
+        changed = {
+            kind: [a != b for a, b in zip(own, hits, strict=True)] for kind, hits in kinds.items()
+        }
+        followed = Tampered(kinds, changed, [not hit for hit in swapped], [False] * count)  # type: ignore[arg-type]
+        return verdict(reliance_of(asked, followed, 1, Sensitivity(still, still))).text  # type: ignore[arg-type]
+
+    assert told() == told(removed=swapped) and told().startswith("The latents matter")
+    assert "marker effect" in told(removed=own) and "no evidence that they are better" in told(
+        removed=own
+    )
+    assert told(matched_random=own).startswith("No evidence that the latents matter: any state")
+    assert told(first_repeat=own).startswith(
+        "The latents matter"
+    ) and "collapse over slots" in told(first_repeat=own)
+    assert "the oracle is no better" in told(oracle=own)
+    assert "the oracle" not in told(oracle=[True] * count)
+
+
+# ------------------------------------------------------------------------------------------ probes
+def made_up(latents: torch.Tensor, rows: list[Row]) -> States:
+    count = len(rows)
+    layers = torch.cat([latents, torch.randn(count, 2, latents.shape[-1])], 1)[:, None]
+    nothing = torch.zeros(count, 1, 4)
+    return States(
+        latents=latents,
+        layers=layers,
+        probed_layers=(0,),
+        further=latents,
+        text=nothing[:, 0],
+        frames=[*nothing],
+        keyframes=[*nothing],
+        targets=latents,
+        has_target=torch.ones(count, dtype=torch.bool),
+    )
+
+
+def test_a_probe_finds_the_answer_where_it_is_and_only_there(rows) -> None:
+    torch.manual_seed(0)
+    asked = [
+        rows[0].model_copy(update={"video": str(i // 2), "answer": ("up", "down", "left")[i % 3]})
+        for i in range(120)
+    ]
+    latents = torch.randn(120, 3, 32)
+    latents[torch.arange(120), 1, torch.arange(120) % 3] += 6  # slot 2 holds it
+    right = [i % 4 > 0 for i in range(120)]
+    found = probe(made_up(latents, asked), asked, right)
+    assert found and found.accuracy["slot 2"][0] > 0.9
+    for place in ("slot 1", "slot 3", "question", "last token"):
+        assert found.accuracy[place][0] < 0.5, place
+    assert found.over_text.low > 0 < found.over_shuffled.low and found.shuffled.mean < 0.5
+    folds = _folds([row.video for row in asked]).view(-1, 2)
+    assert (folds[:, 0] == folds[:, 1]).all() and set(folds.flatten().tolist()) == set(range(5))
+    assert probe(made_up(latents[:12], asked[:12]), asked[:12], right[:12]) is None
+
+
+def test_correlation_is_pearsons() -> None:
+    drawn = np.random.default_rng(0)
+    values, right = drawn.normal(size=80), drawn.random(80) < 0.5
+    found = correlation(values + right, right, [str(i) for i in range(80)])
+    assert found and found.mean == pytest.approx(np.corrcoef(values + right, right)[0, 1])
+    assert found.low < found.mean < found.high
+    assert correlation(values, [True] * 80, ["a"] * 80) is None
+
+
+@torch.no_grad()
+def test_recorded_layers_are_those_of_one_plain_forward(storm, rows, states) -> None:
+    """Slots, the question and the last token, at the first layer and the last, of a row by itself."""
+    inputs = {**_inputs(storm, rows[1:2])}
+    length = inputs["input_ids"].shape[1]
+    with recorded_layers(storm.model, [0, 3], lambda hidden: hidden) as recorded:
+        rollout(storm.model, inputs, K, states.latents[1:2])
+    for layer, (whole,) in zip((0, -1), recorded, strict=True):
+        slots = whole[0, length : length + K]
+        torch.testing.assert_close(states.layers[1, layer, :K], slots, atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            states.layers[1, layer, -1], whole[0, length - 2], atol=1e-3, rtol=0
+        )
+    assert states.probed_layers == (0, 1, 2, 3)
 
 
 # ------------------------------------------------------------------------------------------ command
 def test_the_command_writes_a_page_that_asks_for_nothing(several, reasoning_file, tmp_path) -> None:
-    out, record = tmp_path / "out", tmp_path / "reliance.json"
-    arguments = ["analyze", str(shipped("storm")), str(several), "--limit", "6", "--out", str(out)]
+    out = tmp_path / "out"
+    arguments = ["validate", str(shipped("storm")), str(several), "--limit", "6", "--out", str(out)]
     arguments += ["--retrieval-rows", str(several), "--decoder-rows", str(reasoning_file)]
-    result = run_storm(*arguments, "--results", record)
+    result = run_storm(*arguments)
     assert result.exit_code == 0, result.output
-    assert "latents move" in result.output and "no slots at all" in result.output
+    assert "latents move" in result.output and "markers only" in result.output
     page = (out / "report.html").read_text()
     assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)
-    found = {
-        part: json.loads((out / f"{part}.json").read_text())
-        for part in ("reliance", "slots", "embeddings", "retrieval", "watch")
-    }
-    assert all(part["n"] == 6 and part["commit"] for part in found.values())
-    assert found["retrieval"]["retrieval"]["queries"] == 12
-    assert found["watch"]["watch"]["decoding"]["own"]["n"] == 6
-    assert json.loads(record.read_text())["reliance"] == found["reliance"]["reliance"]["reliance"]
+    found = json.loads((out / "validity.json").read_text())
+    assert found["about"]["n"] == 6 and found["about"]["commit"]
+    assert found["retrieval"]["queries"] == 12 and found["watch"]["decoding"]["own"]["n"] == 6
+    assert found["verdict"]["text"] in html.unescape(page) and "Only 2 clips" in result.output
+    kept = json.loads((out / "reliance.json").read_text())
+    assert kept["interventions"] == found["reliance"]["interventions"]
+    told = run_storm("report", out)  # the folder is a run
+    assert "Latent reliance" in told.output and "latents matter" in told.output
+    answers = (out / "answers-0.jsonl").read_bytes()
+    (out / "answers-0.jsonl").write_bytes(answers[: len(answers) // 2])  # a kill
+    again = run_storm(*arguments, "--json")
+    assert (out / "answers-0.jsonl").read_bytes() == answers
+    assert json.loads(again.stdout)["verdict"] == found["verdict"]
 
 
 def test_rows_without_thought_videos_get_the_rest_of_the_page(several, rows, tmp_path) -> None:
@@ -353,11 +515,16 @@ def test_rows_without_thought_videos_get_the_rest_of_the_page(several, rows, tmp
         for i, row in enumerate(rows[:7:3])
     ]
     write_rows(tmp_path / "plain.jsonl", plain)
-    found = analyze(str(shipped("storm")), tmp_path / "plain.jsonl", tmp_path / "out")
-    assert found.retrieval is None and found.watch.decoding is None
+    found = validate(str(shipped("storm")), tmp_path / "plain.jsonl", tmp_path / "out")
+    assert found and found.retrieval is None and found.watch.decoding is None
     assert read_analysis(tmp_path / "out") == found
     assert found.embeddings.nearness == {"keyframes": None, "thought_video": None}
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("Not measured") == 2 and "Not drawn" in page
+    assert (
+        found.probes is None
+        and "Not probed" in page
+        and page.count("Not measured") == 2
+        and "Not drawn" in page
+    )
     with pytest.raises(ValueError, match="latent slots"):
-        analyze(str(shipped("backbone")), tmp_path / "plain.jsonl", tmp_path / "out")
+        validate(str(shipped("backbone")), tmp_path / "plain.jsonl", tmp_path / "out")

@@ -28,7 +28,7 @@ VERBS = [
     *("answer", "doctor", "quickstart"),
     *("build", "export", "gallery", "import", "leaks"),
     *("plan", "train"),
-    *("analyze", "compare", "download", "evaluate", "lmms-task", "report"),
+    *("compare", "download", "evaluate", "lmms-task", "report", "validate"),
     *("bench", "pretrain", "reproduce", "world"),
 ]
 PARTS = {
@@ -87,7 +87,7 @@ def test_help_needs_no_torch() -> None:
         (["build", "plans", *ROWS, "--workers", "0"], "--workers"),
         (["evaluate", "x", "y", "--limit", "[red]5[/red]"], r"\[red\]5\[/red\]"),
         (["bench", "train", "--batch", "0"], "--batch"),
-        (["analyze", "x", "y", "--out", "z", "--limit", "1"], "--limit"),
+        (["validate", "x", "y", "--out", "z", "--limit", "1"], "--limit"),
         (["gallery", "x", "--limit", "0"], "--limit"),
         (["gallery", "x", "y", "z"], "too many arguments: y z"),
         (["leaks", "x", "y", "--num-frames", "-1"], "--num-frames"),
@@ -186,7 +186,7 @@ def test_a_bare_installation_says_which_extra_is_missing(tmp_path: Path) -> None
         "import storm_vlm.inference.pipeline, storm_vlm.construction.build\n"
         "from storm_vlm.cli.main import main\nmain(sys.argv[1:])"
     )
-    command = [sys.executable, "-c", code, "analyze", "nope", "rows.jsonl", "--out", "x"]
+    command = [sys.executable, "-c", code, "validate", "nope", "rows.jsonl", "--out", "x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and "storm-vlm[analysis]" in done.stderr
     assert "Traceback" not in done.stderr
@@ -242,7 +242,7 @@ def test_a_short_training_says_nothing_but_what_it_does(
     assert [file.name for file in (tmp_path / "o").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "analyze"])
+@pytest.mark.parametrize("verb", ["evaluate", "validate"])
 def test_rows_are_looked_at_before_the_model_is_loaded(verb: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}")
     for rows, message in (("absent.jsonl", "absent.jsonl"), ("rows.jsonl", "rows.jsonl:1: id: ")):

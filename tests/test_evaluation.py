@@ -191,7 +191,7 @@ def test_the_command_tells_and_keeps_latent_reliance(reasoning_file, tmp_path) -
     told = storm_evaluate(*arguments)
     assert re.fullmatch(r"[\d.]+% right \(.*\) of 12, [\d.]+% unparsed\n", told.stdout)  # one line
     assert "Latent reliance, 6 rows drawn from 12" in told.stderr
-    assert "no slots at all" in told.stderr and "become that clip's" in told.stderr
+    assert "markers only" in told.stderr and "latents matter" in told.stderr
     found = json.loads((out / "reliance.json").read_text())
     assert (found["n"], found["drawn_from"], found["checkpoint"]) == (6, 12, "storm")
     assert found["commit"] and found["versions"]["torch"]

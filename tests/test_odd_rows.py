@@ -11,7 +11,7 @@ from command_line import run_storm
 from scripted_endpoint import serving
 from stub_teacher import completion
 
-from storm_vlm.analysis.analyze import analyze
+from storm_vlm.analysis.validate import validate
 from storm_vlm.data.check import fault_lines, row_faults
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.decode import VideoError
@@ -153,7 +153,7 @@ def test_an_analysis_goes_on_without_rows_that_cannot_be_decoded(
     rows[0] = rows[0].model_copy(update={"video": damaged})
     write_rows(tmp_path / "rows.jsonl", rows)
     with caplog.at_level(logging.WARNING, "storm_vlm"):
-        analyze(str(shipped("storm")), tmp_path / "rows.jsonl", tmp_path / "out")
+        validate(str(shipped("storm")), tmp_path / "rows.jsonl", tmp_path / "out")
     assert "5 of 7 rows are left out" in caplog.text and "damaged.mp4" in caplog.text
     assert json.loads((tmp_path / "out" / "reliance.json").read_text())["n"] == 2
 

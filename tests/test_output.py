@@ -150,7 +150,6 @@ def test_no_verb_writes_over_what_it_reads(tmp_path: Path, rows_file: Path) -> N
             ("gallery", rows_file, "--out", output),
             ("leaks", rows_file, rows_file, "--num-frames", 0, "--out", output),
             ("leaks", rows_file, rows_file, "--num-frames", 0, "--remove", output),
-            ("analyze", shipped("storm"), rows_file, "--out", tmp_path / "a", "--results", output),
         ):
             refused = run_storm(*verb)
             assert refused.exit_code == 1 and "would be overwritten" in refused.stderr, verb
@@ -158,7 +157,7 @@ def test_no_verb_writes_over_what_it_reads(tmp_path: Path, rows_file: Path) -> N
     for verb in (
         ("build", "--source", rows_file, "--out", rows_file.parent, "generator=keyframes"),
         ("build", "collect", "--source", rows_file, "--out", rows_file.parent),
-        ("analyze", shipped("storm"), rows_file, "--out", shipped("storm")),
+        ("validate", shipped("storm"), rows_file, "--out", shipped("storm")),
         ("evaluate", shipped("storm"), rows_file, "--out", shipped("storm")),
     ):
         refused = run_storm(*verb)
@@ -187,7 +186,7 @@ def test_a_second_process_gets_one_sentence_and_a_kill_leaves_no_lock(
             ("evaluate", shipped("storm"), rows_file, "--out", out),
             ("train", "sft", f"data={rows_file}", f"output_dir={out}"),
             ("build", "--source", rows_file, "--out", out),
-            ("analyze", shipped("storm"), rows_file, "--out", out),
+            ("validate", shipped("storm"), rows_file, "--out", out),
             ("reproduce", out, "--fast"),
             ("quickstart", out),
         ):
@@ -235,7 +234,7 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(
     inside = tmp_path / "file" / "out"
     for verb in (
         ("evaluate", shipped("storm"), rows_file, "--out", inside),
-        ("analyze", shipped("storm"), rows_file, "--out", inside),
+        ("validate", shipped("storm"), rows_file, "--out", inside),
         ("leaks", rows_file, rows_file, "--out", inside / "leaks.json"),
         ("gallery", rows_file, "--out", inside / "page.html"),
         ("leaks", rows_file, rows_file, "--remove", tmp_path),

@@ -228,7 +228,7 @@ def test_latent_reliance_stands_beside_the_accuracy(tmp_path) -> None:
         *("45.0 [35.0, 55.0]", "20.0 [10.0, 30.0]", "60"),
     ]
     assert [cell.small for cell in ours] == ["", "", "n 55", "", "10.0 with own", "", "of 120"]
-    assert theirs[3].small == "not shown to depend" and theirs[-1].small == ""
+    assert theirs[3].small == "not shown to matter" and theirs[-1].small == ""
     assert [cell.warning for cell in (ours[3], theirs[3])] == [False, True]
     for file in ("report.md", "report.html"):
         assert "-50.0 [-60.0, -40.0]" in (tmp_path / "out" / file).read_text(), file

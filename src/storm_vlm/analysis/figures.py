@@ -1,4 +1,4 @@
-"""The analysis figures (paper, Figures 5 to 8): SVG."""
+"""The figures of the validity suite (paper, Figures 5 to 8): SVG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from storm_vlm.analysis.embeddings import Embeddings, Projection
 from storm_vlm.analysis.reliance import SlotAccuracy
 from storm_vlm.analysis.retrieval import Retrieval
 from storm_vlm.charts import BLUE, GREY, ORANGE, svg
-from storm_vlm.evaluation.records import Reliance, Sensitivity
+from storm_vlm.evaluation.records import Probes, Reliance, Sensitivity
 from storm_vlm.evaluation.statistics import Estimate
 
 KIND_COLOURS = {"frame": GREY, "keyframe": ORANGE, "latent": BLUE}
@@ -19,7 +19,11 @@ REPRESENTATIONS = {"latent": BLUE, "text": ORANGE, "random": GREY}
 
 
 def draw(
-    reliance: Reliance, slots: SlotAccuracy, embeddings: Embeddings, retrieval: Retrieval | None
+    reliance: Reliance,
+    probes: Probes | None,
+    slots: SlotAccuracy,
+    embeddings: Embeddings,
+    retrieval: Retrieval | None,
 ) -> dict[str, str]:
     """Data URIs of the figures that there is something for."""
     drawn = {
@@ -29,6 +33,8 @@ def draw(
         "sweep": sweep_line(slots.sweep),
         "embeddings": scatter(embeddings.projection),
     }
+    if probes is not None:
+        drawn["probes"] = probe_map(probes)
     if retrieval is not None:
         drawn["retrieval"] = retrieval_bars(retrieval.representations)
         drawn["per_query"] = per_query(retrieval.per_query)
@@ -66,7 +72,7 @@ def _bars(lines: dict[str, Estimate], colours: list[str], label: str) -> Any:
 
 def reliance_bars(part: Reliance) -> Any:
     """Accuracy by what is fed into the slots."""
-    lines = {v.what: v.accuracy for v in part.interventions.values() if v.accuracy}
+    lines = {v.what.split(":")[0]: v.accuracy for v in part.interventions.values() if v.accuracy}
     return _bars(lines, [BLUE] + [GREY] * (len(lines) - 1), "accuracy")
 
 
@@ -97,6 +103,19 @@ def sensitivity_bars(part: Sensitivity) -> Any:
     axes.axhline(1, color=ORANGE, linestyle="--", linewidth=1)
     axes.set(xticks=slots, xlabel="slot", ylabel="moved, of the spread")
     _legend(axes)
+    return figure
+
+
+def probe_map(part: Probes) -> Any:
+    """How often a probe at each position and layer names the answer."""
+    figure, axes = _plot(0.8 + 0.3 * len(part.accuracy))
+    shares = np.array(list(part.accuracy.values()))
+    axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    for (row, column), value in np.ndenumerate(shares):
+        shade = "white" if value > 0.5 else "#1c1c1c"
+        axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=shade)
+    axes.set(xticks=range(len(part.layers)), xticklabels=[layer + 1 for layer in part.layers])
+    axes.set(yticks=range(len(shares)), yticklabels=list(part.accuracy), xlabel="decoder layer")
     return figure
 
 

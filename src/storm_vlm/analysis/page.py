@@ -1,4 +1,4 @@
-"""What an analysis measures, and its page: one self-contained HTML file."""
+"""What the validity suite measures, and its page: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from storm_vlm.data.atomic_write import write_text
 from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import read_video
-from storm_vlm.evaluation.records import Reliance
+from storm_vlm.evaluation.records import Probes, Reliance
+from storm_vlm.evaluation.verdict import Verdict
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.pages import render
 
@@ -44,7 +45,9 @@ Card = dict[str, Any]
 class Analysis:
     """All that is measured, by part; None where these rows do not allow it."""
 
+    verdict: Verdict
     reliance: Reliance
+    probes: Probes | None
     slots: SlotAccuracy
     embeddings: Embeddings
     retrieval: Retrieval | None
@@ -54,13 +57,16 @@ class Analysis:
 def write_page(
     path: Path, about: dict[str, Any], analysis: Analysis, cards: Sequence[Card]
 ) -> None:
-    """Write the page of an analysis."""
-    write_text(path, render("analysis.html", about=about, **template_values(analysis, cards)))
+    """Write the page of a validation."""
+    write_text(path, render("validity.html", about=about, **template_values(analysis, cards)))
 
 
 def template_values(analysis: Analysis, cards: Sequence[Card]) -> dict[str, Any]:
-    """What `_analysis.html` needs, on whichever page it is."""
-    drawn = figures.draw(analysis.reliance, analysis.slots, analysis.embeddings, analysis.retrieval)
+    """What `_validity.html` needs, on whichever page it is."""
+    measured = {
+        name: part for name, part in vars(analysis).items() if name not in ("verdict", "watch")
+    }
+    drawn = figures.draw(**measured)
     return {**vars(analysis), "figures": drawn, "examples": cards}
 
 

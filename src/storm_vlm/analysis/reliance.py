@@ -1,7 +1,7 @@
-"""Does the answer depend on the latents? The table to print beside every accuracy.
+"""Does the answer depend on the latents? The token replacement test, and how far latents move with the clip.
 
-Latents of relatives of this method have been found to move little when the input changes, and answers to move
-little when the latents do. Each line here is one way to tamper with the latents and what it does to accuracy.
+Each kind is one way to replace what is fed into the slots, under the name that the field has for it (TRT, arXiv
+2605.21642, where it has one). What they come to is said by `evaluation/verdict.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from storm_vlm.analysis import AnalysisError
+from storm_vlm.analysis.states import Batches
 from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import answer_text, is_correct, parse_answer
 from storm_vlm.data.row import Row
@@ -29,24 +30,31 @@ from storm_vlm.model.interventions import (
     end_tokens,
     latent_states,
     noised,
+    pause_slots,
     reordered,
 )
 
 KINDS = {
     "own": "its own latents",
-    "zero": "zeros",
-    "mean": "each slot's mean over the data set",
-    "noise": "noise as long as they are added, length kept",
-    "shuffle": "its own, shuffled between slots",
-    "swap_same_answer": "another clip's, whose answer is the same",
-    "swap_other_answer": "another clip's, whose answer is another",
-    "removed": "no slots at all",
+    "zero": "zero",
+    "mean": "mean: each slot's over the data",
+    "random": "random: Gaussian, of its own latents' length",
+    "matched_random": "distribution-matched random: each slot's state of a row drawn for it",
+    "noise": "noised: its own plus noise as long as they are, length kept",
+    "first_repeat": "first-repeat: the first slot's state in all",
+    "shuffle": "shuffled slots",
+    "swap_same_answer": "another clip's, same answer",
+    "swap_other_answer": "another clip's, other answer",
+    "oracle": "oracle: the thought video's targets",
+    "pause": "count-matched pause tokens",
+    "removed": "markers only: no slots",
+    "no_markers": "no markers: the plain prompt",
 }
 
 
 @dataclass(frozen=True)
 class Tampered:
-    """What became of each row's answer, by `KINDS`; None for a row without a donor."""
+    """What became of each row's answer, by `KINDS`; None for a row without a donor, or without a target."""
 
     right: dict[str, list[bool | None]]
     changed: dict[str, list[bool | None]]  #: not what it answers with its own latents
@@ -60,6 +68,94 @@ class SlotAccuracy:
 
     variants: dict[str, Estimate]
     sweep: dict[int, Estimate]
+
+
+@dataclass(frozen=True)
+class Donors:
+    """For each row another clip's row, whose answer is the same or another; None where there is none."""
+
+    same: list[int | None]
+    other: list[int | None]
+
+
+def donors(rows: Sequence[Row], seed: int = 0) -> Donors:
+    """Raises AnalysisError: no row can be given another clip's latents of another answer."""
+    found = Donors(*(_donors(rows, same, random.Random(seed)) for same in (True, False)))
+    if all(donor is None for donor in found.other):
+        raise AnalysisError(
+            "no row has another clip with another answer to take latents from: give more rows"
+        )
+    return found
+
+
+def replacements(
+    pipeline: StormPipeline,
+    states: Tensor,
+    given: Donors,
+    targets: Tensor | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor | None]:
+    """What is fed into the slots of all rows, by `KINDS`: (N, n, D), None for no segment.
+
+    Args:
+        states: (N, K, D), the rows' own latents.
+        targets: (N, K, D) in the latents' space; None: no oracle.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count, budget = states.shape[:2]
+    order = torch.rand(count, budget, generator=generator).argsort(1)
+
+    def swapped(donors: Sequence[int | None]) -> Tensor:
+        return states[[i if donor is None else donor for i, donor in enumerate(donors)]]
+
+    slots: dict[str, Tensor | None] = {
+        "own": states,
+        "zero": torch.zeros_like(states),
+        "mean": states.mean(0, keepdim=True).expand_as(states),
+        "noise": noised(states, 1.0, generator),
+        "shuffle": reordered(states, order),
+        "removed": states[:, :0],
+        "swap_same_answer": swapped(given.same),
+        "swap_other_answer": swapped(given.other),
+        "first_repeat": states[:, :1].expand_as(states),
+        "pause": pause_slots(pipeline.model, count, budget).to(states),
+        "no_markers": None,
+    }
+    drawn = torch.randn(states.shape, generator=generator)
+    slots["random"] = drawn * (states.norm(dim=-1) / drawn.norm(dim=-1))[..., None]
+    of_row = torch.randint(count, (count, budget), generator=generator)
+    slots["matched_random"] = states[of_row, torch.arange(budget)]
+    if targets is not None:
+        slots["oracle"] = targets
+    return slots
+
+
+def outcomes(
+    rows: Sequence[Row],
+    answers: Mapping[str, Sequence[str]],
+    given: Donors,
+    has_target: Sequence[bool] | None = None,
+) -> Tampered:
+    """Right or wrong, and changed, of the answers by kind."""
+    everywhere: list[int | None] = [*range(len(rows))]
+    counts = {"swap_same_answer": given.same, "swap_other_answer": given.other}
+    if has_target is not None:
+        counts["oracle"] = [i if has else None for i, has in enumerate(has_target)]
+    right: dict[str, list[bool | None]] = {}
+    changed: dict[str, list[bool | None]] = {}
+    for kind in (kind for kind in KINDS if kind in answers):
+        counted = counts.get(kind, everywhere)
+        each = list(zip(rows, counted, answers[kind], answers["own"], strict=True))
+        right[kind] = [None if c is None else bool(is_correct(a, row)) for row, c, a, _ in each]
+        changed[kind] = [None if c is None else a != own for _, c, a, own in each]
+    follows, follows_own = (
+        [
+            None if donor is None else _says(text, row, rows[donor])
+            for row, donor, text in zip(rows, given.other, answers[kind], strict=True)
+        ]
+        for kind in ("swap_other_answer", "own")
+    )
+    return Tampered(right, changed, follows, follows_own)
 
 
 def tamper(
@@ -81,34 +177,18 @@ def tamper(
     """
     if pipeline.latent_mode == "off":
         raise AnalysisError("latent reliance needs a checkpoint with latent slots (storm train)")
-    given_by = {
-        f"swap_{name}_answer": _donors(rows, name == "same", random.Random(seed))
-        for name in ("same", "other")
-    }
-    if all(donor is None for donor in given_by["swap_other_answer"]):
-        raise AnalysisError(
-            "no row has another clip with another answer to take latents from: give more rows"
-        )
+    given = donors(rows, seed)
     wording = rows if wording is None else wording
     if states is None:
-        states = rolled_out(pipeline, wording, batch_size)
-    answers = fed_answers(pipeline, wording, _tampered(states, given_by, seed), batch_size)
-    right: dict[str, list[bool | None]] = {}
-    changed: dict[str, list[bool | None]] = {}
-    for kind in KINDS:
-        donors = given_by.get(kind, range(len(rows)))
-        each = list(zip(rows, donors, answers[kind], answers["own"], strict=True))
-        right[kind] = [None if d is None else bool(is_correct(a, row)) for row, d, a, _ in each]
-        changed[kind] = [None if d is None else a != own for _, d, a, own in each]
-    donors = given_by["swap_other_answer"]
-    follows, follows_own = (
-        [
-            None if donor is None else _says(text, row, rows[donor])
-            for row, donor, text in zip(rows, donors, texts, strict=True)
-        ]
-        for texts in (answers["swap_other_answer"], answers["own"])
-    )
-    return Tampered(right, changed, follows, follows_own), states
+        states = rolled_out(pipeline, wording, Batches(batch_size))
+    slots = replacements(pipeline, states, given, seed=seed)
+    answers: dict[str, list[str]] = {kind: [] for kind in slots}
+    for first in tqdm(range(0, len(rows), batch_size), "answers", leave=False):
+        part = slice(first, first + batch_size)
+        fed = {kind: None if s is None else s[part] for kind, s in slots.items()}
+        for kind, texts in fed_answers(pipeline, wording[part], fed).items():
+            answers[kind] += texts
+    return outcomes(rows, answers, given), states
 
 
 def latent_reliance(
@@ -119,12 +199,20 @@ def latent_reliance(
     seed: int = 0,
     wording: Sequence[Row | Question] | None = None,
 ) -> Reliance:
-    """Accuracy under all `KINDS` of tampering, and how far latents move with the clip. Takes and raises as `tamper`.
+    """Accuracy under all `KINDS` but the oracle, and how far latents move with the clip.
 
-    A row without a donor does not count where one is needed.
+    Takes and raises as `tamper`. A row without a donor does not count where one is needed.
     """
     tampered, states = tamper(pipeline, rows, states, batch_size, seed, wording)
     wording = rows if wording is None else wording
+    sensitivity = input_sensitivity(pipeline, wording, states, Batches(batch_size), seed)
+    return reliance_of(rows, tampered, states.shape[1], sensitivity)
+
+
+def reliance_of(
+    rows: Sequence[Row], tampered: Tampered, slots: int, sensitivity: Sensitivity
+) -> Reliance:
+    """The table of what was found."""
     videos = [row.video for row in rows]
 
     def over_videos(outcomes: Sequence[bool | None]) -> Estimate | None:
@@ -132,34 +220,35 @@ def latent_reliance(
         values = [bool(outcomes[i]) for i in used]
         return estimate(values, [videos[i] for i in used]) if used else None
 
-    def difference(hits: Sequence[bool | None]) -> Estimate | None:
-        used = [i for i, hit in enumerate(hits) if hit is not None]
-        theirs, own = ([bool(right[i]) for i in used] for right in (hits, tampered.right["own"]))
-        return paired_difference(theirs, own, [videos[i] for i in used]) if used else None
+    def difference(ours: Sequence[bool | None], theirs: Sequence[bool | None]) -> Estimate | None:
+        used = [i for i, hit in enumerate(ours) if hit is not None]
+        a, b = ([bool(hits[i]) for i in used] for hits in (ours, theirs))
+        return paired_difference(a, b, [videos[i] for i in used]) if used else None
 
     lines = {
         kind: Intervention(
-            what,
-            over_videos(tampered.right[kind]),
-            difference(tampered.right[kind]),
+            KINDS[kind],
+            over_videos(right),
+            difference(right, tampered.right["own"]),
             over_videos(tampered.changed[kind]),
         )
-        for kind, what in KINDS.items()
+        for kind, right in tampered.right.items()
     }
     lines["swap_other_answer"] = swap = replace(
         lines["swap_other_answer"],
         follows=over_videos(tampered.follows),
         follows_own=over_videos(tampered.follows_own),
+        follows_more=difference(tampered.follows, tampered.follows_own),
     )
-    assert swap.difference  # `tamper` refuses rows without it
+    assert swap.difference  # `donors` refuses rows without it
     return Reliance(
         n=len(rows),
         drawn_from=len(rows),
         videos=len(set(videos)),
-        slots=states.shape[1],
+        slots=slots,
         interventions=lines,
         reliance=-swap.difference,
-        sensitivity=input_sensitivity(pipeline, wording, states, batch_size, seed),
+        sensitivity=sensitivity,
     )
 
 
@@ -184,28 +273,27 @@ def sampled_reliance(
     return replace(reliance, drawn_from=len(answered))
 
 
-def slot_accuracy(
-    pipeline: StormPipeline,
-    rows: Sequence[Row],
-    latents: Tensor,
-    further: Tensor,
-    batch_size: int = 32,
-) -> SlotAccuracy:
-    """Accuracy by which slots are fed (cf. Figure 8), and by K at test time; (N, K, D) latents, and K more."""
+def slot_kinds(latents: Tensor, further: Tensor) -> dict[str, Tensor]:
+    """What `slot_accuracy` needs fed: subsets of the slots (N, K, D), and some more of them."""
     budget = latents.shape[1]
-    slots = {name: select(latents) for name, select in slot_variants(budget).items()}
     longer = torch.cat([latents, further], 1)
     sweep = sorted({0, 1, 2, *range(4, 2 * budget + 1, 2), budget})
-    slots |= {f"k{k}": longer[:, :k] for k in sweep}
-    answers = fed_answers(pipeline, rows, slots, batch_size)
+    variants = {name: select(latents) for name, select in slot_variants(budget).items()}
+    return variants | {f"k{k}": longer[:, :k] for k in sweep}
+
+
+def slot_accuracy(rows: Sequence[Row], answers: Mapping[str, Sequence[str]]) -> SlotAccuracy:
+    """Accuracy by which slots are fed (cf. Figure 8), and by K at test time, from the answers by `slot_kinds`."""
     videos = [row.video for row in rows]
     shares = {
         name: estimate([bool(is_correct(t, r)) for t, r in zip(texts, rows, strict=True)], videos)
         for name, texts in answers.items()
+        if name not in KINDS
     }
+    swept = {name: int(name[1:]) for name in shares if name[1:].isdigit()}
     return SlotAccuracy(
-        variants={name: shares[name] for name in slot_variants(budget)},
-        sweep={k: shares[f"k{k}"] for k in sweep},
+        variants={name: share for name, share in shares.items() if name not in swept},
+        sweep={k: shares[name] for name, k in swept.items()},
     )
 
 
@@ -232,8 +320,8 @@ def input_sensitivity(
     pipeline: StormPipeline,
     rows: Sequence[Row | Question],
     states: Tensor,
-    batch_size: int,
-    seed: int,
+    batches: Batches,
+    seed: int = 0,
 ) -> Sensitivity:
     """How far latents (N, K, D) move when a row's clip, or its question, is exchanged for another's.
 
@@ -250,7 +338,7 @@ def input_sensitivity(
     spread = (states - states[others]).norm(dim=-1).mean(0)  # (K,)
     movements: dict[str, Movement] = {}
     for name, questions in exchanged.items():
-        moved = rolled_out(pipeline, questions, batch_size, states.shape[1])
+        moved = rolled_out(pipeline, questions, batches, states.shape[1])
         relative = (moved - states).norm(dim=-1) / spread.clamp_min(1e-12)  # (N, K)
         over_videos = estimate(relative.mean(1), [str(row.video) for row in rows])
         movements[name] = Movement(**asdict(over_videos), slots=tuple(relative.mean(0).tolist()))
@@ -260,37 +348,31 @@ def input_sensitivity(
 def rolled_out(
     pipeline: StormPipeline,
     rows: Sequence[Row | Question],
-    batch_size: int = 32,
+    batches: Batches | None = None,
     budget: int | None = None,
 ) -> Tensor:
     """The rows' own latents (N, K, D), float32 on the CPU."""
-    latents = []
-    for first in tqdm(range(0, len(rows), batch_size), "latents", leave=False):
-        inputs = _inputs(pipeline, rows[first : first + batch_size])
-        states, _ = latent_states(pipeline.model, inputs, budget or pipeline.collator.latent_budget)
-        latents.append(states.float().cpu())
-    return torch.cat(latents)
+    budget = budget or pipeline.collator.latent_budget
+
+    def compute(batch: Sequence[Row | Question]) -> dict[str, Tensor]:
+        states, _ = latent_states(pipeline.model, _inputs(pipeline, batch), budget)
+        return {"latents": states.float().cpu()}
+
+    return (batches or Batches(32))(f"{budget} latents", rows, compute)["latents"]
 
 
 def fed_answers(
-    pipeline: StormPipeline,
-    rows: Sequence[Row | Question],
-    slots: Mapping[str, Tensor],
-    batch_size: int = 32,
+    pipeline: StormPipeline, rows: Sequence[Row | Question], slots: Mapping[str, Tensor | None]
 ) -> dict[str, list[str]]:
-    """What the model answers each row, by kind of slots (N, n, D); each prompt is read once."""
-    texts: dict[str, list[str]] = {kind: [] for kind in slots}
+    """What the model answers each row of a batch, by kind of slots (B, n, D) or None; each prompt is read once."""
     ends = end_tokens(pipeline.model)
-    for first in tqdm(range(0, len(rows), batch_size), "answers", leave=False):
-        part = slice(first, first + batch_size)
-        batch = {kind: states[part] for kind, states in slots.items()}
-        answers = answers_when_fed(pipeline.model, _inputs(pipeline, rows[part]), batch)
-        for kind, logits in answers.items():
-            for ids in logits.argmax(-1).cpu():
-                closed = torch.isin(ids, ends).nonzero()
-                written = ids[: int(closed[0])] if len(closed) else ids
-                text = pipeline.processor.decode(written, skip_special_tokens=True)
-                texts[kind].append(text.strip())
+    texts: dict[str, list[str]] = {kind: [] for kind in slots}
+    for kind, logits in answers_when_fed(pipeline.model, _inputs(pipeline, rows), slots).items():
+        for ids in logits.argmax(-1).cpu():
+            closed = torch.isin(ids, ends).nonzero()
+            written = ids[: int(closed[0])] if len(closed) else ids
+            text = pipeline.processor.decode(written, skip_special_tokens=True)
+            texts[kind].append(text.strip())
     return texts
 
 
@@ -298,27 +380,6 @@ def _inputs(pipeline: StormPipeline, rows: Sequence[Row | Question]) -> dict[str
     inputs = pipeline.collator.collate_prompts(rows, "force")
     device = input_device(pipeline.model)
     return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def _tampered(
-    states: Tensor, given_by: Mapping[str, Sequence[int | None]], seed: int
-) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    count, budget = states.shape[:2]
-    order = torch.rand(count, budget, generator=generator).argsort(1)
-    swapped = {
-        kind: states[[i if donor is None else donor for i, donor in enumerate(given)]]
-        for kind, given in given_by.items()
-    }
-    return {
-        "own": states,
-        "zero": torch.zeros_like(states),
-        "mean": states.mean(0, keepdim=True).expand_as(states),
-        "noise": noised(states, 1.0, generator),
-        "shuffle": reordered(states, order),
-        "removed": states[:, :0],
-        **swapped,
-    }
 
 
 def _donors(rows: Sequence[Row], same_answer: bool, rng: random.Random) -> list[int | None]:

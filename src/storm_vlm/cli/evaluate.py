@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts.types import NonNegativeInt, NormFloat, PositiveInt
 
-from storm_vlm.cli.analyze import print_reliance
 from storm_vlm.cli.terminal import Json, Switch, errors, part_of, show, show_json
+from storm_vlm.cli.validate import print_reliance
 from storm_vlm.errors import StormError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS
 from storm_vlm.evaluation.controls import CONTROLS
@@ -197,6 +197,7 @@ def _tell_reliance(
     from storm_vlm.analysis.reliance import sampled_reliance
     from storm_vlm.data.atomic_write import write_json
     from storm_vlm.evaluation.run_folder import RELIANCE, read_reliance
+    from storm_vlm.evaluation.verdict import verdict
     from storm_vlm.versions import commit, versions
 
     about = {key: finished.provenance.get(key) for key in ("weights", "rows")}
@@ -206,7 +207,7 @@ def _tell_reliance(
     except ValueError as error:
         show(f"no latent reliance: {error}", to=errors)
         return
-    print_reliance(errors, found)
+    print_reliance(errors, found, verdict(found))
     if kept:
         show(f"as {out}/{RELIANCE} has it; without that file it is measured again", to=errors)
     elif out:

@@ -16,7 +16,6 @@ from cyclopts import App, CycloptsError, UnusedCliTokensError
 from pydantic import ValidationError
 
 from storm_vlm.cli import (
-    analyze,
     answer,
     bench,
     build,
@@ -26,6 +25,7 @@ from storm_vlm.cli import (
     lab,
     report,
     train,
+    validate,
 )
 from storm_vlm.cli.terminal import (
     DATA,
@@ -68,7 +68,7 @@ app.command(evaluate.evaluate, group=EVALUATION)
 app.command(report.compare_runs, name="compare", group=EVALUATION)
 app.command(report.report_runs, name="report", group=EVALUATION)
 app.command(evaluate.lmms_task, group=EVALUATION)
-app.command(analyze.analyze, group=EVALUATION)
+app.command(validate.validate, group=EVALUATION)
 app.command(lab.world, group=LAB)
 app.command(lab.pretrain, group=LAB)
 app.command(lab.reproduce, group=LAB)

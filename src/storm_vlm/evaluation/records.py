@@ -40,6 +40,7 @@ class Intervention:
     follows_own: Estimate | None = (
         None  #: and is the donor's with the own latents, too: by accident
     )
+    follows_more: Estimate | None = None  #: the difference of these two, on the same rows
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,24 @@ class Reliance:
     interventions: dict[str, Intervention]
     reliance: Estimate  #: what another clip's latents of another answer cost, as a share of rows
     sensitivity: Sensitivity
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Linear probes for the answer at slots and at text of the prompt, by decoder layer; trained on other clips.
+
+    Estimates are shares of rows and layers for which the probe of all slots, or of all text, names the answer.
+    Intervals are over videos.
+    """
+
+    layers: tuple[int, ...]
+    accuracy: dict[str, list[float]]  #: by position, a share for each layer
+    slots: Estimate
+    text: Estimate
+    shuffled: Estimate  #: of the slots, with answers shuffled between clips
+    over_text: Estimate  #: slots less text, on the same rows
+    over_shuffled: Estimate
+    decodability: Estimate | None  #: correlation with right answers, over rows, of the slots' share
+    cosine: (
+        Estimate | None
+    )  #: and of the latents' cosine to their targets; None: no targets, or nothing varies

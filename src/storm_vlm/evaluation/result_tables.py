@@ -16,6 +16,7 @@ from storm_vlm.evaluation.records import Reliance
 from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import Estimate
 from storm_vlm.evaluation.summary import RunSummary, Shares, summarize
+from storm_vlm.evaluation.verdict import verdict
 
 PHASES = ("decode", "vision", "prefill", "latent", "answer", "tool")
 PAPER_FILE = Path(__file__).with_name("paper_tables.yaml")
@@ -241,8 +242,13 @@ def _reliance(measured: Measured) -> Table:
     )
     notes = [
         "Accuracy of greedy answers when the slots are fed the clip's own latents or those of another clip that "
-        "has another answer; the difference, in points, is paired. Answers follow where they become that clip's. A "
-        "difference that may be nought is marked: these answers are not shown to depend on the latents."
+        "has another answer; the difference, in points, is paired, and marked where the latents are not shown to "
+        "matter. Answers follow where they become that clip's.",
+        *(
+            f"{system}, {title(benchmark)}: {verdict(run.reliance).text}"
+            for (system, benchmark, _), run in measured.runs.items()
+            if run.reliance
+        ),
     ]
     return Table("Latent reliance", columns, lines, notes)
 
@@ -252,12 +258,12 @@ def _relied(measured: Reliance) -> tuple[Cell, ...]:
         measured.interventions[kind] for kind in ("own", "swap_other_answer", "removed")
     )
     assert swap.accuracy and swap.follows_own  # reliance is not measured without them
-    unshown = measured.reliance.low <= 0
+    unshown = not verdict(measured).matter
     given = swap.accuracy.n
     return (
         estimated(own.accuracy),
         estimated(swap.accuracy, "" if given == measured.n else f"n {given:,}"),
-        Cell(signed(-measured.reliance), "not shown to depend" if unshown else "", unshown),
+        Cell(signed(-measured.reliance), "not shown to matter" if unshown else "", unshown),
         estimated(swap.follows, f"{percent(swap.follows_own.mean)} with own"),
         estimated(removed.accuracy),
         Cell(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,24 @@ def estimate(
         raise ValueError(f"{len(each)} values for {0 if clusters is None else len(clusters)} rows")
     (mean,), _ = category_estimates(each, np.ones((len(each), 1), bool), clusters, resamples)
     return mean
+
+
+def bootstrap(
+    values: ArrayLike,
+    statistic: Callable[[NDArray], NDArray],
+    clusters: Sequence[Hashable],
+    resamples: int = 2000,
+) -> Estimate:
+    """A statistic of the means of (rows, M) values, with an interval over clusters.
+
+    `statistic` takes means (…, M) of many resamples at once.
+    """
+    each = np.asarray(values, float)
+    clustered, rng = _clusters(clusters, len(each)), np.random.default_rng(0)
+    sums, counts = _sums(each, clustered), _sums(np.ones((len(each), 1)), clustered)
+    means = [(w @ sums) / (w @ counts) for w in _weights(len(sums), resamples, rng)]
+    low, high = _percentiles(statistic(np.concatenate(means)))
+    return Estimate(float(statistic(each.mean(0))), float(low), float(high), len(each))
 
 
 def category_estimates(

@@ -27,4 +27,7 @@ class Reply:
     opened: bool = False  #: there was a latent segment
     #: wall time by phase: decode (video), vision, prefill, latent, answer (all written tokens), tool, total
     seconds: dict[str, float] = field(default_factory=dict)
+    fed: dict[str, str] = field(
+        default_factory=dict
+    )  #: texts by what slots were fed, `storm validate`
     fault: Fault = ""  #: why an endpoint's text may be no answer: cut off, filtered or empty

@@ -5,56 +5,117 @@ All prompts of a batch are read once; everything continues from that cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from storm_vlm.model.backbones import unwrap
-from storm_vlm.model.rollout import embed, head, read_prompt
+from storm_vlm.model.backbones import backbone, unwrap
+from storm_vlm.model.rollout import Prompt, embed, head, read_prompt
 from storm_vlm.model.tokens import latent_tokens
 
 
 @torch.no_grad()
 def latent_states(model: Any, batch: Mapping[str, Any], budget: int) -> tuple[Tensor, Tensor]:
-    """The model's own states (B, K, D) on their way into K slots, and those of the prompt (B, T, D).
+    """What the model feeds into K slots (B, K, D): its own states, or its pause token; and the prompt's (B, T, D).
 
     K may exceed the budget that the model was trained with.
     """
     model = unwrap(model)
     prompt, hidden = read_prompt(model, batch)
+    if getattr(model.config, "latent_pause", False):
+        pads = pause_slots(model, len(hidden), budget)
+        prompt.extend(pads)  # for who records layers
+        return pads, hidden
     states = [hidden[:, -1:]]
     while len(states) < budget:
         states.append(prompt.extend(states[-1]))
     return torch.cat(states, 1), hidden
 
 
+def pause_slots(model: Any, rows: int, budget: int) -> Tensor:
+    """As many slots (rows, K, D) with nothing of the model's own in them: the embedding of ``<|latent_pad|>``."""
+    pad = torch.tensor(latent_tokens(unwrap(model).config).pad, device=unwrap(model).device)
+    return embed(unwrap(model), pad).expand(rows, budget, -1).detach()
+
+
+@contextmanager
+def recorded_layers(
+    model: Any, places: Sequence[int], reduce: Callable[[Tensor], Tensor]
+) -> Iterator[list[list[Tensor]]]:
+    """While this is open, what ``reduce`` makes of the states (B, n, D) that decoder layers return: of each layer at
+    ``places`` a list, pass by pass."""
+    layers = backbone(model).decoder.layers
+    recorded: list[list[Tensor]] = [[] for _ in places]
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(layer: Any, inputs: Any, output: Any) -> None:
+            recorded[number].append(reduce(output[0] if isinstance(output, tuple) else output))
+
+        return hook
+
+    handles = [layers[at].register_forward_hook(keep(i)) for i, at in enumerate(places)]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def answers_when_fed(
-    model: Any, batch: Mapping[str, Any], slots: Mapping[str, Tensor], max_new_tokens: int = 32
+    model: Any,
+    batch: Mapping[str, Any],
+    slots: Mapping[str, Tensor | None],
+    max_new_tokens: int = 32,
 ) -> dict[str, Tensor]:
     """Logits (B, A, V) of greedy answers after each kind of slots, (B, n, D) of whatever n, 0 included.
 
-    The prompt is read once for all kinds. A is where every row has ended its answer; what a row writes behind
-    its own end means nothing.
+    None: without a segment, markers included, as ``latent_mode="off"`` has it. The prompt is read once for all kinds.
+    A is where every row has ended its answer; what a row writes behind its own end means nothing.
     """
     model = unwrap(model)
-    closing = torch.full_like(batch["input_ids"][:, :1], latent_tokens(model.config).end)
-    prompt, _ = read_prompt(model, batch)
+    tokens = latent_tokens(model.config)
+    closing = embed(model, torch.full_like(batch["input_ids"][:, :1], tokens.end))
+    prompt, hidden = read_prompt(model, batch)
     outputs: dict[str, Tensor] = {}
     for kind, states in slots.items():
-        end = embed(model, closing)
-        fed, logits = torch.cat([states.to(end), end], 1), []
-        ended = torch.zeros_like(closing[:, 0], dtype=torch.bool)
-        while len(logits) < max_new_tokens and not bool(ended.all()):
-            logits.append(head(model, prompt.extend(fed)[:, -1:]))
-            chosen = logits[-1].argmax(-1)
-            ended |= torch.isin(chosen[:, 0], end_tokens(model).to(chosen.device))
-            fed = embed(model, chosen)
-        prompt.cache.crop(prompt.length - prompt.cache.get_seq_length())
-        outputs[kind] = torch.cat(logits, 1)
-    return outputs
+        if states is not None:
+            fed = prompt.extend(torch.cat([states.to(closing), closing], 1))
+            outputs[kind] = _written(model, prompt, head(model, fed[:, -1:]), max_new_tokens)
+            prompt.cache.crop(prompt.length - prompt.cache.get_seq_length())
+    if plain := [kind for kind, states in slots.items() if states is None]:
+        prompt.cache.crop(-1)  # <|latent_start|>
+        before = replace(
+            prompt,
+            mask=None if prompt.mask is None else prompt.mask[:, :-1],
+            last_position=prompt.last_position - 1,
+            length=prompt.length - 1,
+        )
+        first = head(model, hidden[:, -2:-1])
+        barred = torch.tensor(tokens, device=first.device)
+        outputs |= dict.fromkeys(plain, _written(model, before, first, max_new_tokens, barred))
+    return {kind: outputs[kind] for kind in slots}
+
+
+def _written(
+    model: Any, prompt: Prompt, logits: Tensor, max_new_tokens: int, barred: Tensor | None = None
+) -> Tensor:
+    """Logits (B, A, V) of a greedy answer, of which the first are given (B, 1, V); no `barred` id is chosen."""
+    steps: list[Tensor] = []
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    while True:
+        if barred is not None:
+            logits = logits.index_fill(-1, barred, float("-inf"))
+        steps.append(logits)
+        chosen = logits.argmax(-1)
+        ended |= torch.isin(chosen[:, 0], end_tokens(model).to(chosen.device))
+        if len(steps) == max_new_tokens or bool(ended.all()):
+            return torch.cat(steps, 1)
+        logits = head(model, prompt.extend(embed(model, chosen))[:, -1:])
 
 
 def end_tokens(model: Any) -> Tensor:

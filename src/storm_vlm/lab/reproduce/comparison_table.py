@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from storm_vlm.analysis.reliance import KINDS
 from storm_vlm.evaluation.statistics import Estimate, accuracy, mean_over_seeds, paired_difference
 from storm_vlm.lab.arms import ARMS, Comparison
 from storm_vlm.lab.checkpoints import shipped
@@ -86,7 +85,8 @@ def measured_line(runs: Sequence[Result], against: Sequence[Result]) -> dict[str
     }
     if ARMS[runs[0]["arm"]].latent:
         tampered = [run["tampered"] for run in runs]
-        rights = {kind: _known([outcome["right"][kind] for outcome in tampered]) for kind in KINDS}
+        kinds = [kind for kind in tampered[0]["right"] if all(kind in t["right"] for t in tampered)]
+        rights = {kind: _known([outcome["right"][kind] for outcome in tampered]) for kind in kinds}
         follows = {
             name: _known([run[name] for run in tampered]) for name in ("follows", "follows_own")
         }

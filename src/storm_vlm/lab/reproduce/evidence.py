@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from storm_vlm.analysis.analyze import analyze, read_analysis
+from storm_vlm.analysis.validate import read_analysis, validate
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.errors import InputError
 from storm_vlm.lab.arms import ARMS, COMPARISONS
@@ -97,10 +97,9 @@ def reproduce(
         **vars(read_analysis(analysis)),
     }
     write_json(out / "results" / "reproduce.json", evidence)
-    about = json.loads((analysis / "reliance.json").read_text())
-    reliance = about.pop("reliance")
-    about |= {"command": command, "checkpoint": evidence["analysed"]}
-    write_json(out / "results" / "reliance.json", {**about, **reliance})
+    reliance = json.loads((analysis / "reliance.json").read_text())
+    reliance |= {"command": command, "checkpoint": evidence["analysed"]}
+    write_json(out / "results" / "reliance.json", reliance)
     write_text(out / "results.md", markdown(evidence))
     examples = json.loads((analysis / "examples.json").read_text())
     write_page(folder / "report.html", evidence, examples)
@@ -146,14 +145,14 @@ def _latency(file: Path, rounds: int) -> dict[str, Any]:
 
 
 def _analysis(folder: Path, plan: Plan) -> Path:
-    """Folder of what `storm analyze` finds of the STORM of seed 0, or of the shipped one if there is none."""
+    """Folder of what `storm validate` finds of the STORM of seed 0, or of the shipped one if there is none."""
     trained = (folder / "full-0" / "1-stage2" / "versions.json").exists()
     checkpoint = folder / "full-0" / "1-stage2" if trained else shipped("storm")
     out = folder / "analysis" / ("full-0" if trained else "shipped")
-    if not (out / "report.html").exists():  # the last file that an analysis writes
+    if not (out / "report.html").exists():  # the last file that a validation writes
         data = folder / "data"
         test = build_world(data, "reasoning", "test", plan.size.test_rows)
         probed = build_world(data, "reasoning", "test", plan.probed, questions=4)
         drawn = build_world(data / "drawn", "reasoning", "train", plan.drawn)
-        analyze(str(checkpoint), test, out, retrieval_file=probed, decoder_file=drawn)
+        validate(str(checkpoint), test, out, retrieval_file=probed, decoder_file=drawn)
     return out

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from storm_vlm.analysis.analyze import PARTS
 from storm_vlm.analysis.page import Analysis, Card, template_values
 from storm_vlm.analysis.reliance import KINDS
+from storm_vlm.analysis.validate import PARTS
 from storm_vlm.charts import svg
 from storm_vlm.data.atomic_write import write_text
 from storm_vlm.lab.reproduce.evidence_charts import dots, rows_curve
@@ -99,7 +99,7 @@ def _reading(evidence: dict[str, Any]) -> str:
 
 
 def write_page(path: Path, evidence: dict[str, Any], cards: Sequence[Card]) -> None:
-    """The page: tables, charts, and all that `storm analyze` shows."""
+    """The page: tables, charts, and all that `storm validate` shows."""
     tables = evidence["tables"]
     charts = {
         name: svg((rows_curve if name == "rows" else dots)(table)) for name, table in tables.items()
@@ -156,7 +156,11 @@ RELIANCE_COLUMNS = ("fed into the slots", "accuracy")
 def reliance_rows(table: dict[str, Any]) -> list[list[str]]:
     """Cells under `RELIANCE_COLUMNS`: STORM's accuracy by what is fed into the slots; none if it has no run."""
     found = next(line.get("tampered") for line in table["lines"] if line["against"] is None)
-    return [[what, _share(found[kind])] for kind, what in KINDS.items()] if found else []
+    return (
+        [[what, _share(found[kind])] for kind, what in KINDS.items() if kind in found]
+        if found
+        else []
+    )
 
 
 LATENCY_COLUMNS = ("reasoner", "seconds an item", "times latent", "times direct", "tokens")
