@@ -24,6 +24,7 @@ from storm_vlm.cli import (
     evaluate,
     lab,
     report,
+    serve,
     train,
     validate,
 )
@@ -54,6 +55,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.command(answer.answer, group=USE)
+app.command(serve.serve, group=USE)
 app.command(lab.quickstart, group=USE)
 app.command(doctor.doctor, group=USE)
 app.command(datasets.import_command, name="import", group=DATA)

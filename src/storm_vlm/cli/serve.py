@@ -1,0 +1,32 @@
+"""`storm serve`: a checkpoint behind the OpenAI protocol."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from storm_vlm.cli.terminal import Fields, show
+from storm_vlm.serving.config import ServeConfig
+
+
+def serve(
+    checkpoint: str | None = None,
+    /,
+    *,
+    config: Annotated[ServeConfig, Fields] = ServeConfig.model_validate({}),  # noqa: B008
+    engine: Annotated[Literal["storm", "vllm"], Parameter(help="What answers.")] = "storm",
+) -> None:
+    """Answer over HTTP, as OpenAI's chat completions; STORM_API_KEY is the key that clients must bring.
+
+    Args:
+        checkpoint: Folder or hub name; by default the trained micro model that is shipped.
+    """
+    from storm_vlm.lab.checkpoints import shipped
+    from storm_vlm.serving.serve import hand_over
+    from storm_vlm.serving.serve import serve as run
+
+    checkpoint = str(shipped("storm")) if checkpoint is None else checkpoint
+    if engine == "vllm":
+        hand_over(checkpoint, config)
+    run(checkpoint, config, show)
