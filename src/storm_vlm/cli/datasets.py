@@ -23,24 +23,29 @@ def import_command(
     out: Path,
     /,
     *,
-    videos: Path,
+    videos: Path | None = None,
     split: Literal["train", "validation", "test", "ood"] = "train",
     check_videos: Annotated[bool, Switch] = False,
     core_frames: Path | None = None,
+    without: Path | None = None,
 ) -> None:
     """Make rows of a data set; what is wrong goes to OUT.rejects.jsonl with the reason.
 
     Args:
-        source: A JSON or JSONL file of the data set.
+        source: A JSON or JSONL file of the data set; a folder or a tar of such files, or of samples.
         out: The JSONL file of rows to write.
-        videos: What the source's video names are relative to.
+        videos: What the source's video names are relative to; by default SOURCE, if that is a folder. A tar is
+            unpacked into it.
         split: Of the rows.
         check_videos: Reject rows whose video file is missing.
         core_frames: VideoEspresso: the core frames' folder, to find them in the videos.
+        without: A benchmark's file: its clips are left out, by name.
     """
     from storm_vlm.datasets.transfer import import_rows
 
-    _report(import_rows(format, source, out, videos, split, check_videos, core_frames), out)
+    counts = import_rows(format, source, out, videos, split, check_videos, core_frames, without)
+    _report(counts, out)
+    _report_shortcuts(counts)
 
 
 def export_command(format: Annotated[str, part_of(EXPORTERS)], rows: Path, out: Path, /) -> None:
@@ -75,6 +80,13 @@ def _report(counts: Counts, out: Path) -> None:
         show(f"rejected ones with reasons: {rejects_file(out)}")
     if not counts.written:
         raise StormError(f"no row was written to {out}; check the format and the reasons above")
+
+
+def _report_shortcuts(counts: Counts) -> None:
+    """What guessers without the thought get right, by family of questions."""
+    for family, (rows, accuracies) in counts.shortcuts.accuracies().items():
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in accuracies.items())
+        show(f"{family}: {rows} rows; right by {shares}")
 
 
 def leaks(

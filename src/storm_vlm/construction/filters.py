@@ -32,8 +32,8 @@ def blank(frames: np.ndarray) -> float:
 def frozen(frames: np.ndarray) -> float:
     """How far any of 32 x 32 blocks gets from its colour in the first frame; a thin line on white moves, too."""
     size, scale = (BLOCKS, BLOCKS), Image.Resampling.BOX
-    blocks = np.stack([Image.fromarray(frame).resize(size, scale) for frame in frames])
-    return float(np.abs(blocks - blocks[:1].astype(np.float32)).max() / 255)
+    small = [np.asarray(Image.fromarray(f).resize(size, scale), np.float32) for f in frames]
+    return float(max(np.abs(blocks - small[0]).max() for blocks in small) / 255)
 
 
 def flicker(frames: np.ndarray) -> float:

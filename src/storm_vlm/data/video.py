@@ -140,6 +140,20 @@ def read_frames(
     return _read(os.fspath(path), shown, max_side)
 
 
+def frame_times(path: str | os.PathLike[str]) -> list[float]:
+    """When each frame comes on screen, in seconds, ascending. Raises :class:`VideoError`."""
+    path = os.fspath(path)
+    try:
+        try:
+            with VideoSource(path) as source:
+                return source.times(0, float("inf"))
+        except UntimedPackets:
+            with PlayedSource(path) as source:
+                return source.times(0, float("inf"))
+    except (FFmpegError, OSError, UntimedPackets) as error:
+        raise unreadable(path, error) from error
+
+
 def require_proportions(path: str, height: int, width: int) -> None:
     """Raise :class:`VideoError` for a clip thinner than Qwen2.5-VL's processor takes."""
     if max(height, width) > 200 * min(height, width):
