@@ -45,7 +45,7 @@ from storm_vlm.analysis.reliance import (
 from storm_vlm.analysis.retrieval import first_ranks, retrieval, slot_ranks
 from storm_vlm.analysis.states import Batches, States, extract, kept_batches
 from storm_vlm.analysis.validate import _decoder, read_analysis, validate
-from storm_vlm.data.prompt import is_correct
+from storm_vlm.data.answer import is_correct
 from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.evaluation.records import Movement, Sensitivity
 from storm_vlm.evaluation.verdict import verdict

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from storm_vlm.data.answer import is_correct
 from storm_vlm.data.json_objects import JSONError
-from storm_vlm.data.prompt import answer_text, build_messages, is_correct
+from storm_vlm.data.prompt import answer_text, build_messages
 from storm_vlm.data.row import RowError
 from storm_vlm.datasets.leaks import names
 from storm_vlm.errors import InputError
@@ -250,7 +251,7 @@ def test_videoespresso(tmp_path, file) -> None:
     assert prompt.startswith("Please finish the Causal Inference task. Question: Why does he run?.")
     assert "(A): Rain(B): A dog" in prompt
     assert official("videoespresso", row, "Based on the video, C") == 1  # its B, of "Based"
-    assert is_correct("Based on the video, C", row) is None
+    assert is_correct("Based on the video, C", row) is False
 
 
 def test_video_holmes_leaves_out_absent_options(tmp_path) -> None:

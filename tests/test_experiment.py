@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from storm_vlm.data.prompt import is_correct
+from storm_vlm.data.answer import is_correct
 from storm_vlm.data.row import Row
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.lab.arms import ARMS

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from storm_vlm.data.answer import is_correct
 from storm_vlm.data.moment import parse_moment
-from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row, RowError
 from storm_vlm.datasets.parse import unwrapped
 from storm_vlm.evaluation.benchmarks import BENCHMARKS

@@ -2,7 +2,7 @@
 
 import pytest
 
-from storm_vlm.data.prompt import is_correct
+from storm_vlm.data.answer import is_correct
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.scoring import RULES, _first_number, vsi_number
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storm_vlm.data.prompt import is_correct
+from storm_vlm.data.answer import is_correct
 from storm_vlm.data.row import read_rows
 from storm_vlm.data.video import read_video
 from storm_vlm.lab.world.clips import FAR_HORIZON, HORIZON, NUM_FRAMES, build_world, shortcuts

@@ -27,8 +27,8 @@ from storm_vlm.analysis.readouts import (
 from storm_vlm.analysis.reliance import SlotAccuracy
 from storm_vlm.analysis.retrieval import Retrieval
 from storm_vlm.analysis.states import States
+from storm_vlm.data.answer import is_correct
 from storm_vlm.data.atomic_write import write_text
-from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import read_video
 from storm_vlm.evaluation.records import Probes, Reliance

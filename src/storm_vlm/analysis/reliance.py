@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 
 from storm_vlm.analysis import AnalysisError
 from storm_vlm.analysis.states import Batches
+from storm_vlm.data.answer import is_correct, parse_answer
 from storm_vlm.data.collator import Question
-from storm_vlm.data.prompt import answer_text, is_correct, parse_answer
+from storm_vlm.data.prompt import answer_text
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.question_set import QuestionSet
 from storm_vlm.evaluation.records import Intervention, Movement, Reliance, Sensitivity

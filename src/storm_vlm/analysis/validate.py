@@ -42,10 +42,11 @@ from storm_vlm.analysis.reliance import (
 )
 from storm_vlm.analysis.retrieval import retrieval
 from storm_vlm.analysis.states import States, extract, kept_batches
+from storm_vlm.data.answer import is_correct
 from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.check import check_videos, fault_lines, row_faults
 from storm_vlm.data.output import exclusive, refuse_input
-from storm_vlm.data.prompt import is_correct, question_text
+from storm_vlm.data.prompt import question_text
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import read_video
 from storm_vlm.evaluation.question_set import QuestionSet

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from storm_vlm.data.prompt import option_letter, parse_answer
+from storm_vlm.data.answer import parse_answer
+from storm_vlm.data.prompt import option_letter
 from storm_vlm.data.row import LABEL, without_labels
 from storm_vlm.errors import InputError
 
@@ -49,10 +50,10 @@ def gold_option(answer: str, options: Sequence[str], originals: Sequence[str]) -
         if answer in texts and not letter:
             return options[texts.index(answer)]
     index = parse_answer(answer, options)
-    if index is None:
+    rest = _folded(LABEL.sub("", answer, count=1)) if LABEL.match(answer) else ""
+    if index is None and rest not in map(_folded, options):
         raise InputError(f"answer is none of the options: {answer!r} of {list(originals)}")
-    rest = LABEL.sub("", answer, count=1) if LABEL.match(answer) else ""
-    if rest and not _folded(rest).startswith(_folded(options[index])):
+    if index is None or not rest.startswith(_folded(options[index]) if rest else ""):
         raise InputError(f"answer's letter and text disagree: {answer!r} of {list(originals)}")
     return options[index]
 

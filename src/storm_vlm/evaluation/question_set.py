@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from storm_vlm.data.answer import is_correct
 from storm_vlm.data.check import check_text, check_video, fault_lines, row_faults
 from storm_vlm.data.collator import Question
 from storm_vlm.data.identity import clip_identity
-from storm_vlm.data.prompt import PromptError, is_correct
+from storm_vlm.data.prompt import PromptError
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import VideoError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS, Benchmark

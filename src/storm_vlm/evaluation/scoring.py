@@ -1,6 +1,6 @@
 """The rules that other harnesses score with, quirks included, to be set beside ours on the same raw text.
 
-Ours is `storm_vlm.data.prompt.is_correct`. These were written from what the harnesses were seen to do. None:
+Ours is `storm_vlm.data.answer.is_correct`. These were written from what the harnesses were seen to do. None:
 the rule has no verdict (it asks a judge, or drops the answer from the denominator). Where a harness guesses at
 random, a hash of the example's id guesses here, so that a figure can be made again.
 """

@@ -96,7 +96,12 @@ def _as_good(reliance: Reliance, kind: str, failure: str, weight: Weight) -> Ite
     line = reliance.interventions.get(kind)
     if line and line.difference:
         cost = -line.difference
-        yield Finding(failure, cost.low <= 0, f"{line.what.split(':')[0]} costs {_points(cost)} points", weight)
+        yield Finding(
+            failure,
+            cost.low <= 0,
+            f"{line.what.split(':')[0]} costs {_points(cost)} points",
+            weight,
+        )
 
 
 def _points(difference: Estimate) -> str:

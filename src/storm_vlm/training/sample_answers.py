@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from storm_vlm.data.answer import is_correct
 from storm_vlm.data.atomic_write import write_json
-from storm_vlm.data.prompt import is_correct
 from storm_vlm.data.row import Row
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.model.backbones import unwrap

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from storm_vlm.data.prompt import is_correct
+from storm_vlm.data.answer import is_correct
 from storm_vlm.data.row import Row
 
 Doc = dict[str, Any]
