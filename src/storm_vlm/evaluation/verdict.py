@@ -41,8 +41,9 @@ def verdict(reliance: Reliance, probes: Probes | None = None) -> Verdict:
             shown[finding.weight].append(f"{finding.failure} ({finding.figures})")
     cost, reasons = reliance.reliance, "; ".join(shown["dependence"] or shown["benefit"])
     if shown["dependence"]:
-        least = f"With {reliance.n} rows, less than about {50 * (cost.high - cost.low):.0f} points would not show."
-        text = f"No evidence that the latents matter: {reasons}. {least}"
+        text = f"No evidence that the latents matter: {reasons}."
+        if (width := 50 * (cost.high - cost.low)) >= 1:
+            text += f" With {reliance.n} rows, less than about {width:.0f} points would not show."
     elif shown["benefit"]:
         text = f"The answers follow the latents, but there is no evidence that they are better for it: {reasons}."
     else:

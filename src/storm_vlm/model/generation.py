@@ -16,6 +16,9 @@ Extra arguments of ``generate``, also valid as attributes of a generation config
     latent_override: (B, K, D) embeddings to feed into the slots instead (an intervention), the same for all sequences
         of a prompt; an argument only.
 
+A checkpoint trained with a bottleneck (`latent_bottleneck` in its config: the id of its video tokens) does not attend
+to the video once the segment is closed.
+
 A response has at most one segment. Without one, the computation is the stock model's.
 """
 
@@ -64,6 +67,7 @@ class _LatentRun:
     override: Tensor | None
     record: bool
     pause: bool = False  # slots hold the pad's own embedding
+    bottleneck: int | None = None  # the token that is not attended to once the segment is closed
     hidden: Tensor | None = None  # (B, 1, D) at the last position; None until the prompt is read
     is_open: Tensor = field(init=False)  # (B,): is the segment open before the current forward?
     used: Tensor = field(init=False)  # (B,): how many slots it has
@@ -89,6 +93,18 @@ class _LatentRun:
             return embeds
         assert fed is not None
         return torch.where((ids == self.tokens.pad)[..., None], fed.to(embeds), embeds)
+
+    def narrow(self, mask: Any, ids: Tensor) -> Any:
+        """An attention mask (B, T) without the video, where the segment of the ids (B, T) is closed."""
+        if self.bottleneck is None:
+            return mask
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            raise LatentError(
+                "this checkpoint has a bottleneck, which needs a prompt of ids and a cache that grows: leave out "
+                "inputs_embeds and cache_implementation"
+            )
+        closed = (ids == self.tokens.end).any(1)
+        return mask.masked_fill((ids == self.bottleneck) & closed[:, None], 0)
 
     def read_outputs(self, outputs: Any) -> None:
         # clone: with CUDA graphs the next replay overwrites its outputs
@@ -157,6 +173,7 @@ class LatentRolloutMixin(_Stock):
                 override=override,
                 record=bool(getattr(config, "output_latent_states", False)),
                 pause=bool(getattr(self.config, "latent_pause", False)),
+                bottleneck=getattr(self.config, "latent_bottleneck", None),
             )
         return config, model_kwargs
 
@@ -225,6 +242,7 @@ class LatentRolloutMixin(_Stock):
         inputs["output_hidden_states"] = inputs.get("output_hidden_states") or _LAST_STATE
         active.is_open, active.used = latent_segment(input_ids, active.tokens, active.budget)
         ids = inputs["input_ids"]
+        inputs["attention_mask"] = active.narrow(inputs.get("attention_mask"), input_ids)
         if active.hidden is not None and ids.shape[1] == 1:  # behind the prompt, or its last chunk
             # always embeddings, so that a compiled forward sees one kind of input
             embeds = active.embed(self.get_input_embeddings()(ids), ids)

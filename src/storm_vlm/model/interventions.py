@@ -81,11 +81,15 @@ def answers_when_fed(
     tokens = latent_tokens(model.config)
     closing = embed(model, torch.full_like(batch["input_ids"][:, :1], tokens.end))
     prompt, hidden = read_prompt(model, batch)
+    narrow = getattr(model.config, "latent_bottleneck", None) is not None
+    behind = prompt.without_video() if narrow else prompt  # the segment
     outputs: dict[str, Tensor] = {}
     for kind, states in slots.items():
         if states is not None:
-            fed = prompt.extend(torch.cat([states.to(closing), closing], 1))
-            outputs[kind] = _written(model, prompt, head(model, fed[:, -1:]), max_new_tokens)
+            if states.shape[1]:
+                prompt.extend(states.to(closing))
+            first = head(model, behind.extend(closing))
+            outputs[kind] = _written(model, behind, first, max_new_tokens)
             prompt.cache.crop(prompt.length - prompt.cache.get_seq_length())
     if plain := [kind for kind, states in slots.items() if states is None]:
         prompt.cache.crop(-1)  # <|latent_start|>
@@ -94,6 +98,7 @@ def answers_when_fed(
             mask=None if prompt.mask is None else prompt.mask[:, :-1],
             last_position=prompt.last_position - 1,
             length=prompt.length - 1,
+            video=prompt.video[:, :-1],
         )
         first = head(model, hidden[:, -2:-1])
         barred = torch.tensor(tokens, device=first.device)

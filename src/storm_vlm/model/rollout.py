@@ -48,6 +48,7 @@ def rollout(
     slot_inputs: Tensor | None = None,
     use_target: Tensor | None = None,
     detach_feedback: bool = False,
+    bottleneck: Tensor | None = None,
 ) -> RolloutOutput:
     """Prompt, K latent slots, ``<|latent_end|>`` and answer, with gradients.
 
@@ -59,6 +60,8 @@ def rollout(
         slot_inputs: (B, K, D) embeddings to feed instead of the model's own states (Stage I: the targets).
         use_target: bool, (B,) or (B, K), where ``slot_inputs`` are used, own states elsewhere; None: everywhere.
         detach_feedback: cut the gradient through the states that are fed back (an ablation, not the paper).
+        bottleneck: (B,) bool, rows whose ``<|latent_end|>`` and answer do not attend to the video: they know it by
+            the slots alone, and by text that has seen it. None: no row.
 
     Raises:
         LatentError: a prompt does not end as the budget asks, or ``slot_inputs`` has the wrong shape.
@@ -66,10 +69,16 @@ def rollout(
         RuntimeError: see `read_prompt`.
     """
     model = unwrap(model)
-    if budget == 0 or (slot_inputs is not None and use_target is None):
+    known = slot_inputs is not None and use_target is None
+    if budget == 0 or (known and bottleneck is None):
         return _one_pass(model, batch, budget, slot_inputs)
     answer = embed(model, answer_ids(model, batch, budget))
     prompt, hidden = read_prompt(model, batch)
+    if known and slot_inputs is not None:
+        slots = prompt.extend(_checked(slot_inputs, hidden, budget))
+        tail = torch.cat([slots[:, -1:], prompt.without_video(bottleneck).extend(answer)], 1)
+        own_states = torch.cat([hidden[:, -1:], slots[:, :-1]], 1)
+        return _read_out(model, own_states, hidden[:, -2:-1], tail)
     given, pick = hidden, None
     if slot_inputs is not None and use_target is not None:
         given = _checked(slot_inputs, hidden, budget)
@@ -82,7 +91,11 @@ def rollout(
         own.append(fed)
         if pick is not None:
             fed = torch.where(pick[:, k : k + 1], given[:, k : k + 1], fed)
-    tail = prompt.extend(torch.cat([fed, answer], 1))
+    if bottleneck is None:
+        tail = prompt.extend(torch.cat([fed, answer], 1))
+    else:
+        last = prompt.extend(fed)  # the last slot still sees the video
+        tail = torch.cat([last, prompt.without_video(bottleneck).extend(answer)], 1)
     output = _read_out(model, torch.cat(states, 1), hidden[:, -2:-1], tail)
     return output if detach_feedback else replace(output, fed=tuple(own))
 
@@ -122,6 +135,16 @@ class Prompt:
     mask: Tensor | None  # (B, T) where some row is padded
     last_position: Tensor  # (3, B, 1)
     length: int  # T
+    video: Tensor  # (B, T) bool
+
+    def without_video(self, rows: Tensor | None = None) -> Prompt:
+        """The same prompt, whose later passes do not attend to the video: in `rows` (B,) bool, by default in all.
+
+        What it would be to drop the video's keys and values, as positions stay.
+        """
+        hidden = self.video if rows is None else self.video & rows[:, None]
+        mask = torch.ones_like(hidden) if self.mask is None else self.mask.bool()
+        return replace(self, mask=(mask & ~hidden).long())
 
     def extend(self, embeds: Tensor) -> Tensor:
         """Append embeddings (B, n, D), return their states."""
@@ -179,7 +202,8 @@ def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
             "the prompt's keys and values carry no gradient: reentrant checkpointing cuts it; set "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
-    return Prompt(base, cache, mask, positions[..., -1:], ids.shape[1]), hidden
+    video = ids == base.video_token_id
+    return Prompt(base, cache, mask, positions[..., -1:], ids.shape[1], video), hidden
 
 
 class _RecordedLayer(DynamicLayer):

@@ -16,7 +16,7 @@ from storm_vlm.errors import StormError
 LATENT_TOKENS = ("<|latent_start|>", "<|latent_pad|>", "<|latent_end|>")
 _CONFIG_NAMES = ("latent_start_token_id", "latent_pad_token_id", "latent_end_token_id")
 # What our checkpoints keep in a stock config.
-SETTINGS = (*_CONFIG_NAMES, "latent_budget", "latent_pause", "num_frames")
+SETTINGS = (*_CONFIG_NAMES, "latent_budget", "latent_pause", "latent_bottleneck", "num_frames")
 
 
 class LatentError(StormError, ValueError):

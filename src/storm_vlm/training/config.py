@@ -66,6 +66,12 @@ class Method(Settings):
     detach_feedback: bool = Field(
         False, description="Cut the gradient through states that are fed back."
     )
+    bottleneck: Literal["none", "answer", "scheduled"] = Field(
+        "none",
+        description="answer: <|latent_end|> and the answer do not attend to the video, in training and after it, so "
+        "that what they know of it comes by the slots (and by the question's states, which have seen it). scheduled: "
+        "in training, for ever more rows (`bottleneck_share`).",
+    )
 
     @property
     def num_target_frames(self) -> int:
@@ -82,6 +88,8 @@ class Method(Settings):
     def _fits(self) -> Method:
         if self.slot_input == "pause" and self.alignment_weight:
             raise ValueError("pause slots have no state to align: set alignment_weight to 0")
+        if self.bottleneck != "none" and not self.latent_budget:
+            raise ValueError("a bottleneck needs slots to go through: set latent_budget, too")
         if self.target_source == "none" and self.needs_targets:
             raise ValueError(
                 "target_source none: set alignment_weight to 0 and slot_input to pause or rollout"

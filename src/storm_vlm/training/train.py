@@ -29,7 +29,7 @@ from storm_vlm.data.row import Row, RowError, read_rows
 from storm_vlm.data.store import Store
 from storm_vlm.model.adapters import token_rows
 from storm_vlm.model.attention import SDPA_IN_PARTS
-from storm_vlm.model.backbones import unwrap
+from storm_vlm.model.backbones import backbone, unwrap
 from storm_vlm.model.checkpoint import load_processor
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.tokens import add_latent_tokens, has_latent_tokens
@@ -226,6 +226,8 @@ def load_model(config: TrainConfig) -> tuple[Any, Any]:
     if config.method.latent_budget:
         add_latent_tokens(model, processor, config.method.latent_budget)
         model.config.latent_pause = config.method.slot_input == "pause"
+        narrow = config.method.bottleneck != "none"
+        model.config.latent_bottleneck = backbone(model).video_token_id if narrow else None
     elif has_latent_tokens(model.config):
         model.config.latent_budget = 0
     model.config.num_frames = config.num_frames

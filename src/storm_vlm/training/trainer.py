@@ -364,6 +364,12 @@ def target_share(progress: float) -> float:
     return min(1.0, max(0.0, (0.85 - progress) / 0.3))
 
 
+def bottleneck_share(progress: float) -> float:
+    """Share of rows whose answers do not see the video under `scheduled`: none in the first fifth of a stage, then
+    ever more, and all from three fifths on."""
+    return min(1.0, max(0.0, (progress - 0.2) / 0.4))
+
+
 def storm_rollout(
     model: Any,
     inputs: Mapping[str, Tensor],
@@ -388,8 +394,18 @@ def storm_rollout(
         slot_inputs, mask = targets, inputs["target_mask"]
         if share < 1 or not all_have_targets:
             use_target = (torch.rand(targets.shape[:2], device=mask.device) < share) & mask[:, None]
+    bottleneck = None
+    if method.bottleneck != "none":  # the same passes on every process, whatever rows it is
+        share = bottleneck_share(progress) if method.bottleneck == "scheduled" else 1.0
+        bottleneck = torch.rand(len(inputs["labels"]), device=inputs["labels"].device) < share
     return rollout(
-        model, inputs, budget, slot_inputs, use_target, detach_feedback=method.detach_feedback
+        model,
+        inputs,
+        budget,
+        slot_inputs,
+        use_target,
+        detach_feedback=method.detach_feedback,
+        bottleneck=bottleneck,
     )
 
 
