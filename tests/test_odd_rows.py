@@ -154,7 +154,7 @@ def test_an_analysis_goes_on_without_rows_that_cannot_be_decoded(
     write_rows(tmp_path / "rows.jsonl", rows)
     with caplog.at_level(logging.WARNING, "storm_vlm"):
         validate(str(shipped("storm")), tmp_path / "rows.jsonl", tmp_path / "out")
-    assert "5 of 7 rows are left out" in caplog.text and "damaged.mp4" in caplog.text
+    assert "5 of 7 rows cannot be worked on" in caplog.text and "damaged.mp4" in caplog.text
     assert json.loads((tmp_path / "out" / "reliance.json").read_text())["n"] == 2
 
 

@@ -93,7 +93,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     with pytest.raises(RuntimeError, match="source failed"):
         write_rows(path, breaks())
     with pytest.raises(ValueError):
-        write_rows(path, [row(meta={"score": float("nan")})])
+        write_rows(path, [row().model_copy(update={"meta": {"score": float("nan")}})])
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == ["rows.jsonl"]
 
@@ -115,6 +115,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         ({"id": None}, "id"),
         ({"start": "1.0"}, "start"),
         ({"start": True}, "start"),
+        ({"start": float("nan")}, "start"),  # no silent beginning of the clip
+        ({"end": float("inf")}, "end"),
+        ({"meta": {"score": [float("inf")]}}, "meta: .*infinite"),
         ({"duration": 3}, "duration: .*put your own into meta"),
         ({"thought_video": {"path": "a", "source": "dreamt", "generator": "g"}}, "thought_video.s"),
     ],
@@ -142,7 +145,7 @@ def test_json_that_is_none_is_one_sentence(tmp_path, text):
 def test_rows_as_other_programs_write_them(tmp_path):
     """A byte order mark, a list, line ends of other systems, null and NaN for what is missing."""
     path, (wanted,) = tmp_path / "rows.jsonl", [row(plan=None, start=None, meta={"score": None})]
-    loose = {**FULL, "plan": None, "start": float("nan"), "meta": {"score": float("nan")}}
+    loose = {**FULL, "plan": None, "start": None, "meta": {"score": float("nan")}}
     other = {**loose, "id": "b", "keyframes": None, "options": None, "meta": None}
     for text in (
         f"{json.dumps(loose)}\n\n{json.dumps(other)}",
@@ -170,7 +173,7 @@ def test_members_of_a_list_are_read_as_json_reads_it_wherever_a_chunk_ends(tmp_p
             assert members == json.loads(text)
     for broken in ("[1 2]", "[1,", "[", "[1] 2", "[{]"):
         (tmp_path / "a.json").write_text(broken)
-        with pytest.raises(JSONError, match=r"a\.json: not JSON"):
+        with pytest.raises(JSONError, match=r"a\.json: .*not JSON"):
             list(read_objects(tmp_path / "a.json"))
 
 
@@ -185,7 +188,7 @@ def test_labels_come_off_options_and_answer():
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(FULL).encode() + b'\n{"id": "\xff"}\n')
-    with pytest.raises(JSONError, match=r"rows\.jsonl:2: not UTF-8"):
+    with pytest.raises(RowError, match=r"rows\.jsonl:2: not UTF-8"):
         read_rows(path)
     path.write_bytes(json.dumps(FULL).encode("utf-16"))
     with pytest.raises(JSONError, match=r"rows\.jsonl:1: not UTF-8"):

@@ -6,7 +6,6 @@ The folder is a run of the evaluation, which a killed call goes on with, and whi
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -44,10 +43,10 @@ from storm_vlm.analysis.retrieval import retrieval
 from storm_vlm.analysis.states import States, extract, kept_batches
 from storm_vlm.data.answer import is_correct
 from storm_vlm.data.atomic_write import write_json
-from storm_vlm.data.check import check_videos, fault_lines, row_faults
+from storm_vlm.data.check import check_videos, sound_rows, tell_faults
 from storm_vlm.data.output import exclusive, refuse_input
 from storm_vlm.data.prompt import question_text
-from storm_vlm.data.row import Row, read_rows
+from storm_vlm.data.row import Row, scan_rows
 from storm_vlm.data.video import read_video
 from storm_vlm.evaluation.question_set import QuestionSet
 from storm_vlm.evaluation.run_folder import RELIANCE
@@ -58,9 +57,9 @@ from storm_vlm.inference.local_chat import model_settings
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reasoners import Reasoner
 from storm_vlm.inference.reply import Reply
+from storm_vlm.training.row_lengths import long_rows
 from storm_vlm.versions import commit, versions
 
-log = logging.getLogger(__name__)
 PARTS = tuple(field.name for field in fields(Analysis))
 VALIDITY = "validity.json"
 EXAMPLES = 3  # right ones, and as many wrong ones
@@ -104,6 +103,7 @@ def validate(
     retrieval_file: Path | None = None,
     decoder_file: Path | None = None,
     batch_size: int = 32,
+    max_errors: float = 1.0,
 ) -> Analysis | None:
     """Write the page (`report.html`), its figures (`validity.json`) and the table of `storm report` into `out`.
 
@@ -113,10 +113,11 @@ def validate(
     """
     refuse_input(out, [Path(checkpoint).expanduser()])
     for file in filter(None, (rows_file, retrieval_file, decoder_file)):
-        read_rows(file)  # raises before the model is loaded, which takes longer
+        if not scan_rows(file)[0]:
+            sound_rows(file, None)  # raises, before the model is loaded, which takes longer
     with exclusive(out):
         return _validate(
-            checkpoint, rows_file, out, limit, retrieval_file, decoder_file, batch_size
+            checkpoint, rows_file, out, limit, retrieval_file, decoder_file, batch_size, max_errors
         )
 
 
@@ -128,21 +129,22 @@ def _validate(
     retrieval_file: Path | None,
     decoder_file: Path | None,
     batch_size: int,
+    max_errors: float,
 ) -> Analysis | None:
     here = distributed()
     pipeline = StormPipeline.from_pretrained(checkpoint, device=str(here.device))
     batches = kept_batches(pipeline, out, checkpoint, batch_size)
-    rows = _readable_rows(rows_file, pipeline, limit)
+    rows = _readable_rows(rows_file, pipeline, max_errors, limit)
     given = donors(rows) if rows else None
     states = extract(pipeline, rows, batches)
     assert given  # `extract` refuses no rows
     sensitivity = input_sensitivity(pipeline, rows, states.latents, batches)
-    training = _readable_rows(decoder_file, pipeline) if decoder_file else []
+    training = _readable_rows(decoder_file, pipeline, max_errors) if decoder_file else []
     drawable = [row for row in training if row.thought_video is not None]
     taught = rolled_out(pipeline, drawable, batches) if drawable else states.latents[:0]
     probed, probed_states = rows, states
     if retrieval_file is not None:
-        probed = _readable_rows(retrieval_file, pipeline)
+        probed = _readable_rows(retrieval_file, pipeline, max_errors)
         probed_states = extract(pipeline, probed, batches)
     targets = states.visual(states.targets) if bool(states.has_target.any()) else None
     slots = replacements(pipeline, states.latents, given, targets)
@@ -188,8 +190,10 @@ def _validate(
     return analysis
 
 
-def _readable_rows(file: Path, pipeline: StormPipeline, limit: int | None = None) -> list[Row]:
-    """The rows whose clips can be decoded; the others are named."""
+def _readable_rows(
+    file: Path, pipeline: StormPipeline, max_errors: float, limit: int | None = None
+) -> list[Row]:
+    """The rows whose clips can be decoded, and whose prompts the model can read; the others are named."""
     num_frames = pipeline.collator.videos.num_frames
 
     def check(row: Row) -> None:
@@ -198,10 +202,9 @@ def _readable_rows(file: Path, pipeline: StormPipeline, limit: int | None = None
         if (thought := row.thought_video) is not None:
             read_video(thought.path, num_frames, thought.start, thought.end)
 
-    rows = read_rows(file)[:limit]
-    if faults := row_faults(rows, check):
-        named = fault_lines(faults, file)
-        log.warning("%d of %d rows are left out:\n%s", len(faults), len(rows), named)
+    rows = sound_rows(file, check, max_errors, limit)
+    faults = long_rows(rows, pipeline.collator, pipeline.model.config)
+    tell_faults(faults, len(rows), file, max_errors)
     return [row for row in rows if row.id not in faults]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
-from cyclopts.types import PositiveInt
+from cyclopts.types import NormFloat, PositiveInt
 
 from storm_vlm.cli.terminal import DATA, Fields, console, show
 from storm_vlm.configs import parse_config
@@ -27,8 +27,8 @@ app = App(
     group=DATA,
     help="From rows to training rows: keyframes, plans, prompts, thought videos, filters. All can be interrupted "
     "and run again; nothing is paid twice.",
-    help_epilogue="Exit codes: 0 done, 1 error, 2 wrong options, 3 stopped at --max-cost, 4 the teacher did not "
-    "answer for some rows, 5 every row was rejected.",
+    help_epilogue="Exit codes: 0 done, 1 error, 2 wrong options, 3 stopped at --max-cost, 4 some rows are "
+    "unfinished, 5 every row was rejected.",
 )
 Overrides = Annotated[
     str,
@@ -53,6 +53,7 @@ def _add(name: str, help: str, steps: tuple[str, ...] | None) -> None:
         store: StoreFolder = None,
         teacher: Annotated[TeacherConfig, Fields] = NO_TEACHER,
         workers: PositiveInt | None = None,
+        max_errors: NormFloat | None = None,
         shard: str | None = None,
         ray: str | None = None,
     ) -> int:
@@ -60,6 +61,7 @@ def _add(name: str, help: str, steps: tuple[str, ...] | None) -> None:
 
         Args:
             workers: Rows in work at a time; 8 by default.
+            max_errors: Share of rows that may be odd (no row, no clip, ...); more is an error, before any call.
             shard: i/n: only this part; join with `storm build collect`.
             ray: Run on Ray: an address, auto, or local for this machine.
         """
@@ -70,6 +72,7 @@ def _add(name: str, help: str, steps: tuple[str, ...] | None) -> None:
         }
         given |= {"steps": steps} if steps else {}
         given |= {"workers": workers} if workers else {}
+        given |= {} if max_errors is None else {"max_errors": max_errors}
         settings = parse_config(BuildConfig, config, given, overrides)
         work = None
         if ray:
@@ -122,7 +125,8 @@ def _report(summary: dict[str, Any], out: Path) -> int:
         )
     if summary.get("unfinished"):
         show("unfinished rows are not in this store, as these settings would make them")
-    elif summary["rows"] and summary.get("kept") == 0:
+        return STOPPED["unanswered"]
+    if summary["rows"] and summary.get("kept") == 0:
         show(f"every row was rejected: {out / 'rejects.jsonl'} says why")
         return ALL_REJECTED
     return 0

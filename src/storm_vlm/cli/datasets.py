@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts.types import NonNegativeInt, PositiveInt
+from cyclopts.types import NonNegativeInt, NormFloat, PositiveInt
 from rich.markup import escape
 from rich.table import Column, Table
 
@@ -97,6 +97,7 @@ def leaks(
     remove: Path | None = None,
     out: Path | None = None,
     num_frames: NonNegativeInt = 32,
+    max_errors: NormFloat = 1.0,
     cache: Path = Path("runs/frame_hashes"),
 ) -> None:
     """Training clips that are also evaluation clips, by name and by what the frames show.
@@ -107,18 +108,21 @@ def leaks(
         remove: Write the training rows that leak nowhere to this file.
         out: Write every match to this JSON file.
         num_frames: Of each clip; 0: names only.
+        max_errors: Share of lines that may hold no row.
         cache: Folder to keep the frames' hashes in.
     """
     from dataclasses import asdict
 
     from storm_vlm.data.atomic_write import write_json
+    from storm_vlm.data.check import no_check, sound_rows
     from storm_vlm.data.output import check_outputs
-    from storm_vlm.data.row import read_rows, write_rows
+    from storm_vlm.data.row import write_rows
     from storm_vlm.datasets.leaks import find_leaks, without_leaks
 
     check_outputs([remove, out], [train, evaluation])
-    rows = read_rows(train)
-    found = find_leaks(rows, read_rows(evaluation), cache, num_frames)
+    # A clip that cannot be read is compared by its name.
+    rows, others = (sound_rows(file, no_check, max_errors) for file in (train, evaluation))
+    found = find_leaks(rows, others, cache, num_frames)
     kept = without_leaks(rows, found)
     clips = (Column(f"{kind} clip", overflow="fold") for kind in ("training", "evaluation"))
     heads = (Column(name, no_wrap=True) for name in ("rows", "rows", "why", "share", "distance"))

@@ -78,7 +78,6 @@ def evaluate(
         trust_remote_code: Run code that the checkpoint brings.
         as_json: Print the whole summary, to be read by programs.
     """
-    from storm_vlm.data.check import fault_lines
     from storm_vlm.data.identity import checkpoint_identity
     from storm_vlm.data.output import exclusive, refuse_input
     from storm_vlm.data.store import Store
@@ -111,9 +110,8 @@ def evaluate(
         questions = QuestionSet.read(
             source, benchmark, limit, frames=frames, control=control, prompt=prompt
         )
-        if questions.faults and state.is_main_process:
-            count = f"{len(questions.faults)} of {len(questions.rows)} rows cannot be asked, and are skipped"
-            show(f"{count}:\n{fault_lines(questions.faults, source)}", to=errors)
+        if state.is_main_process:
+            _tell_skipped(questions, source)
         if base_url is None:
             pipeline = StormPipeline.from_pretrained(
                 checkpoint,
@@ -145,6 +143,16 @@ def evaluate(
                 _tell_reliance(pipeline, questions, finished, rows, batch_size, out)
         finally:
             _tell_result(finished.provenance["summary"], as_json)
+
+
+def _tell_skipped(questions: QuestionSet, source: Path) -> None:
+    from storm_vlm.data.check import fault_lines
+
+    if questions.faults:
+        count = (
+            f"{len(questions.faults)} of {questions.count} rows cannot be asked, and are skipped"
+        )
+        show(f"{count}:\n{fault_lines(questions.faults, source)}", to=errors)
 
 
 def _refuse(options: dict[str, Any], mode: str) -> None:
@@ -179,9 +187,12 @@ def _tell_faults(finished: Run, questions: QuestionSet, max_errors: float) -> No
     failed = [record for record in records if record.error]
     for record in [r for r in failed if r.id not in questions.faults][:NAMED]:
         show(f"not asked: {record.id}: {record.error}", to=errors)
-    if len(failed) > max_errors * len(records):
+    count = (
+        len(failed) + questions.count - len(questions.rows)
+    )  # lines that hold no row have no record
+    if count > max_errors * questions.count:
         raise RunError(
-            f"{len(failed)} of {len(records)} rows could not be asked, more than --max-errors {max_errors:g} allows"
+            f"{count} of {questions.count} rows could not be asked, more than --max-errors {max_errors:g} allows"
         )
 
 
@@ -232,11 +243,14 @@ def lmms_task(
         out: Folder to write, for lmms-eval's --include_path.
         prompt: As for evaluate.
     """
+    from storm_vlm.data.output import refuse_model
     from storm_vlm.evaluation.lmms import write_task
     from storm_vlm.evaluation.question_set import QuestionSet
     from storm_vlm.inference.frames import Frames
 
+    refuse_model(out)
     questions = QuestionSet.read(source, benchmark, None, frames=Frames(1), prompt=prompt)
+    _tell_skipped(questions, source)
     show(f"wrote task {write_task(out, benchmark or source.stem, questions)}")
 
 

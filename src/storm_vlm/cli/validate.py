@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter, validators
-from cyclopts.types import PositiveInt
+from cyclopts.types import NormFloat, PositiveInt
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
@@ -30,6 +30,7 @@ def validate(
     retrieval_rows: Path | None = None,
     decoder_rows: Path | None = None,
     batch_size: PositiveInt = 32,
+    max_errors: NormFloat = 1.0,
     as_json: Annotated[bool, Json] = False,
 ) -> None:
     """Do the latents matter? Replacement tests, probes, a verdict; under `accelerate launch` on many GPUs.
@@ -42,11 +43,14 @@ def validate(
         retrieval_rows: Rows with several questions a video; by default ROWS.
         decoder_rows: Training rows with thought videos; by default half of the videos of ROWS.
         batch_size: Rows at a time.
+        max_errors: Share of rows that may be left out because they cannot be worked on.
         as_json: Print verdict, replacement tests and probes, to be read by programs.
     """
     from storm_vlm.analysis.validate import validate as run
 
-    found = run(checkpoint, rows, out, limit, retrieval_rows, decoder_rows, batch_size)
+    found = run(
+        checkpoint, rows, out, limit, retrieval_rows, decoder_rows, batch_size, max_errors
+    )
     if found is None:  # another process tells
         return
     if as_json:

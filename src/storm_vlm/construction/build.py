@@ -27,10 +27,10 @@ from storm_vlm.construction.steps import STEP_FUNCTIONS, Draft, Resources
 from storm_vlm.construction.teacher import BudgetReached
 from storm_vlm.construction.types import Rejected
 from storm_vlm.data.atomic_write import write_json, write_text
-from storm_vlm.data.check import check_text
+from storm_vlm.data.check import check_text, fault_lines, row_faults, tell_faults
 from storm_vlm.data.output import check_outputs, exclusive
 from storm_vlm.data.prompt import PromptError
-from storm_vlm.data.row import Row, portable, read_rows, write_rows
+from storm_vlm.data.row import Row, RowError, portable, scan_rows, write_rows
 from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.thread_pool import proceed, thread_pool
 from storm_vlm.data.video import VideoError
@@ -140,16 +140,18 @@ class Builder:
         return draft.model_copy(update={"row": placed})
 
 
-def load_rows(source: str | Path, config: BuildConfig) -> list[Row]:
-    """Raises StormError for rows of a split that must not be built from, before anybody is paid."""
-    rows = read_rows(source)
+def load_rows(source: str | Path, config: BuildConfig) -> tuple[list[Row], dict[str, str]]:
+    """As `scan_rows`. Raises StormError for rows of a split that must not be built from, before anybody is paid."""
+    rows, malformed = scan_rows(source)
+    if malformed and not rows:
+        raise RowError(f"{source} holds no row:\n{fault_lines(malformed, source)}")
     refused = [row for row in rows if row.split not in config.splits]
     if refused:
         raise StormError(
             f"{source}: {len(refused)} rows are of another split than {'/'.join(config.splits)} (the first: "
             f"{refused[0].id!r}, {refused[0].split}); the teacher is told answers, so leave them out"
         )
-    return rows
+    return rows, malformed
 
 
 Work = Callable[[Builder, list[Row]], Counter[str]]
@@ -175,9 +177,11 @@ def run(
         StormError: rows of a test split, a missing key or package, an endpoint that refuses; an `out` that another
             process is at work on, or that would overwrite `source`.
     """
-    rows, out = load_rows(source, config), Path(out)
+    (rows, malformed), out = load_rows(source, config), Path(out)
     with exclusive(out, f"{shard.number}of{shard.count}-" if shard else ""):
         _check_outputs(out, source)
+        faults = {**malformed, **row_faults(rows)}
+        tell_faults(faults, len(rows) + len(malformed), source, config.max_errors)
         return _run(source, out, config, shard, store, work, rows)
 
 
@@ -229,19 +233,24 @@ def collect(
     out = Path(out).absolute()
     _check_outputs(out, source)
     builder = Builder(config, store or out / "store")
-    drafts = [(row.id, builder.finished(row)) for row in load_rows(source, config)]
+    rows, malformed = load_rows(source, config)
+    drafts = [(row.id, builder.finished(row)) for row in rows]
     done = [draft for _, draft in drafts if draft is not None]
+    if account is None and rows and not done:
+        raise StormError(
+            f"{builder.store.folder} holds no finished row of {source}, as these settings would make them: run storm "
+            "build with the same source, settings and store first"
+        )
     kept, rejects = apply_filters(done, config.filters)
     write_rows(out / "rows.jsonl", kept)
-    lines = (
-        json.dumps({**reject, "row": portable(reject["row"], out).model_dump()}, ensure_ascii=False)
-        for reject in rejects
-    )
-    write_text(out / "rejects.jsonl", "".join(line + "\n" for line in lines))
+    told = [{**r, "row": portable(r["row"], out).model_dump()} for r in rejects]
+    told += [{"id": p, "reason": "malformed", "detail": why} for p, why in malformed.items()]
+    lines = (json.dumps(reject, ensure_ascii=False) + "\n" for reject in told)
+    write_text(out / "rejects.jsonl", "".join(lines))
     summary = {
-        "rows": len(drafts),
+        "rows": len(drafts) + len(malformed),
         "kept": len(kept),
-        "rejected": dict(Counter(str(reject["reason"]) for reject in rejects)),
+        "rejected": dict(Counter(str(reject["reason"]) for reject in told)),
         "unfinished": len(drafts) - len(done),
         "asked_again": sum(not draft.final for draft in done),
         "first_unfinished": next((id for id, draft in drafts if draft is None), None),

@@ -77,6 +77,9 @@ class BuildConfig(Settings):
     teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig.model_validate({}))
     filters: FilterConfig = Field(default_factory=lambda: FilterConfig.model_validate({}))
     workers: int = Field(8, ge=1, description="Rows in work at a time.")
+    max_errors: float = Field(
+        1.0, ge=0, le=1, description="Share of rows that may be odd before the first is worked on."
+    )
 
     @field_validator("generator_config", mode="plain")
     @classmethod
@@ -103,7 +106,8 @@ class BuildConfig(Settings):
             "price_out",
             "max_cost",
         }
-        unused: dict[str, Any] = {"workers": True, "filters": True, "splits": True, "teacher": free}
+        unused: dict[str, Any] = dict.fromkeys(("workers", "max_errors", "filters", "splits"), True)
+        unused["teacher"] = free
         if not self.teacher.model:
             unused["teacher"] = True
         return self.model_dump(mode="json", exclude=unused)

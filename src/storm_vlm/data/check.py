@@ -1,20 +1,30 @@
-"""Which rows cannot be worked on, found out before the first is: one odd row must not end a long run."""
+"""Which rows cannot be worked on, found out before the first is: one odd row must not end a long run.
+
+Faults are reasons: of a row by its id, of a line that holds no row by its place, "file:line".
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
-from storm_vlm.data.json_objects import read_objects
+from storm_vlm.data.json_objects import scan_objects
 from storm_vlm.data.prompt import PromptError, answer_text, question_text
-from storm_vlm.data.row import Row
+from storm_vlm.data.row import Row, RowError, scan_rows
 from storm_vlm.data.thread_pool import thread_pool
 from storm_vlm.data.video import VideoError, video_shape
 
 NAMED = 10  # faults that a message lists
+log = logging.getLogger(__name__)
+
+
+def no_check(row: Row) -> None:
+    """For work to which any row is good."""
 
 
 def check_text(row: Row) -> None:
@@ -24,7 +34,8 @@ def check_text(row: Row) -> None:
 
 
 def check_video(row: Row) -> None:
-    """Raises VideoError: a header that cannot be read, a picture too thin, a window behind the video's end."""
+    """And VideoError: a header that cannot be read, a picture too thin, a window behind the video's end."""
+    check_text(row)
     video_shape(row.video, row.start)
 
 
@@ -35,21 +46,35 @@ def check_videos(row: Row) -> None:
         video_shape(thought.path, thought.start)
 
 
-def row_faults(rows: Sequence[Row], check: Callable[[Row], object] = check_video) -> dict[str, str]:
-    """Why rows cannot be worked on, by id: by their text, and by `check`, which raises VideoError.
+def check_length(config: Any, tokens: int) -> None:
+    """Raises PromptError for a prompt of more tokens than a model of this config can read."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise PromptError(
+            f"a prompt of {tokens:,} tokens is longer than this model can read ({longest:,}): shorten the question, "
+            "or take fewer or smaller frames"
+        )
 
-    A header is quickly read; damage behind it shows when the frames are decoded.
+
+def row_faults(
+    rows: Sequence[Row],
+    check: Callable[[Row], object] = check_video,
+    workers: int | None = None,
+) -> dict[str, str]:
+    """Why rows cannot be worked on, by id: what `check` raises.
+
+    A header is quickly read; damage behind it shows when the frames are decoded. `workers`: threads; a tokenizer
+    stands only one.
     """
 
     def fault(row: Row) -> str:
         try:
-            check_text(row)
             check(row)
         except (PromptError, VideoError) as error:
             return str(error)
         return ""
 
-    with thread_pool() as pool:
+    with thread_pool(workers) as pool:
         reasons = list(tqdm(pool.map(fault, rows), "rows checked", len(rows), leave=False))
     return {row.id: reason for row, reason in zip(rows, reasons, strict=True) if reason}
 
@@ -58,9 +83,53 @@ def fault_lines(faults: Mapping[str, str], source: str | Path) -> str:
     """The first faults, a line each: place, id and reason."""
     places: dict[str, str] = {}
     with suppress(OSError):
-        places = {value["id"]: place for place, value in read_objects(source) if "id" in value}
+        for place, value in scan_objects(source):
+            if isinstance(value, dict) and isinstance(value.get("id"), str):
+                places.setdefault(value["id"], place)
     named = [
-        f"{places.get(id, source)}: {id}: {reason}" for id, reason in list(faults.items())[:NAMED]
+        f"{places[name]}: {name}: {reason}" if name in places else f"{name}: {reason}"
+        for name, reason in list(faults.items())[:NAMED]
     ]
     more = len(faults) - len(named)
     return "\n".join([*named, *([f"… and {more} more"] if more else [])])
+
+
+def sound_rows(
+    source: str | Path,
+    check: Callable[[Row], object] = check_video,
+    max_errors: float = 1.0,
+    limit: int | None = None,
+) -> list[Row]:
+    """The rows of a file that can be worked on; the others are named, and counted.
+
+    Args:
+        check: raises PromptError or VideoError.
+        max_errors: share of rows that may be left out.
+        limit: only the first rows.
+
+    Raises:
+        RowError: there is none, or too many cannot be worked on.
+        JSONError, OSError: the file cannot be read.
+    """
+    rows, faults = scan_rows(source)
+    rows = rows[:limit]
+    count = len(rows) + len(faults)
+    faults = {**faults, **row_faults(rows, check)}
+    if len(faults) == count:
+        raise RowError(
+            f"{source} holds no row that can be worked on\n{fault_lines(faults, source)}"
+        )
+    tell_faults(faults, count, source, max_errors)
+    return [row for row in rows if row.id not in faults]
+
+
+def tell_faults(
+    faults: Mapping[str, str], count: int, source: str | Path, max_errors: float = 1.0
+) -> None:
+    """Name those of `count` rows that are left out. Raises RowError if they are more than the share `max_errors`."""
+    if not faults:
+        return
+    named, lines = f"{len(faults)} of {count} rows cannot be worked on", fault_lines(faults, source)
+    if len(faults) > max_errors * count:
+        raise RowError(f"{named}, more than --max-errors {max_errors:g} allows:\n{lines}")
+    log.warning("%s, and are left out:\n%s", named, lines)

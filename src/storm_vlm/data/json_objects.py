@@ -1,4 +1,4 @@
-"""JSON as other programs write it: lines or a list, with or without a byte order mark, `NaN` for what is missing."""
+"""JSON as other programs write it: lines or a list, a byte order mark, `NaN`. One object at a time in memory."""
 
 from __future__ import annotations
 
@@ -9,91 +9,120 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TextIO
 
-from storm_vlm.errors import InputError
+from storm_vlm.errors import AccessError, InputError
 
 _CHUNK = 1 << 16  # characters read at a time
 _END, _SEPARATOR = re.compile(r"\s*\]"), re.compile(r"\s*(?:,\s*|(?=\]))")
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half a character
+_BYTE = re.compile("[\udc80-\udcff]")  # what a byte that is not UTF-8 is read as
+_NOT_A_NUMBER = json.JSONDecoder()  # knows NaN and Infinity
+_NULL = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
 
 
 class JSONError(InputError):
-    """A file that is not JSON: names the file, the line or item, and the remedy."""
+    """A file, or a part of one, that is not JSON: names the file, the line or item, and the remedy."""
+
+
+def scan_objects(
+    path: str | PathLike[str], decoder: json.JSONDecoder = _NOT_A_NUMBER
+) -> Iterator[tuple[str, Any]]:
+    """Each line of a JSONL file, or each member of a JSON list, with its place.
+
+    A place is "file:line" or "file: item number". What is not JSON comes as the JSONError that says so.
+
+    Raises:
+        JSONError: the file is no text, or a list that is not whole.
+        OSError: it cannot be read.
+    """
+    with _opened(path) as file:
+        head = file.read(_CHUNK)
+        if "\0" in head.partition("\n")[0]:
+            raise JSONError(f"{path}:1: not UTF-8 text: name a file of JSON, saved as UTF-8")
+        if head.lstrip().startswith("["):
+            yield from _scan_list(path, file, head.lstrip()[1:].lstrip(), decoder)
+            return
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                place = f"{path}:{number}"
+                try:
+                    value = _checked(decoder.decode(line.strip()), line)
+                except (ValueError, RecursionError) as error:
+                    value = _error(place, error)
+                yield place, value
 
 
 def read_objects(path: str | PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Each line of a JSONL file, or each member of a JSON list, with its place; one at a time in memory.
+    """As `scan_objects`, of a file that is JSON throughout; `NaN`, what pandas writes for a missing value, is null.
 
-    A place is "file:line" or "file: item number". `NaN` is read as null. Raises JSONError and OSError.
+    Raises JSONError and OSError.
     """
-    place = str(path)
-    with Path(path).open(encoding="utf-8-sig") as file:
-        try:
-            if (head := file.read(_CHUNK).lstrip()).startswith("["):
-                members = _members(file, head[1:].lstrip())
-                for number, member in enumerate(members, start=1):
-                    yield f"{path}: item {number}", member
-                return
-            file.seek(0)
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    place = f"{path}:{number}"
-                    yield place, _value(line)
-        except (ValueError, RecursionError) as error:
-            raise _error(place, path, error) from error
+    for place, value in scan_objects(path, _NULL):
+        if isinstance(value, JSONError):
+            raise value
+        yield place, value
 
 
 def read_json(path: str | PathLike[str]) -> Any:
-    """The value that a file holds. Raises JSONError and OSError."""
+    """The value that a file holds, `NaN` read as null. Raises JSONError and OSError."""
     try:
-        return _value(Path(path).read_text(encoding="utf-8-sig"))
+        with _opened(path) as file:
+            text = file.read()
+        return _checked(_NULL.decode(text.strip()), text)
     except (ValueError, RecursionError) as error:
-        raise _error(str(path), path, error) from error
+        raise _error(str(path), error) from error
 
 
-def _error(place: str, path: str | PathLike[str], error: Exception) -> JSONError:
-    if not isinstance(error, UnicodeDecodeError):
-        return JSONError(f"{place}: not JSON ({error}): mend it, or copy it again")
-    text = Path(path).read_text("utf-8", errors="replace")
-    line = text.count("\n", 0, text.index("\N{REPLACEMENT CHARACTER}")) + 1
-    return JSONError(f"{path}:{line}: not UTF-8 text ({error.reason}): save the file as UTF-8")
+def _opened(path: str | PathLike[str]) -> TextIO:
+    try:
+        return Path(path).open(encoding="utf-8-sig", errors="surrogateescape")
+    except FileNotFoundError:
+        raise AccessError(f"{path}: no such file: check the path") from None
 
 
-def _value(text: str) -> Any:
-    return _checked(json.loads(text, parse_constant=_constant), text)
+def _error(place: str, error: Exception) -> JSONError:
+    if isinstance(error, UnicodeError):
+        return JSONError(f"{place}: not UTF-8 text: save the file as UTF-8")
+    return JSONError(f"{place}: not JSON ({error}): mend it, or copy it again")
 
 
-def _members(file: TextIO, text: str) -> Iterator[Any]:
-    """Of a list, from `text` and what follows in the file. Raises ValueError where it is not whole."""
-    decoder, place, number = json.JSONDecoder(parse_constant=_constant), 0, 0
+def _scan_list(
+    path: str | PathLike[str], file: TextIO, text: str, decoder: json.JSONDecoder
+) -> Iterator[tuple[str, Any]]:
+    """Of a list, from `text` and what follows in the file."""
+    start, number = 0, 0
     while True:
+        place = f"{path}: item {number + 1}"
         try:
-            if end := _END.match(text, place):
+            if end := _END.match(text, start):
                 if (text[end.end() :] + file.read()).strip():
                     raise ValueError("there is text behind the end of the list")
                 return
-            value, stop = decoder.raw_decode(text, place)
+            value, stop = decoder.raw_decode(text, start)
             separator = _SEPARATOR.match(text, stop)
             if separator is None:
                 raise ValueError("a comma is missing")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             more = file.read(max(_CHUNK, len(text)))
             if not more:
-                raise ValueError(f"the list breaks off behind item {number}: {error}") from error
-            text, place = (text[place:] + more).lstrip(), 0
+                raise _error(place, error) from error
+            text, start = (text[start:] + more).lstrip(), 0
             continue
-        number += 1
-        yield _checked(value, text[place:stop])
-        place = separator.end()
-
-
-def _constant(name: str) -> None:
-    """`NaN` is what pandas writes for a missing value; an infinite one is no value at all."""
-    if name != "NaN":
-        raise ValueError(f"{name} is no JSON number")
+        try:
+            value = _checked(value, text[start:stop])
+        except ValueError as error:
+            value = _error(place, error)
+        yield place, value
+        number, start = number + 1, separator.end()
 
 
 def _checked(value: Any, text: str) -> Any:
-    """The value; raises ValueError for half a character, which no file could hold."""
-    if _SURROGATE.search(text):
-        json.dumps(value, ensure_ascii=False).encode()
+    """The value of `text`. Raises ValueError for bytes that are no text, and for what no file could hold."""
+    if _BYTE.search(text):
+        text.encode()  # raises
+    if _HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeError as error:
+            raise ValueError("half a character") from error
     return value

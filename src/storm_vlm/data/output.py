@@ -40,8 +40,29 @@ def refuse_input(output: Path, inputs: Iterable[str | Path]) -> None:
             raise OutputError(f"{output} is read, and would be overwritten: choose another output")
 
 
+def refuse_model(folder: Path) -> None:
+    """Raises OutputError for a folder that holds a model: nothing but its training writes there."""
+    if held := model_files(folder):
+        raise OutputError(
+            f"{folder} holds a model ({held[0].name}), and is not to be written to: choose another folder"
+        )
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The weights in a folder."""
+    return [file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)]
+
+
 @contextmanager
 def exclusive(folder: Path, part: str = "") -> Iterator[None]:
+    """The folder, or a part of it, for this process alone, as `locked`. Raises OutputError for a model's, too."""
+    refuse_model(folder)
+    with locked(folder, part):
+        yield
+
+
+@contextmanager
+def locked(folder: Path, part: str = "") -> Iterator[None]:
     """The folder, or a part of it, for this process alone; it is made if it is not there.
 
     Processes that one launcher started share it, and a process may ask again for what it has. A killed process

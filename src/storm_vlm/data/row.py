@@ -5,6 +5,7 @@ data set can be moved or packed as one folder. Addresses ("https://…") are not
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ from urllib.parse import unquote
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -24,13 +26,27 @@ from pydantic import (
 )
 
 from storm_vlm.data.atomic_write import in_one_step
-from storm_vlm.data.json_objects import read_objects
+from storm_vlm.data.json_objects import JSONError, scan_objects
 from storm_vlm.errors import InputError
 
 Split = Literal["train", "validation", "test", "ood"]
 Seconds = Annotated[float, Field(ge=0, strict=True)]
 ThoughtSource = Literal["oracle", "generated", "future", "keyframes"]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
+
+
+def _storable(value: Any) -> Any:
+    """With null for NaN, which pandas writes for a missing value. Raises ValueError for an infinite number."""
+    if isinstance(value, dict):
+        return {key: _storable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(part) for part in value]
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError("an infinite number")
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+Free = Annotated[dict[str, Any], BeforeValidator(_storable)]  # what others wish to keep with a row
 LABEL = re.compile(
     r"\s*(?:\(([A-Z])\)[:.]?|([A-Z])\s*[.):])\s*"
 )  #: of an option: "A.", "A)", "(A)", "(A):", "A:"
@@ -56,7 +72,7 @@ class ThoughtVideo(BaseModel):
     end: Seconds | None = None
     source: ThoughtSource
     generator: str
-    provenance: dict[str, Any] = {}
+    provenance: Free = {}
 
     @model_validator(mode="after")
     def _has_a_length(self) -> Self:
@@ -94,7 +110,7 @@ class Row(BaseModel):
     plan: str | None = None
     thought_video: ThoughtVideo | None = None
     split: Split
-    meta: dict[str, Any] = {}
+    meta: Free = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -155,21 +171,38 @@ def without_labels(options: Sequence[str]) -> list[str]:
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """All rows of a JSONL file or of a JSON list, paths made absolute. Blank lines are skipped.
 
-    Raises JSONError or RowError on the first malformed row or repeated id, ``OSError`` if the file cannot be read.
+    Raises RowError for the first malformed row or repeated id, ``OSError`` if the file cannot be read.
+    """
+    rows, faults = scan_rows(path)
+    for place, fault in faults.items():
+        raise RowError(f"{place}: {fault}")
+    return rows
+
+
+def scan_rows(path: str | os.PathLike[str]) -> tuple[list[Row], dict[str, str]]:
+    """As `read_rows`; and what is wrong with lines that hold no row, or one whose id is taken, by "file:line".
+
+    Raises JSONError for a file that is neither lines nor a whole list, and ``OSError``.
     """
     folder = Path(path).absolute().parent
     rows: list[Row] = []
+    faults: dict[str, str] = {}
     places: dict[str, str] = {}
-    for place, fields in read_objects(path):
+    for place, fields in scan_objects(path):
+        if isinstance(fields, JSONError):
+            faults[place] = str(fields).removeprefix(f"{place}: ")
+            continue
         try:
             row = Row.model_validate(fields)
         except ValidationError as error:
-            raise RowError(f"{place}: {_explain(error)}") from error
+            faults[place] = _explain(error)
+            continue
         if row.id in places:
-            raise RowError(f"{place}: id: {row.id!r} is taken by {places[row.id]}; rename one")
+            faults[place] = f"id: {row.id!r} is taken by {places[row.id]}; rename one"
+            continue
         places[row.id] = place
         rows.append(_with_paths(row, lambda name: absolute(name, folder)))
-    return rows
+    return rows, faults
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,15 +13,17 @@ from urllib.parse import quote
 from tqdm.auto import tqdm
 
 from storm_vlm.data.atomic_write import write_text
+from storm_vlm.data.check import no_check, sound_rows
 from storm_vlm.data.jpeg import jpeg_uri
-from storm_vlm.data.json_objects import read_objects
+from storm_vlm.data.json_objects import scan_objects
 from storm_vlm.data.output import check_outputs
 from storm_vlm.data.prompt import option_letter
-from storm_vlm.data.row import Row, read_rows
-from storm_vlm.data.video import VideoError, read_frames
+from storm_vlm.data.row import Row
+from storm_vlm.data.video import VideoError, read_frames, video_shape
 from storm_vlm.errors import StormError
 from storm_vlm.pages import render
 
+log = logging.getLogger(__name__)
 SIDE = 256  # pixels of a keyframe's longer side
 
 
@@ -32,16 +35,21 @@ def write_gallery(source: Path, out: Path | None = None, limit: int = 100) -> Pa
     ``OSError``.
     """
     file = _rows_file(source)
-    rows = read_rows(file)
+    rows = sound_rows(file, no_check)
     rejects = [
         _reject(item)
         for path in (file.parent / "rejects.jsonl", file.with_suffix(".rejects.jsonl"))
         if path.is_file()
-        for _, item in read_objects(path)
+        for _, item in scan_objects(path)
     ]
     out = out or file.with_suffix(".html")
     check_outputs([out], [file])
     shown = [_card(row, out) for row in tqdm(rows[:limit], "rows", leave=False)]
+    odd = sum(bool(c["clip"]["fault"] or (c["thought"] or {}).get("fault")) for c in shown)
+    if odd:
+        log.warning(
+            "%d of %d rows have a clip that cannot be shown: the page says why", odd, len(shown)
+        )
     page = render(
         "gallery.html",
         name=file.name,
@@ -74,8 +82,8 @@ def _card(row: Row, page: Path) -> dict[str, Any]:
     return {
         "row": row,
         "options": [(option_letter(i), option) for i, option in enumerate(row.options)],
-        "clip": _video(row.video, page),
-        "thought": _video(thought.path, page) if thought else None,
+        "clip": _video(row.video, page, row.start),
+        "thought": _video(thought.path, page, thought.start) if thought else None,
         "keyframes": [_keyframe(row.video, time) for time in row.keyframes],
         "prompt": prompt,
         "filters": scores if isinstance(scores, dict) else {},
@@ -93,9 +101,14 @@ def _keyframe(video: str, time: float) -> dict[str, Any]:
     return {"time": time, "image": image, "error": None}
 
 
-def _video(path: str, page: Path) -> dict[str, Any]:
-    link = quote(Path(os.path.relpath(path, page.absolute().parent)).as_posix())
-    return {"link": link, "missing": not os.path.isfile(path)}
+def _video(path: str, page: Path, start: float | None = None) -> dict[str, Any]:
+    """Where it is, and why it cannot be shown."""
+    link, fault = quote(Path(os.path.relpath(path, page.absolute().parent)).as_posix()), ""
+    try:
+        video_shape(path, start)
+    except VideoError as error:
+        fault = str(error)
+    return {"link": link, "fault": fault}
 
 
 def _reject(item: Any) -> dict[str, str]:

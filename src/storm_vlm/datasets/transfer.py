@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from storm_vlm.data.atomic_write import in_one_step
 from storm_vlm.data.output import check_outputs
 from storm_vlm.data.prompt import answer_text, question_text
-from storm_vlm.data.row import Row, Split, absolute, read_rows, write_rows
+from storm_vlm.data.row import Row, RowError, Split, absolute, scan_rows, write_rows
 from storm_vlm.datasets import EXPORTERS, IMPORTERS
 from storm_vlm.datasets.parse import Fields, Skipped, file_name
 from storm_vlm.datasets.shortcuts import Shortcuts
@@ -152,7 +152,10 @@ def export_rows(name: str, source: Path, out: Path) -> Counts:
     counts, exporter = Counts(), EXPORTERS[name]
 
     def lines(rejects: TextIO) -> Iterable[str]:
-        for row in read_rows(source):
+        found, faults = scan_rows(source)
+        for place, fault in faults.items():
+            _reject(rejects, counts, RowError(fault), place)
+        for row in found:
             try:
                 yield json.dumps(exporter(row), ensure_ascii=False) + "\n"
                 counts.written += 1

@@ -16,7 +16,7 @@ from storm_vlm.data.check import check_text, check_video, fault_lines, row_fault
 from storm_vlm.data.collator import Question
 from storm_vlm.data.identity import clip_identity
 from storm_vlm.data.prompt import PromptError
-from storm_vlm.data.row import Row, read_rows
+from storm_vlm.data.row import Row, scan_rows
 from storm_vlm.data.video import VideoError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS, Benchmark
 from storm_vlm.evaluation.controls import CONTROLS, Control
@@ -38,7 +38,8 @@ class QuestionSet:
     benchmark: Benchmark | None = None
     control: str | None = None  #: a name in `CONTROLS`
     prompt: Literal["ours", "official"] = "ours"
-    faults: Mapping[str, str] = field(default_factory=dict)  #: of rows not to be asked, by id
+    #: why rows are not to be asked, by id, and lines of the file that hold no row, by place
+    faults: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -56,13 +57,15 @@ class QuestionSet:
             raise RunError(
                 f"{source} is a folder: name its benchmark (--benchmark), or give a file of rows"
             )
-        rows = (read_rows(source) if instance is None else instance.read(source))[:limit]
-        questions = cls(rows, benchmark=instance, **kwargs)
-        questions.check(source)
-        faults = row_faults(rows, check_video if questions._control.SHOWS_VIDEO else check_text)
-        if len(faults) == len(rows):
+        rows, faults = scan_rows(source) if instance is None else (instance.read(source), {})
+        questions = cls(rows[:limit], benchmark=instance, faults=faults, **kwargs)
+        check = check_video if questions._control.SHOWS_VIDEO else check_text
+        faults = {**faults, **row_faults(questions.rows, check)}
+        questions = dataclasses.replace(questions, faults=faults)
+        if faults and len(faults) == questions.count:
             raise RunError(f"no row can be asked:\n{fault_lines(faults, source)}")
-        return dataclasses.replace(questions, faults=faults)
+        questions.check(source)
+        return questions
 
     def check(self, source: Path) -> None:
         """Raises RunError for a prompt or a control that does not apply to these rows."""
@@ -77,6 +80,11 @@ class QuestionSet:
             raise RunError("a file of rows has no official prompt: name its benchmark")
         if permuted and not any(row.options for row in self.rows):
             raise RunError(f"{source} has no options to permute")
+
+    @property
+    def count(self) -> int:
+        """Of the rows, and of the lines that should have held one."""
+        return len(self.rows) + len(self.faults.keys() - {row.id for row in self.rows})
 
     def controlled_row(self, row: Row) -> Row:
         """The row as it is scored."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from storm_vlm.data.atomic_write import write_text
+from storm_vlm.data.output import refuse_model
 from storm_vlm.evaluation.records import Reliance
 from storm_vlm.evaluation.result_tables import Cell, Measured, Table, build_tables, measure
 from storm_vlm.evaluation.run_folder import Run
@@ -29,6 +30,8 @@ def write_report(runs: Sequence[Run], out: Path | None = None, paper: bool = Fal
 
     Gains and ratios are against the first run's system. Raises RunError for runs that cannot be compared.
     """
+    if out:
+        refuse_model(out)
     measured = measure(runs)
     tables = build_tables(measured, paper)
     if out:

@@ -122,7 +122,7 @@ def _begin(
         **settings,
         "first_prompt": reasoner.prompt(questions.question(questions.controlled_row(first))),
         "draws": "controls are drawn by each row's id",
-        "n_expected": len(questions.rows),
+        "n_expected": questions.count,
         "batch_size": batch_size,
         "processes": state.num_processes,
         "device": str(state.device),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from storm_vlm.data.check import check_length
 from storm_vlm.data.prompt import render_prompt
 from storm_vlm.data.video import video_metadata
 from storm_vlm.inference.chat import ChatModel, Completion, Turn
@@ -34,6 +35,7 @@ class LocalChat:
     def write(self, chats: Sequence[Sequence[Turn]], max_new_tokens: int) -> list[Completion]:
         began = time.perf_counter()
         inputs = self.inputs(chats)
+        check_length(self.model.config, inputs["input_ids"].shape[1])
         ready = time.perf_counter()
         with Phases(self.model) as phases:
             output = self.model.generate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from storm_vlm.data.answer import parse_answer
+from storm_vlm.data.check import check_length
 from storm_vlm.data.collator import Question, Reader, StormCollator, VideoInputs
 from storm_vlm.data.prompt import LatentMode
 from storm_vlm.data.row import Row
@@ -61,7 +61,6 @@ OWNED = {
     "num_return_sequences": "ask once for each answer, or call the model's own generate",
     "num_beams": "latent slots are recorded along one beam; call the model's own generate for beams",
 }
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -175,12 +174,13 @@ class StormPipeline:
         """Answers to a batch, equal to asking one by one.
 
         They are greedy (`GREEDY`), unless `generate_kwargs` say otherwise: the checkpoint's generation_config.json
-        decides on the end of a turn alone. Raises InputError for one of `generate_kwargs` that is in `OWNED`.
+        decides on the end of a turn alone. Raises InputError for one of `generate_kwargs` that is in `OWNED`, and
+        PromptError for a prompt that is longer than the model can read.
         """
         self.check_kwargs(generate_kwargs)
         began = time.perf_counter()
         inputs = self.collator.collate_prompts(questions, self.latent_mode)
-        self._warn_of_length(inputs["input_ids"].shape[1])
+        check_length(self.model.config, inputs["input_ids"].shape[1])
         device = input_device(self.model)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         ready = time.perf_counter()
@@ -236,16 +236,6 @@ class StormPipeline:
             beams = name == "num_beams" and not latent
             if name in generate_kwargs and generate_kwargs[name] != decided.get(name) and not beams:
                 raise InputError(f"{name}={generate_kwargs[name]!r} does not go here: {remedy}")
-
-    def _warn_of_length(self, tokens: int) -> None:
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and tokens > longest:
-            log.warning(
-                "a prompt of %s tokens is longer than this model can read (%s): its answer may be nonsense; shorten "
-                "the question, or take fewer or smaller frames",
-                f"{tokens:,}",
-                f"{longest:,}",
-            )
 
     def _opened(self, new_ids: Tensor) -> list[bool]:
         if self.latent_mode != "auto":

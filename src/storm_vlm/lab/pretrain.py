@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
 from storm_vlm.data.collator import VideoInputs, expand_video
+from storm_vlm.data.output import refuse_model
 from storm_vlm.data.prompt import build_messages
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.evaluation.question_set import evaluate
@@ -65,6 +66,7 @@ HYPERPARAMETERS = {
 
 def pretrain(out: Path, data: Path, clips: int, steps: int, seed: int) -> Path:
     """Train and save the backbone with a model card; returns `out`."""
+    refuse_model(out)
     train_rows = read_rows(build_world(data, "perception", "train", clips, seed))
     test_rows = read_rows(build_world(data, "perception", "test", TEST_CLIPS, seed))
     set_seed(seed)

@@ -13,10 +13,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from storm_vlm.data.check import check_length, row_faults
+from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.row import Row
 from storm_vlm.data.thread_pool import thread_pool
 from storm_vlm.data.video import video_shape
 from storm_vlm.training.planning import PlanRequest, video_grid
+
+TEMPLATE = 64  # tokens that a chat template adds, at most
+LARGE = (2304, 4096)  # pixels of a frame that has as many tokens as there can be
 
 
 def row_lengths(rows: Sequence[Row], processor: Any, num_frames: int) -> list[int]:
@@ -26,18 +31,49 @@ def row_lengths(rows: Sequence[Row], processor: Any, num_frames: int) -> list[in
         shapes = list(
             tqdm(pool.map(video_shape, videos), "video headers", len(videos), leave=False)
         )
-    shape_of = dict(zip(videos, shapes, strict=True))
+    shape_of, visual = dict(zip(videos, shapes, strict=True)), _visual_tokens(processor, num_frames)
+    texts = _text_tokens(rows, processor)
+    return [visual(*shape_of[row.video]) + text for row, text in zip(rows, texts, strict=True)]
+
+
+def long_rows(rows: Sequence[Row], collator: StormCollator, config: Any) -> dict[str, str]:
+    """Why a model of this config cannot read some rows' prompts, by id. Raises VideoError.
+
+    No file is opened where even the largest frames would fit.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    processor, num_frames = collator.processor, collator.videos.num_frames
+    room = longest - TEMPLATE - _visual_tokens(processor, num_frames)(0, *LARGE)
+    texts = _text_tokens(rows, processor)
+    rows = [row for row, text in zip(rows, texts, strict=True) if text > room]
+    lengths = row_lengths(rows, processor, num_frames)
+    rows = [r for r, length in zip(rows, lengths, strict=True) if length + TEMPLATE > longest]
+
+    def check(row: Row) -> None:
+        prompt = collator.collate_prompts([row], "force" if collator.latent_budget else "off")
+        check_length(config, prompt["input_ids"].shape[1])
+
+    return row_faults(rows, check, workers=1)
+
+
+def _text_tokens(rows: Sequence[Row], processor: Any) -> list[int]:
+    texts = ["\n".join((row.question, *row.options)) for row in rows]
+    if not texts:
+        return []
+    return list(map(len, processor.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+
+
+def _visual_tokens(processor: Any, num_frames: int) -> Callable[[int, int, int], int]:
+    """Tokens of a clip by what `video_shape` tells: frames, height, width."""
 
     @cache
     def visual(frames: int, height: int, width: int) -> int:
         shown = min(frames or num_frames, num_frames)
         request = PlanRequest(num_frames=shown, width=width, height=height)
-        grids, rows_, columns = video_grid(processor.video_processor, request)
-        return grids * rows_ * columns // processor.video_processor.merge_size**2
+        grids, rows, columns = video_grid(processor.video_processor, request)
+        return grids * rows * columns // processor.video_processor.merge_size**2
 
-    texts = ["\n".join((row.question, *row.options)) for row in rows]
-    ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [visual(*shape_of[row.video]) + len(text) for row, text in zip(rows, ids, strict=True)]
+    return visual
 
 
 class LengthSampler(LengthGroupedSampler):

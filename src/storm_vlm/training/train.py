@@ -6,7 +6,9 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import torch
@@ -24,8 +26,8 @@ from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.data.check import check_video, check_videos, fault_lines, row_faults
 from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.identity import checkpoint_identity, rows_identity
-from storm_vlm.data.output import exclusive
-from storm_vlm.data.row import Row, RowError, read_rows
+from storm_vlm.data.output import locked, model_files
+from storm_vlm.data.row import Row, RowError, scan_rows
 from storm_vlm.data.store import Store
 from storm_vlm.model.adapters import token_rows
 from storm_vlm.model.attention import SDPA_IN_PARTS
@@ -37,7 +39,7 @@ from storm_vlm.training.checkpoints import all_or_nothing, last_whole_checkpoint
 from storm_vlm.training.config import ConfigError, TrainConfig
 from storm_vlm.training.distillation import DistillationCollator, SelfDistilledTeacher
 from storm_vlm.training.feature_cache import CachedVideoInputs
-from storm_vlm.training.row_lengths import row_lengths
+from storm_vlm.training.row_lengths import long_rows, row_lengths
 from storm_vlm.training.sample_answers import SampleAnswers
 from storm_vlm.training.targets import alignment_targets
 from storm_vlm.training.trainer import RowDataset, StormTrainer
@@ -86,11 +88,11 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
         SaveError: the disk is full; the last whole checkpoint is kept.
         RowError, VideoError: bad data; names the rows, or the file.
     """
-    with exclusive(Path(config.output_dir)):
-        return _train(config, read_rows(config.data) if rows is None else rows)
+    with locked(Path(config.output_dir)):
+        return _train(config, *(scan_rows(config.data) if rows is None else (rows, {})))
 
 
-def _train(config: TrainConfig, rows: list[Row]) -> Path:
+def _train(config: TrainConfig, rows: list[Row], malformed: dict[str, str]) -> Path:
     arguments = training_arguments(config)
     output = Path(config.output_dir)
     _refuse_other_model(output, config.model)
@@ -99,15 +101,8 @@ def _train(config: TrainConfig, rows: list[Row]) -> Path:
     if _finished(config, output, inputs):
         logger.info("%s holds this run, finished: remove it to train again", output)
         return output
-    rows = sound_rows(config, rows)
-    validation = [row for row in rows if row.split == "validation"]
-    rows = [row for row in rows if row.split == "train"]
-    if not rows:
-        raise ConfigError(f"{config.data} has no row of the split 'train'")
-    if arguments.eval_strategy != "no" and not validation:
-        raise ConfigError(
-            f"{config.data} has no row of the split 'validation': set training.eval_strategy to no"
-        )
+    rows = sound_rows(config, rows, malformed)
+    _splits(config, arguments, rows)  # before the model is loaded, which takes longer
     if arguments.save_only_model and (kept := last_whole_checkpoint(output)):
         raise ConfigError(
             f"{kept} has no optimizer (training.save_only_model): going on from it would be another run. Remove "
@@ -115,6 +110,9 @@ def _train(config: TrainConfig, rows: list[Row]) -> Path:
         )
     set_seed(arguments.seed)  # adapters begin at random
     model, processor = load_model(config)
+    reader = StormCollator(processor, config.num_frames, config.method.latent_budget)
+    rows = _without(long_rows(rows, reader, model.config), config, rows, len(rows))
+    rows, validation = _splits(config, arguments, rows)
     trainer = build_trainer(config, arguments, model, processor, rows, validation)
     resumed = _begin(config, output, inputs, trainer.args.should_save)
     _check_room(trainer, output)
@@ -123,8 +121,12 @@ def _train(config: TrainConfig, rows: list[Row]) -> Path:
     return output
 
 
-def sound_rows(config: TrainConfig, rows: list[Row]) -> list[Row]:
+def sound_rows(
+    config: TrainConfig, rows: list[Row], malformed: Mapping[str, str] = MappingProxyType({})
+) -> list[Row]:
     """The rows that a run would come to and can work on, looked at before the model is loaded.
+
+    `malformed`: lines of the file that hold no row.
 
     Raises:
         RowError: some cannot be worked on, and `skip_bad_rows` is not set.
@@ -132,15 +134,39 @@ def sound_rows(config: TrainConfig, rows: list[Row]) -> list[Row]:
     rows = [row for row in rows if row.split in ("train", "validation")]
     source = config.method.target_source if config.method.needs_targets else "none"
     imagined = source in ("thought_video", "shuffled", "self_distilled")
-    faults = row_faults(rows, check_videos if imagined else check_video)
+    faults = {**malformed, **row_faults(rows, check_videos if imagined else check_video)}
+    return _without(faults, config, rows, len(rows) + len(malformed))
+
+
+def _without(
+    faults: Mapping[str, str], config: TrainConfig, rows: list[Row], count: int
+) -> list[Row]:
+    """The other rows, if `skip_bad_rows` is set. Raises RowError if it is not."""
     if not faults:
         return rows
-    named = f"{len(faults)} of {len(rows)} rows cannot be worked on"
+    named = f"{len(faults)} of {count} rows cannot be worked on"
     if not config.skip_bad_rows:
         mend = "mend or remove them, or set skip_bad_rows=true"
         raise RowError(f"{named}: {mend}\n{fault_lines(faults, config.data)}")
     logger.warning("%s, and are skipped:\n%s", named, fault_lines(faults, config.data))
     return [row for row in rows if row.id not in faults]
+
+
+def _splits(
+    config: TrainConfig, arguments: TrainingArguments, rows: list[Row]
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and rows to validate with. Raises ConfigError where there are none and some are needed."""
+    parts = (
+        [row for row in rows if row.split == "train"],
+        [r for r in rows if r.split == "validation"],
+    )
+    if not parts[0]:
+        raise ConfigError(f"{config.data} has no row of the split 'train'")
+    if arguments.eval_strategy != "no" and not parts[1]:
+        raise ConfigError(
+            f"{config.data} has no row of the split 'validation': set training.eval_strategy to no"
+        )
+    return parts
 
 
 def build_trainer(
@@ -272,9 +298,8 @@ def add_adapters(model: Any, settings: dict[str, Any]) -> Any:
 def _refuse_other_model(output: Path, model: str) -> None:
     """Raises ConfigError where saving would overwrite a model that is no run of ours."""
     ours = (output / "train_config.yaml").exists()
-    model_files = list(output.glob("*.safetensors")) + list(output.glob("*.bin"))
     base = Path(model).expanduser()
-    if (base.is_dir() and base.samefile(output)) or (model_files and not ours):
+    if (base.is_dir() and base.samefile(output)) or (model_files(output) and not ours):
         raise ConfigError(
             f"{output} holds a model, which would be overwritten: choose another output_dir"
         )

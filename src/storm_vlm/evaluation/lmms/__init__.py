@@ -17,6 +17,8 @@ def write_task(folder: Path, name: str, questions: QuestionSet) -> str:
     task = "storm_" + re.sub(r"\W+", "_", name.lower())
     lines = []
     for row in questions.rows:
+        if row.id in questions.faults:
+            continue
         question = questions.question(row)
         text = question_text(question.question, question.options)
         window = {"video": row.video, "start": row.start, "end": row.end}
