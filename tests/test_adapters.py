@@ -226,7 +226,7 @@ def test_torn_weights_are_named(size: int, tmp_path, backbone: str) -> None:
     folder = shutil.copytree(backbone, tmp_path / "torn")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=f"the weights of {folder} are damaged"):
+    with pytest.raises(CheckpointError, match=f"{folder} cannot be loaded .SafetensorError"):
         loaded(folder)
 
 

@@ -167,10 +167,13 @@ def test_shards_make_the_rows_of_one_run(
     run(source, tmp_path / "one", settings)
     calls = len(teacher.calls)
     counts = []
+    with pytest.raises(StormError, match="no finished row"):
+        collect(source, tmp_path / "many", settings)
+    assert not list((tmp_path / "many").glob("*.jsonl"))
     for number in (1, 2, 3):
-        assert collect(source, tmp_path / "many", settings)["unfinished"] == 10 - sum(counts)
         shard = Shard.parse(f"{number}/3")
         counts.append(run(source, tmp_path / "many", settings, shard)["rows"])
+        assert collect(source, tmp_path / "many", settings)["unfinished"] == 10 - sum(counts)
     assert sum(counts) == 10 and max(counts) < 10 and len(teacher.calls) == 2 * calls
     assert collect(source, tmp_path / "many", settings)["unfinished"] == 0
     for name in ("rows.jsonl", "rejects.jsonl"):

@@ -14,8 +14,11 @@ import torch
 
 from storm_vlm import StormPipeline
 from storm_vlm.data.collator import Question
+from storm_vlm.data.prompt import PromptError
 from storm_vlm.data.video import read_video, write_video
 from storm_vlm.errors import InputError
+from storm_vlm.inference.chat import Turn
+from storm_vlm.inference.local_chat import LocalChat
 from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import NUM_FRAMES
@@ -125,12 +128,14 @@ def test_labelled_options_are_lettered_once(storm, reasoning_rows) -> None:
     assert (labelled.text, labelled.option) == (bare.text, bare.option)
 
 
-def test_a_prompt_beyond_the_models_length_is_said(storm, reasoning_rows, caplog) -> None:
+def test_a_prompt_beyond_the_models_length_is_refused(storm, reasoning_rows) -> None:
     row = reasoning_rows[0]
     storm.answer(row.video, row.question)
-    assert not caplog.messages
-    storm.answer(row.video, "ball " * 2100, max_new_tokens=1)
-    assert "longer than this model can read (2,048)" in caplog.text
+    said = r"longer than this model can read \(2,048\)"
+    with pytest.raises(PromptError, match=said):
+        storm.answer(row.video, "ball " * 2100)
+    with pytest.raises(PromptError, match=said):
+        LocalChat(storm).write([[Turn("user", "ball " * 2100)]], 1)
 
 
 def test_the_backbone_answers_without_slots(backbone, reasoning_rows) -> None:

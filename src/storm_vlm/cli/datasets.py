@@ -114,14 +114,14 @@ def leaks(
     from dataclasses import asdict
 
     from storm_vlm.data.atomic_write import write_json
-    from storm_vlm.data.check import no_check, sound_rows
+    from storm_vlm.data.check import sound_rows
     from storm_vlm.data.output import check_outputs
     from storm_vlm.data.row import write_rows
     from storm_vlm.datasets.leaks import find_leaks, without_leaks
 
     check_outputs([remove, out], [train, evaluation])
     # A clip that cannot be read is compared by its name.
-    rows, others = (sound_rows(file, no_check, max_errors) for file in (train, evaluation))
+    rows, others = (sound_rows(file, None, max_errors) for file in (train, evaluation))
     found = find_leaks(rows, others, cache, num_frames)
     kept = without_leaks(rows, found)
     clips = (Column(f"{kind} clip", overflow="fold") for kind in ("training", "evaluation"))

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from tqdm.auto import tqdm
 
 from storm_vlm.data.atomic_write import write_text
-from storm_vlm.data.check import no_check, sound_rows
+from storm_vlm.data.check import sound_rows
 from storm_vlm.data.jpeg import jpeg_uri
 from storm_vlm.data.json_objects import scan_objects
 from storm_vlm.data.output import check_outputs
@@ -35,15 +35,15 @@ def write_gallery(source: Path, out: Path | None = None, limit: int = 100) -> Pa
     ``OSError``.
     """
     file = _rows_file(source)
-    rows = sound_rows(file, no_check)
+    out = out or file.with_suffix(".html")
+    check_outputs([out], [file])
+    rows = sound_rows(file, None)
     rejects = [
         _reject(item)
         for path in (file.parent / "rejects.jsonl", file.with_suffix(".rejects.jsonl"))
         if path.is_file()
         for _, item in scan_objects(path)
     ]
-    out = out or file.with_suffix(".html")
-    check_outputs([out], [file])
     shown = [_card(row, out) for row in tqdm(rows[:limit], "rows", leave=False)]
     odd = sum(bool(c["clip"]["fault"] or (c["thought"] or {}).get("fault")) for c in shown)
     if odd:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from storm_vlm.data.answer import parse_answer
-from storm_vlm.data.check import check_length
+from storm_vlm.data.check import check_length, check_processor
 from storm_vlm.data.collator import Question, Reader, StormCollator, VideoInputs
 from storm_vlm.data.prompt import LatentMode
 from storm_vlm.data.row import Row
@@ -21,7 +21,7 @@ from storm_vlm.inference.timing import Phases
 from storm_vlm.model.backbones import input_device
 from storm_vlm.model.checkpoint import load_processor
 from storm_vlm.model.modeling import StormForConditionalGeneration
-from storm_vlm.model.tokens import has_latent_tokens, latent_tokens
+from storm_vlm.model.tokens import check_tokenizer, has_latent_tokens, latent_tokens
 
 DEFAULT_FRAMES = 32  # the paper's Tables 1 and 2
 #: Greedy decoding, whatever a checkpoint's generation_config.json asks for (Qwen2.5-VL's, a repetition penalty).
@@ -107,6 +107,9 @@ class StormPipeline:
                 f"latent_mode={self.latent_mode!r}, but this checkpoint has no latent slots: "
                 "train it first (storm train), or use latent_mode='off'"
             )
+        check_processor(processor, config)
+        if has_slots:
+            check_tokenizer(config, processor)
         frames = num_frames or getattr(config, "num_frames", None) or DEFAULT_FRAMES
         videos = VideoInputs(processor, frames, cache_bytes, read)
         self.collator = StormCollator(processor, frames, budget, videos)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
 from storm_vlm.model.checkpoint import CheckpointError
-from storm_vlm.model.tokens import SETTINGS, latent_tokens
+from storm_vlm.model.tokens import SETTINGS, check_settings, latent_tokens
 
 
 def token_rows(model: Any, except_in: Sequence[str] = ()) -> dict[str, list[int]]:
@@ -43,6 +43,7 @@ def merge_adapters(base: Any, folder: Path) -> Any:
     for name in SETTINGS:
         if hasattr(config, name):
             setattr(base.config, name, getattr(config, name))
+    check_settings(base.config)
     try:
         adapters = PeftConfig.from_pretrained(str(folder))
         if getattr(adapters, "trainable_token_indices", None) and not hasattr(config, SETTINGS[0]):

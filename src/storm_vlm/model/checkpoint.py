@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoProcessor
 
 from storm_vlm.errors import StormError
 
 ADAPTERS = "adapter_config.json"
+SHOWN = 300  # characters of another library's message
 
 
 class CheckpointError(StormError, ValueError):
@@ -30,8 +34,12 @@ def checkpoint_path(name: str) -> str:
     path = Path(name).expanduser()
     if name and path.is_dir():
         return str(path.absolute())
-    is_hub_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(path.parts[0]).is_dir()
-    if not is_hub_name:
+    try:
+        validate_repo_id(name)
+        is_path = "/" not in name or Path(path.parts[0]).is_dir()
+    except HFValidationError:
+        is_path = True
+    if is_path:
         raise CheckpointError(
             f"no such folder: {name} (a checkpoint is a folder, or ORGANISATION/NAME on the hub)"
         )
@@ -62,6 +70,22 @@ def base_of(folder: Path) -> str:
         ) from error
 
 
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Whatever transformers meets in a damaged or foreign checkpoint is one sentence. Raises CheckpointError."""
+    try:
+        yield
+    except StormError:
+        raise
+    except (
+        Exception
+    ) as error:  # of many classes: what a file says decides which line is the first to stumble
+        told = " ".join(str(error).split())[:SHOWN]
+        raise CheckpointError(
+            f"{name} cannot be loaded ({type(error).__name__}: {told}): mend its files, or copy them again"
+        ) from error
+
+
 def load_processor(name: str, **kwargs: Any) -> Any:
     """The processor of a checkpoint; adapters without one have their base's.
 
@@ -71,7 +95,5 @@ def load_processor(name: str, **kwargs: Any) -> Any:
     path = Path(checkpoint_path(name))
     if (path / ADAPTERS).is_file() and not list(path.glob("*processor_config.json")):
         return load_processor(base_of(path), **kwargs)
-    try:
+    with loading(f"the processor of {name}"):
         return AutoProcessor.from_pretrained(str(path) if path.is_dir() else name, **kwargs)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name} has no processor that could be loaded: {error}") from error

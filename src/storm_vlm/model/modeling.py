@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -24,10 +23,10 @@ from transformers.utils.hub import cached_file
 
 from storm_vlm.model.adapters import adapted_config, merge_adapters
 from storm_vlm.model.backbones import BACKBONES, backbone
-from storm_vlm.model.checkpoint import ADAPTERS, CheckpointError, base_of, checkpoint_path
+from storm_vlm.model.checkpoint import ADAPTERS, CheckpointError, base_of, checkpoint_path, loading
 from storm_vlm.model.custom_generate import write_custom_generate
 from storm_vlm.model.generation import OPTIONS, LatentRolloutMixin, keep_latent_tokens
-from storm_vlm.model.tokens import LatentError
+from storm_vlm.model.tokens import LatentError, check_settings
 
 # Parameters. Threads wait for each other after every operation, and a small model's take less than the wait: on cores
 # that other programs use, too, two threads were 10 to 400 times slower than one. (The micro models have a million.)
@@ -94,14 +93,8 @@ class StormForConditionalGeneration(LatentRolloutMixin):
 def _stock(path: str, dtype: Any, kwargs: dict[str, Any]) -> Any:
     load: Any = AutoModelForImageTextToText.from_pretrained
     wanted = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
+    with loading(path):
         model, report = load(path, dtype="auto" if dtype is None else dtype, **{**kwargs, **wanted})
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"the weights of {path} are damaged ({error}): copy or download them again"
-        ) from error
-    except (ImportError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     problems = [
         f"{len(report[kind])} {kind}: {sorted(map(str, report[kind]))[:3]}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -139,6 +132,7 @@ def enable_latents(model: Any) -> Any:
 
     Raises:
         TypeError: not a transformers model that generates.
+        CheckpointError: its config says of the latent segment what cannot be.
     """
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise TypeError(
@@ -148,6 +142,7 @@ def enable_latents(model: Any) -> Any:
 
 
 def _enable(model: Any, method: type) -> Any:
+    check_settings(model.config)
     if not isinstance(model, method):
         model.__class__ = _extended(type(model), method)
         _extend_core(model)

@@ -23,7 +23,7 @@ from transformers.integrations.integration_utils import (
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from storm_vlm.data.atomic_write import write_json, write_text
-from storm_vlm.data.check import check_video, check_videos, fault_lines, row_faults
+from storm_vlm.data.check import check_processor, check_video, check_videos, fault_lines, row_faults
 from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.identity import checkpoint_identity, rows_identity
 from storm_vlm.data.output import locked, model_files
@@ -249,6 +249,7 @@ def load_model(config: TrainConfig) -> tuple[Any, Any]:
         **extra,
     )
     processor = load_processor(config.model)
+    check_processor(processor, model.config)
     if config.method.latent_budget:
         add_latent_tokens(model, processor, config.method.latent_budget)
         model.config.latent_pause = config.method.slot_input == "pause"
