@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.close()
         code = FAILED
     except (StormError, OSError) as error:  # the hub's and the disk's, too
-        show(f"storm: {' '.join(str(error).splitlines())}", to=errors)
+        show(f"storm: {' '.join(_told(error).splitlines())}", to=errors)
         code = FAILED
     except Exception as error:
         package = (getattr(error, "name", None) or "").partition(".")[0]
@@ -156,6 +156,13 @@ def _end(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _told(error: Exception) -> str:
+    """The message; of the operating system's, the file first and no number."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    return str(error)
 
 
 def _usage_error(error: CycloptsError) -> str:

@@ -34,11 +34,16 @@ def on_ray(address: str) -> Callable[[Builder, list[Row]], Counter[str]]:
             import ray.data
         except ImportError as error:
             raise StormError("--ray needs Ray: pip install 'storm-vlm[ray]'") from error
-        ray.init(
-            address=None if address == "local" else address,
-            ignore_reinit_error=True,
-            log_to_driver=False,
-        )
+        try:
+            ray.init(
+                address=None if address == "local" else address,
+                ignore_reinit_error=True,
+                log_to_driver=False,
+            )
+        except (ConnectionError, ValueError, RuntimeError, AssertionError) as error:
+            raise StormError(
+                f"no Ray cluster at {address!r} ({error}): give its address, auto, or local"
+            ) from error
         try:
             return _flow(builder, rows)
         finally:

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from storm_vlm.data.thread_pool import proceed
 from storm_vlm.errors import AccessError, InputError, StormError
@@ -93,6 +94,11 @@ class Endpoint:
     """
 
     def __init__(self, url: str | None, key_env: str, retries: int, timeout: float) -> None:
+        parts = urlsplit(url or "https://api.openai.com")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(
+                f"{url!r} is no address of a server: it is like http://localhost:8000/v1"
+            )
         self.name = url or "OpenAI's endpoint"
         self.silence: float = float(
             "inf"

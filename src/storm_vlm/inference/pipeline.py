@@ -20,6 +20,7 @@ from storm_vlm.errors import InputError, StormError
 from storm_vlm.inference.timing import Phases
 from storm_vlm.model.backbones import input_device
 from storm_vlm.model.checkpoint import load_processor
+from storm_vlm.model.device import torch_device
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.tokens import check_tokenizer, has_latent_tokens, latent_tokens
 
@@ -140,9 +141,11 @@ class StormPipeline:
             read: reads a clip's frames, such as a `FrameCache`.
 
         Raises:
+            CheckpointError: the checkpoint is not there, damaged, or not whole.
+            InputError: there is no such device.
             StormError: `max_pixels` for a processor that knows no such bound.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = torch_device(device)  # before the weights are read, which takes longer
         model = StormForConditionalGeneration.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code
         )
@@ -153,7 +156,7 @@ class StormPipeline:
                 raise StormError(f"{type(video).__name__} has one fixed size: leave max_pixels out")
             least = min(video.size["shortest_edge"], max_pixels)
             video.size = {"shortest_edge": least, "longest_edge": max_pixels}
-        return cls(model.to(device), processor, num_frames, latent_mode, cache_bytes, read)
+        return cls(model.to(place), processor, num_frames, latent_mode, cache_bytes, read)
 
     def answer(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, output_capturing
 from transformers.utils.hub import cached_file
@@ -95,6 +95,9 @@ def _stock(path: str, dtype: Any, kwargs: dict[str, Any]) -> Any:
     wanted = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with loading(path):
         model, report = load(path, dtype="auto" if dtype is None else dtype, **{**kwargs, **wanted})
+        if (Path(path) / "generation_config.json").is_file():  # else passed over where it is damaged
+            ends = GenerationConfig.from_pretrained(path).eos_token_id
+            torch.as_tensor([] if ends is None else ends, dtype=torch.long)
     problems = [
         f"{len(report[kind])} {kind}: {sorted(map(str, report[kind]))[:3]}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")

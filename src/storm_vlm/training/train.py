@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -54,12 +54,25 @@ RENAMED = {
     for suffix in ("", "_kwargs")
 }
 ARBITRARY = ConfigDict(arbitrary_types_allowed=True)
-#: Fields of TrainingArguments that count something.
-COUNTS = {
-    "max_steps",  # -1: as many as the epochs have
-    "gradient_accumulation_steps",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
+# Numbers of TrainingArguments, which checks none: what is not here goes from 0 to the largest.
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        (
+            "max_steps",  # or -1: as many as the epochs have
+            "gradient_accumulation_steps",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "eval_accumulation_steps",
+            "save_total_limit",
+        ),
+        (1, sys.maxsize),
+    ),
+    **dict.fromkeys(
+        ("save_steps", "eval_steps", "logging_steps"), (1e-9, sys.maxsize)
+    ),  # below 1: a share
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1 - 1e-9)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+    "local_rank": (-1, sys.maxsize),
 }
 # Fields of TrainingArguments that would be ignored, or fail.
 REFUSED = {
@@ -88,6 +101,8 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
         SaveError: the disk is full; the last whole checkpoint is kept.
         RowError, VideoError: bad data; names the rows, or the file.
     """
+    if rows is None and not Path(config.data).is_file():
+        raise ConfigError(f"data={config.data}: no such file: name a file of rows with data=FILE")
     with locked(Path(config.output_dir)):
         return _train(config, *(scan_rows(config.data) if rows is None else (rows, {})))
 
@@ -404,10 +419,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     }
     try:
         checked = TrainingArguments(**arguments)
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"training: {error}") from error
-    if math.isnan(checked.learning_rate):
-        raise ConfigError("training.learning_rate is not a number")
+    except Exception as error:  # of many kinds: it also reads files and looks for packages
+        raise ConfigError(f"training: {type(error).__name__}: {error}") from error
     if checked.max_steps < 0 and checked.num_train_epochs <= 0:
         raise ConfigError("training: there is no step to take: set max_steps, or num_train_epochs")
     if checked.max_steps > 0 and "num_train_epochs" in config.training:
@@ -438,7 +451,10 @@ def _typed(training: dict[str, Any]) -> dict[str, Any]:
         except ValidationError as error:
             problem = f"{values[name]!r}: {error.errors()[0]['msg']}"
             raise ConfigError(f"training.{name}: {problem}") from error
-    for name in COUNTS & values.keys():
-        if values[name] < 1 and (name, values[name]) != ("max_steps", -1):
-            raise ConfigError(f"training.{name}: {values[name]} is less than 1")
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        low, high = RANGES.get(name, (0, sys.float_info.max))
+        if not low <= value <= high and (name, value) != ("max_steps", -1):
+            raise ConfigError(f"training.{name}: {value} is not from {low:g} to {high:g}")
     return values

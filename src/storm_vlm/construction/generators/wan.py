@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from storm_vlm.configs import Settings
 from storm_vlm.construction.types import Generator, Imagined, Rejected, Request
 from storm_vlm.errors import StormError
+from storm_vlm.model.device import torch_device
 
 FPS = 16.0  # what Wan was trained on
 
@@ -158,7 +159,7 @@ def load(config: WanConfig) -> Any:
         )
     except ImportError as error:
         raise StormError("Wan needs diffusers: pip install 'storm-vlm[build]'") from error
-    device = torch.device(config.device)
+    device = torch_device(config.device)
     kept = {"vae": torch.float32, "image_encoder": torch.float32}
     pipe = WanImageToVideoPipeline.from_pretrained(
         config.model,

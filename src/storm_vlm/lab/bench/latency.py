@@ -51,6 +51,7 @@ from storm_vlm.lab.bench.training_step import (
 )
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world
+from storm_vlm.model.device import torch_device
 
 NOTE = (
     "Lengths are fixed (each turn is forced to them); accuracy is not measured here. All reasoners run in one "
@@ -206,6 +207,7 @@ def bench_latency(
         low and high over rounds; the phases' ``seconds`` an item; ``tokens`` written, ``slots``; of the last turn
         ``prompt_tokens`` and ``visual_tokens``; ``frames`` shown and ``rounds`` an item.
     """
+    torch_device(device)
     with TemporaryDirectory() as folder:
         if shape == "micro":
             pipeline = StormPipeline.from_pretrained(str(shipped("storm")), device=device)

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from storm_vlm.data.atomic_write import write_json
-from storm_vlm.errors import InputError
 from storm_vlm.lab.checkpoints import shipped
+from storm_vlm.model.device import torch_device
 from storm_vlm.model.latent import alignment_loss, answer_loss
 from storm_vlm.model.modeling import enable_latents
 from storm_vlm.model.rollout import RolloutOutput, rollout
@@ -163,9 +163,7 @@ def bench_train(
     """
     torch.manual_seed(0)
     config = shape_config(shape)
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise InputError("no CUDA GPU here: use --device cpu, or another machine")
+    on_gpu = torch_device(device).type == "cuda"
     model = random_model(config, budget, device, torch.bfloat16 if on_gpu else torch.float32)
     if checkpointing:
         enable = "activation_checkpointing_enable"  # its name from transformers 5.24
