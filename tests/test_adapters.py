@@ -219,6 +219,24 @@ def test_what_is_missing_or_damaged_is_said(chain: Path, tmp_path) -> None:
         loaded(folder)
 
 
+@pytest.mark.parametrize("indices", ["list", "table"])
+def test_adapters_saved_without_the_output_rows_are_refused(
+    indices: str, chain: Path, tmp_path
+) -> None:
+    """As this package saved them for untied models until it trained both tables."""
+    folder = Path(shutil.copytree(chain / "1" / "out", tmp_path / "old"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    ids = next(iter(settings["trainable_token_indices"].values()))
+    settings["trainable_token_indices"] = ids if indices == "list" else {"embed_tokens": ids}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "lm_head" not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, folder / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"old lacks the latent tokens' rows of lm_head"):
+        loaded(folder)
+
+
 @pytest.mark.parametrize(
     "size", [0, 100, 100_000], ids=["empty", "torn in its head", "torn in its body"]
 )

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from storm_vlm.errors import AccessError, InputError
 
 _CHUNK = 1 << 16  # characters read at a time
+_PEEKED = 1 << 10  # characters in which a file of another kind has a zero byte
 _END, _SEPARATOR = re.compile(r"\s*\]"), re.compile(r"\s*(?:,\s*|(?=\]))")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half a character
 _BYTE = re.compile("[\udc80-\udcff]")  # what a byte that is not UTF-8 is read as
@@ -36,7 +37,7 @@ def scan_objects(
     """
     with _opened(path) as file:
         head = file.read(_CHUNK)
-        if "\0" in head.partition("\n")[0]:
+        if "\0" in head[:_PEEKED]:
             raise JSONError(f"{path}:1: not UTF-8 text: name a file of JSON, saved as UTF-8")
         if head.lstrip().startswith("["):
             yield from _scan_list(path, file, head.lstrip()[1:].lstrip(), decoder)

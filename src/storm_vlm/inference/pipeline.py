@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from storm_vlm.data.answer import parse_answer
-from storm_vlm.data.check import check_length, check_processor
+from storm_vlm.data.check import check_length
 from storm_vlm.data.collator import Question, Reader, StormCollator, VideoInputs
+from storm_vlm.data.processor import check_processor
 from storm_vlm.data.prompt import LatentMode
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip, read_video

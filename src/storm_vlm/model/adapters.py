@@ -23,6 +23,14 @@ def token_rows(model: Any, except_in: Sequence[str] = ()) -> dict[str, list[int]
     return {name: list(latent_tokens(model.config)) for name in names}
 
 
+def _unsaved_tables(base: Any, adapters: Any) -> list[str]:
+    """Of the base's tables with rows of latent tokens, those that the adapters say nothing of."""
+    indices = getattr(adapters, "trainable_token_indices", None) or {}
+    saved = indices if isinstance(indices, dict) else ["embed_tokens"]  # PEFT's meaning of a list
+    saved = [*saved, *(getattr(adapters, "modules_to_save", None) or ())]
+    return [table for table in token_rows(base) if not table.endswith(tuple(saved))]
+
+
 def adapted_config(folder: Path) -> PreTrainedConfig | None:
     """The config of the model that the adapters were trained in, if it was saved with them."""
     return AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
@@ -40,6 +48,7 @@ def merge_adapters(base: Any, folder: Path) -> Any:
     rows = config.get_text_config().vocab_size
     if rows > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows, mean_resizing=False)
+    brings_tokens = hasattr(config, SETTINGS[0]) and not hasattr(base.config, SETTINGS[0])
     for name in SETTINGS:
         if hasattr(config, name):
             setattr(base.config, name, getattr(config, name))
@@ -50,6 +59,11 @@ def merge_adapters(base: Any, folder: Path) -> Any:
             raise CheckpointError(
                 f"{folder} trains tokens that {base.name_or_path} does not know: copy the config.json and the "
                 "tokenizer of the model that it was trained in into it"
+            )
+        if brings_tokens and (lost := _unsaved_tables(base, adapters)):
+            raise CheckpointError(
+                f"{folder} lacks the latent tokens' rows of {', '.join(lost)}, as what storm-vlm saved before it "
+                "kept them: train these adapters again"
             )
         model = PeftModel(base, adapters)
         report = model.load_adapter(str(folder), "default")

@@ -95,7 +95,9 @@ def _stock(path: str, dtype: Any, kwargs: dict[str, Any]) -> Any:
     wanted = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with loading(path):
         model, report = load(path, dtype="auto" if dtype is None else dtype, **{**kwargs, **wanted})
-        if (Path(path) / "generation_config.json").is_file():  # else passed over where it is damaged
+        if (
+            Path(path) / "generation_config.json"
+        ).is_file():  # else passed over where it is damaged
             ends = GenerationConfig.from_pretrained(path).eos_token_id
             torch.as_tensor([] if ends is None else ends, dtype=torch.long)
     problems = [

@@ -23,10 +23,11 @@ from transformers.integrations.integration_utils import (
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from storm_vlm.data.atomic_write import write_json, write_text
-from storm_vlm.data.check import check_processor, check_video, check_videos, fault_lines, row_faults
+from storm_vlm.data.check import check_video, check_videos, fault_lines, row_faults
 from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.identity import checkpoint_identity, rows_identity
 from storm_vlm.data.output import locked, model_files
+from storm_vlm.data.processor import check_processor
 from storm_vlm.data.row import Row, RowError, scan_rows
 from storm_vlm.data.store import Store
 from storm_vlm.model.adapters import token_rows

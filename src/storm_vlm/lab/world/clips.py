@@ -67,12 +67,12 @@ def build_world(
     and all. `questions` of different families are asked about each reasoning scene (retrieval probe, paper sec. A.1).
     """
     folder = Path(folder)
-    (folder / "clips").mkdir(parents=True, exist_ok=True)
-    (folder / "thoughts").mkdir(exist_ok=True)
     drawn = f"{kind}-{split}-{seed}" + (f"-x{questions}" if questions > 1 else "")
     names = (f"{drawn}-{i:05d}" for i in range(count))
     path = folder / f"{drawn}{'-continued' if continued else ''}.jsonl"
     with exclusive(folder, path.stem), thread_pool() as pool:  # encoding leaves Python's lock alone
+        for part in ("clips", "thoughts"):
+            (folder / part).mkdir(exist_ok=True)
         written = pool.map(
             lambda name, scene: _write_scene(folder, name, split, count, continued, *scene),
             names,
