@@ -148,7 +148,7 @@ def test_errors_and_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
         "\x1b", "\N{REPLACEMENT CHARACTER}"
     )
     code, told = failing(FileNotFoundError(2, "No such file", "x.txt"), monkeypatch)
-    assert (code, told) == (1, "storm: [Errno 2] No such file: 'x.txt'\n")
+    assert (code, told) == (1, "storm: x.txt: no such file\n")
     assert failing(KeyboardInterrupt(), monkeypatch) == (130, "storm: interrupted\n")
     assert failing(OSError("no hub\nno net"), monkeypatch) == (1, "storm: no hub no net\n")
     for bug in (ValueError("oops"), KeyError("oops")):

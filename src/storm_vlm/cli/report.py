@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from storm_vlm.cli.terminal import Json, Switch, console, show, show_json
+from storm_vlm.errors import StormError
 
 if TYPE_CHECKING:
     from storm_vlm.evaluation.compare import Gain
@@ -77,6 +78,8 @@ def report_runs(
     from storm_vlm.evaluation.report import write_report
     from storm_vlm.evaluation.run_folder import find_runs
 
+    if not runs:
+        raise StormError("name the runs to report, or a folder of runs")
     for table in write_report(find_runs(list(runs)), out, paper):
         console.print(*_printed(table, console.width), sep="\n")
         for note in table.notes:

@@ -10,7 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from storm_vlm.data.row import Row
 from storm_vlm.data.store import Store, key_of
-from storm_vlm.model.checkpoint import ADAPTERS, base_of
+from storm_vlm.model.checkpoint import ADAPTERS, base_of, checkpoint_path
 
 DECISIVE = (
     "*.safetensors",
@@ -26,7 +26,7 @@ def checkpoint_identity(name: str, store: Store) -> str:
 
     `store` remembers the hashes of files. Raises OSError, CheckpointError.
     """
-    folder = Path(name).expanduser()
+    folder = Path(checkpoint_path(name))
     if not folder.is_dir():
         config = try_to_load_from_cache(name, "config.json")
         return Path(config).parent.name if isinstance(config, str) else name

@@ -75,6 +75,8 @@ def locked(folder: Path, part: str = "") -> Iterator[None]:
     if int(os.environ.get("RANK", 0)):  # the launch's first process holds it for all
         yield
         return
+    if folder.is_file():
+        raise OutputError(f"{folder} is a file: name a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.resolve() / f".{part}lock", is_singleton=True)
     try:

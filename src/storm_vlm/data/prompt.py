@@ -86,6 +86,8 @@ def without_control_tokens(text: str) -> str:
 
 
 def _plain(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PromptError(f"text holds what is no character: write {text!r} in UTF-8")
     if found := _CONTROL_TOKEN.search(text):
         raise PromptError(f"text holds the control token {found[0]!r}: remove it from {text!r}")
     return text

@@ -155,6 +155,11 @@ class StormPipeline:
             video = processor.video_processor
             if video.size["shortest_edge"] is None:
                 raise StormError(f"{type(video).__name__} has one fixed size: leave max_pixels out")
+            patch = (video.patch_size * video.merge_size) ** 2
+            if max_pixels < patch:
+                raise StormError(
+                    f"max_pixels is {max_pixels}, and a visual token alone is {patch} pixels"
+                )
             least = min(video.size["shortest_edge"], max_pixels)
             video.size = {"shortest_edge": least, "longest_edge": max_pixels}
         return cls(model.to(place), processor, num_frames, latent_mode, cache_bytes, read)

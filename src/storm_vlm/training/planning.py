@@ -30,7 +30,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoVideoProcessor
 
 from storm_vlm.errors import InputError
-from storm_vlm.model.checkpoint import checkpoint_path
+from storm_vlm.model.checkpoint import checkpoint_path, loading
 from storm_vlm.training.plan_request import PlanRequest
 
 
@@ -79,11 +79,9 @@ def plan(backbone: str, request: PlanRequest) -> Plan:
         InputError: it is no Qwen2.5-VL.
     """
     backbone = checkpoint_path(backbone)
-    try:
+    with loading(backbone):
         config = AutoConfig.from_pretrained(backbone)
         video_processor = AutoVideoProcessor.from_pretrained(backbone)
-    except ValueError as error:
-        raise InputError(f"{backbone} is no backbone: {error}") from error
     return plan_config(config, video_processor, request)
 
 

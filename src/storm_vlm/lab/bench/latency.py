@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, Qwen2VLVideoProcessor
 
 from storm_vlm.data.atomic_write import write_json
+from storm_vlm.data.output import check_outputs
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import write_video
 from storm_vlm.errors import InputError
@@ -208,6 +209,7 @@ def bench_latency(
         ``prompt_tokens`` and ``visual_tokens``; ``frames`` shown and ``rounds`` an item.
     """
     torch_device(device)
+    check_outputs([results], [])
     with TemporaryDirectory() as folder:
         if shape == "micro":
             pipeline = StormPipeline.from_pretrained(str(shipped("storm")), device=device)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from storm_vlm.data.atomic_write import write_json
+from storm_vlm.data.output import check_outputs
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.model.device import torch_device
 from storm_vlm.model.latent import alignment_loss, answer_loss
@@ -164,6 +165,7 @@ def bench_train(
     torch.manual_seed(0)
     config = shape_config(shape)
     on_gpu = torch_device(device).type == "cuda"
+    check_outputs([results], [])
     model = random_model(config, budget, device, torch.bfloat16 if on_gpu else torch.float32)
     if checkpointing:
         enable = "activation_checkpointing_enable"  # its name from transformers 5.24
