@@ -199,7 +199,7 @@ def test_lines_that_hold_no_row_refuse_a_training_or_are_skipped(malformed: Path
     assert len(sound_rows(skipping, *scan_rows(malformed))) == 2
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "leaks", "gallery", "build", "analyze", "train"])
+@pytest.mark.parametrize("verb", ["evaluate", "leaks", "gallery", "build", "validate", "train"])
 def test_a_picture_is_no_file_of_rows(verb: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9)
@@ -208,7 +208,7 @@ def test_a_picture_is_no_file_of_rows(verb: str, tmp_path: Path) -> None:
         "leaks": (file, file),
         "gallery": (file,),
         "build": ("--source", file, "--out", tmp_path / "out"),
-        "analyze": (shipped("storm"), file, "--out", tmp_path / "out"),
+        "validate": (shipped("storm"), file, "--out", tmp_path / "out"),
         "train": ("sft", f"data={file}", f"output_dir={tmp_path / 'out'}"),
     }
     line = refused(verb, *arguments[verb])

@@ -48,9 +48,7 @@ def validate(
     """
     from storm_vlm.analysis.validate import validate as run
 
-    found = run(
-        checkpoint, rows, out, limit, retrieval_rows, decoder_rows, batch_size, max_errors
-    )
+    found = run(checkpoint, rows, out, limit, retrieval_rows, decoder_rows, batch_size, max_errors)
     if found is None:  # another process tells
         return
     if as_json:
