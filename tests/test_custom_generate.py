@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_model import EOS, TOKENS, left_pad, prompts, tiny_model
-from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import read_video, video_metadata
@@ -131,16 +131,3 @@ def test_without_slots_there_is_nothing_to_say(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "custom_generate").exists()
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == EOS
-
-
-def test_what_is_uploaded_has_it_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One call saves and uploads."""
-    uploaded: list[str] = []
-
-    def upload(self: Any, folder: Any, *args: Any, **kwargs: Any) -> None:
-        uploaded.extend(str(file.relative_to(folder)) for file in Path(folder).rglob("*.py"))
-
-    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
-    model = tiny_model()
-    model._upload_modified_files(tmp_path, "org/name", files_timestamps={})
-    assert uploaded == ["custom_generate/generate.py"]

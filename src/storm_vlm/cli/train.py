@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts.types import PositiveFloat
+from cyclopts.types import PositiveFloat, PositiveInt
 
 from storm_vlm.cli.terminal import Fields, Json, console, show, show_json
 from storm_vlm.training.plan_request import PlanRequest
@@ -33,6 +33,45 @@ def train(config: str, /, *overrides: str) -> None:
     named = MICRO_CONFIGS / f"{config}.yaml"
     path = named if named.exists() and not Path(config).exists() else config
     show(f"saved {run(load_config(path, overrides))}")
+
+
+def init(
+    base: str,
+    out: Path,
+    /,
+    *,
+    latent_budget: PositiveInt = 8,
+    num_frames: PositiveInt | None = None,
+    max_shard_size: str | None = None,
+) -> None:
+    """Make a base checkpoint one with latent tokens, untrained.
+
+    Args:
+        base: Folder or hub name.
+        out: A new folder.
+        latent_budget: K.
+        num_frames: Of a clip, recorded for whoever asks the model.
+        max_shard_size: Of a file of weights, e.g. 2GB; by default as the base has them.
+    """
+    from storm_vlm.training.initial import initial_checkpoint
+
+    show(f"saved {initial_checkpoint(base, out, latent_budget, num_frames, max_shard_size)}")
+
+
+def card(checkpoint: Path, /, *runs: Path) -> None:
+    """Write a checkpoint's model card: how it was made, and what these runs say of it.
+
+    Args:
+        checkpoint: Its folder; README.md is written anew.
+        runs: Runs of storm evaluate, or folders of runs.
+    """
+    from storm_vlm.evaluation.report import markdown, write_report
+    from storm_vlm.evaluation.run_folder import find_runs
+    from storm_vlm.training.card import write_card
+
+    report = markdown(write_report(find_runs(runs))) if runs else ""
+    results = report.partition("\n")[2].replace("\n## ", "\n### ")  # below a heading of its own
+    show(f"wrote {write_card(checkpoint, results)}")
 
 
 def plan(

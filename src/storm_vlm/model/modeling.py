@@ -26,6 +26,7 @@ from storm_vlm.model.backbones import BACKBONES, backbone
 from storm_vlm.model.checkpoint import ADAPTERS, CheckpointError, base_of, checkpoint_path, loading
 from storm_vlm.model.custom_generate import write_custom_generate
 from storm_vlm.model.generation import OPTIONS, LatentRolloutMixin, keep_latent_tokens
+from storm_vlm.model.model_card import keep_or_write_card
 from storm_vlm.model.tokens import LatentError, check_settings
 
 # Parameters. Threads wait for each other after every operation, and a small model's take less than the wait: on cores
@@ -77,17 +78,20 @@ class StormForConditionalGeneration(LatentRolloutMixin):
         return model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers' own; beside the weights, what those need who load them without this package.
-
-        See `storm_vlm.model.custom_generate`.
+        """As transformers' own; beside the weights come a model card, and what those need who load them without this
+        package (`storm_vlm.model.custom_generate`).
         """
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
-            write_custom_generate(self, Path(save_directory))
+            self._write_besides(Path(save_directory))
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        write_custom_generate(self, Path(working_dir))  # saving and uploading may be one call
+        self._write_besides(Path(working_dir))  # saving and uploading may be one call
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _write_besides(self, folder: Path) -> None:
+        write_custom_generate(self, folder)
+        keep_or_write_card(folder, self.name_or_path)
 
 
 def _stock(path: str, dtype: Any, kwargs: dict[str, Any]) -> Any:

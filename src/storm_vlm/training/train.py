@@ -36,6 +36,7 @@ from storm_vlm.model.backbones import backbone, unwrap
 from storm_vlm.model.checkpoint import load_processor
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.tokens import add_latent_tokens, has_latent_tokens
+from storm_vlm.training.card import write_card
 from storm_vlm.training.checkpoints import all_or_nothing, last_whole_checkpoint, set_torn_aside
 from storm_vlm.training.config import ConfigError, TrainConfig
 from storm_vlm.training.distillation import DistillationCollator, SelfDistilledTeacher
@@ -395,6 +396,7 @@ def _save(trainer: StormTrainer, processor: Any) -> None:
         model.save_pretrained(folder, state_dict=weights)
         unwrap(model).config.save_pretrained(folder)  # adapters know nothing of latent tokens
         processor.save_pretrained(folder)
+    write_card(output)
     write_json(output / "log_history.json", trainer.state.log_history)
     launched = trainer.accelerator.state
     processes = {
