@@ -76,6 +76,38 @@ def latent_tokens(config: Any) -> LatentTokens:
     return LatentTokens(*ids)  # type: ignore[arg-type]
 
 
+def check_settings(config: Any) -> None:
+    """Raises CheckpointError for `SETTINGS` that no training could have written."""
+    text = config.get_text_config()
+    known = [name for name in SETTINGS if getattr(config, name, None) is not None]
+    needed = [*_CONFIG_NAMES, "latent_budget"] if set(_CONFIG_NAMES) & set(known) else []
+    most = getattr(text, "max_position_embeddings", None) or float("inf")
+    ranges = {
+        **dict.fromkeys(_CONFIG_NAMES, (0, text.vocab_size - 1)),
+        "latent_budget": (0, most),
+        "num_frames": (1, float("inf")),
+        "latent_pause": (False, True),
+    }
+    for name in dict.fromkeys([*needed, *known]):
+        value, (low, high) = getattr(config, name, None), ranges[name]
+        if type(value) is not type(low) or not low <= value <= high:
+            raise CheckpointError(
+                f"config.json of {config.name_or_path or 'this model'}: {name} is {value!r}, not from {low} to "
+                f"{high}: copy the file again from where the model was trained"
+            )
+
+
+def check_tokenizer(config: Any, processor: Any) -> None:
+    """Raises CheckpointError where config and tokenizer have other ids for the latent tokens."""
+    ids = getattr(processor, "tokenizer", processor).convert_tokens_to_ids(list(LATENT_TOKENS))
+    known = [getattr(config, name, None) for name in _CONFIG_NAMES]
+    if known != ids:
+        raise CheckpointError(
+            f"{config.name_or_path or 'this model'}: config.json has the latent tokens' ids {known}, the tokenizer "
+            f"{ids}: copy both again from where the model was trained"
+        )
+
+
 def add_latent_tokens(model: Any, processor: Any, budget: int = 8, seed: int = 0) -> LatentTokens:
     """Teach model and processor the latent tokens; calling it again only sets the budget.
 
