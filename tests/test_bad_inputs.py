@@ -119,6 +119,9 @@ def test_an_address_of_no_server(address: str, reasoning_file: Path, tmp_path: P
         {"warmup_steps": -3},
         {"num_train_epochs": float("inf")},
         {"deepspeed": "gone.json"},
+        {"train_sampling_strategy": "longest"},
+        {"load_best_model_at_end": True},
+        {"dataloader_prefetch_factor": 0, "dataloader_num_workers": 1},
     ],
 )
 def test_numbers_of_training_that_cannot_be(setting: dict[str, Any], tmp_path: Path) -> None:

@@ -114,7 +114,9 @@ class TrainConfig(Settings):
     data: str = Field(
         description="A JSONL file of rows. Those of the split `validation` are for evaluations."
     )
-    output_dir: str = Field(description="Folder for checkpoints, curves and the trained model.")
+    output_dir: str = Field(
+        min_length=1, description="Folder for checkpoints, curves and the trained model."
+    )
     num_frames: int = Field(32, ge=1, description="Spread evenly over each clip.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of the weights; `auto` is the checkpoint's."

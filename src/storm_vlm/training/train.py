@@ -66,6 +66,8 @@ RANGES: dict[str, tuple[float, float]] = {
             "per_device_eval_batch_size",
             "eval_accumulation_steps",
             "save_total_limit",
+            "dataloader_prefetch_factor",
+            "torch_empty_cache_steps",
         ),
         (1, sys.maxsize),
     ),
@@ -76,6 +78,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
     "local_rank": (-1, sys.maxsize),
 }
+SAMPLING = ("random", "sequential", "group_by_length")
 # Fields of TrainingArguments that would be ignored, or fail.
 REFUSED = {
     "resume_from_checkpoint": "a run goes on by itself, from the last whole checkpoint of its own output_dir; to "
@@ -105,6 +108,7 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
     """
     if rows is None and not Path(config.data).is_file():
         raise ConfigError(f"data={config.data}: no such file: name a file of rows with data=FILE")
+    _refuse_other_model(Path(config.output_dir), config.model)
     with locked(Path(config.output_dir)):
         return _train(config, *(scan_rows(config.data) if rows is None else (rows, {})))
 
@@ -112,7 +116,6 @@ def train(config: TrainConfig, rows: list[Row] | None = None) -> Path:
 def _train(config: TrainConfig, rows: list[Row], malformed: dict[str, str]) -> Path:
     arguments = training_arguments(config)
     output = Path(config.output_dir)
-    _refuse_other_model(output, config.model)
     model_identity = checkpoint_identity(config.model, Store(output))
     inputs = {"rows": rows_identity(rows), "model": model_identity}
     if _finished(config, output, inputs):
@@ -424,12 +427,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         checked = TrainingArguments(**arguments)
     except Exception as error:  # of many kinds: it also reads files and looks for packages
         raise ConfigError(f"training: {type(error).__name__}: {error}") from error
-    if checked.max_steps < 0 and checked.num_train_epochs <= 0:
-        raise ConfigError("training: there is no step to take: set max_steps, or num_train_epochs")
-    if checked.max_steps > 0 and "num_train_epochs" in config.training:
-        raise ConfigError(
-            "training.num_train_epochs would be ignored beside training.max_steps: leave one out (max_steps=-1)"
-        )
+    _refuse_vain(checked, config.training)
     if "tensorboard" in (checked.report_to or ()) and not is_tensorboard_available():
         raise ConfigError("training.report_to: pip install tensorboard, or choose another")
     try:
@@ -437,10 +435,28 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             callback()
     except (ImportError, RuntimeError, ValueError) as error:  # unknown, or its package is missing
         raise ConfigError(f"training.report_to: {error}") from error
+    return checked
+
+
+def _refuse_vain(checked: TrainingArguments, given: Mapping[str, Any]) -> None:
+    """Raises ConfigError for fields that would be passed over in silence."""
+    if checked.max_steps < 0 and checked.num_train_epochs <= 0:
+        raise ConfigError("training: there is no step to take: set max_steps, or num_train_epochs")
+    if checked.train_sampling_strategy not in SAMPLING:
+        raise ConfigError(
+            f"training.train_sampling_strategy: {checked.train_sampling_strategy!r} is none of {', '.join(SAMPLING)}"
+        )
+    if checked.load_best_model_at_end and checked.eval_strategy == "no":
+        raise ConfigError(
+            "training.load_best_model_at_end does nothing without an evaluation: set training.eval_strategy, too"
+        )
+    if checked.max_steps > 0 and "num_train_epochs" in given:
+        raise ConfigError(
+            "training.num_train_epochs would be ignored beside training.max_steps: leave one out (max_steps=-1)"
+        )
     for name, reason in REFUSED.items():
         if getattr(checked, name) != TrainingArguments.__dataclass_fields__[name].default:
             raise ConfigError(f"training.{name}: {reason}")
-    return checked
 
 
 def _typed(training: dict[str, Any]) -> dict[str, Any]:
