@@ -13,12 +13,12 @@ from urllib.parse import quote
 from tqdm.auto import tqdm
 
 from storm_vlm.data.atomic_write import write_text
-from storm_vlm.data.check import sound_rows
+from storm_vlm.data.check import tell_faults
 from storm_vlm.data.jpeg import jpeg_uri
 from storm_vlm.data.json_objects import scan_objects
 from storm_vlm.data.output import check_outputs
 from storm_vlm.data.prompt import option_letter
-from storm_vlm.data.row import Row
+from storm_vlm.data.row import Row, scan_rows
 from storm_vlm.data.video import VideoError, read_frames, video_shape
 from storm_vlm.errors import StormError
 from storm_vlm.pages import render
@@ -37,7 +37,8 @@ def write_gallery(source: Path, out: Path | None = None, limit: int = 100) -> Pa
     file = _rows_file(source)
     out = out or file.with_suffix(".html")
     check_outputs([out], [file])
-    rows = sound_rows(file, None)
+    rows, faults = scan_rows(file)
+    tell_faults(faults, len(rows) + len(faults), file)
     rejects = [
         _reject(item)
         for path in (file.parent / "rejects.jsonl", file.with_suffix(".rejects.jsonl"))

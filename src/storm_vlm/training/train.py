@@ -320,6 +320,8 @@ def _refuse_other_model(output: Path, model: str) -> None:
     """Raises ConfigError where saving would overwrite a model that is no run of ours."""
     ours = (output / "train_config.yaml").exists()
     base = Path(model).expanduser()
+    if not output.is_dir():
+        return
     if (base.is_dir() and base.samefile(output)) or (model_files(output) and not ours):
         raise ConfigError(
             f"{output} holds a model, which would be overwritten: choose another output_dir"
