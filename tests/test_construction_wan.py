@@ -15,7 +15,8 @@ from tiny_wan import save_tiny_wan
 
 from storm_vlm.construction.build import run
 from storm_vlm.construction.config import BuildConfig
-from storm_vlm.construction.generators.wan import Wan, WanConfig, fit, load
+from storm_vlm.construction.generators.image_to_video import fit
+from storm_vlm.construction.generators.wan import Wan, WanConfig
 from storm_vlm.construction.types import Rejected, Request
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import read_video
@@ -32,7 +33,12 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def flf(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_wan(tmp_path_factory.mktemp("flf"), ends_at_a_frame=True)
+    return save_tiny_wan(tmp_path_factory.mktemp("flf"), "2.1 flf2v")
+
+
+@pytest.fixture(scope="module")
+def a14b(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_wan(tmp_path_factory.mktemp("a14b"), "2.2 a14b")
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +53,16 @@ def generator(model: str, seed: int = 0, **changes: Any) -> Wan:
 
 def stock(model: str, first: np.ndarray, last: np.ndarray | None, **changes: Any) -> np.ndarray:
     """The same video by diffusers alone."""
-    pipe = WanImageToVideoPipeline.from_pretrained(model)
+    return pipe_video(WanImageToVideoPipeline.from_pretrained(model), first, last, **changes)
+
+
+def pipe_video(
+    pipe: Any, first: np.ndarray, last: np.ndarray | None = None, **changes: Any
+) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     images = [None if frame is None else Image.fromarray(frame) for frame in (first, last)]
-    resized = [image and image.resize((48, 48), Image.Resampling.LANCZOS) for image in images]
+    size = changes.get("width", 48), changes.get("height", 48)
+    resized = [image and image.resize(size, Image.Resampling.LANCZOS) for image in images]
     arguments = {
         "negative_prompt": WanConfig.model_validate({}).negative_prompt,
         "height": 48,
@@ -96,7 +108,7 @@ def test_from_the_first_keyframe_to_the_last(flf: str, wan: str, request_: Reque
     with pytest.raises(Rejected, match="two keyframes"):
         one = Request(request_.row, frames[:1], PROMPT)
         generator(flf, conditioning="first_last").determined_by(one)
-    with pytest.raises(StormError, match="FLF2V"):
+    with pytest.raises(StormError, match="cannot end at a given frame"):
         generator(wan, conditioning="first_last").imagine(request_)
 
 
@@ -114,7 +126,7 @@ def test_a_lora_is_loaded(wan: str, request_: Request, tmp_path: Path) -> None:
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    pipe = load(generator(wan).config)
+    pipe = generator(wan).load()
     pipe.transformer.add_adapter(
         LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
     )
@@ -125,8 +137,72 @@ def test_a_lora_is_loaded(wan: str, request_: Request, tmp_path: Path) -> None:
     assert not np.array_equal(plain, distilled)
 
 
+def test_wan_22_a14b_has_two_transformers(a14b: str, request_: Request) -> None:
+    """Each with a guidance of its own; it may end at a picture, and need not."""
+    first, second, third = request_.keyframes
+    steps = {"steps": 3, "flow_shift": 3.0}
+    few = {"num_inference_steps": 3}
+    made = generator(a14b, **steps).imagine(request_)
+    np.testing.assert_array_equal(made.frames, stock(a14b, first, None, **few))
+    assert made.fps == 16
+    made = generator(a14b, guidance_2=1.5, **steps).imagine(request_).frames
+    np.testing.assert_array_equal(made, stock(a14b, first, None, guidance_scale_2=1.5, **few))
+    made = generator(a14b, conditioning="first_last", **steps).imagine(request_).frames
+    np.testing.assert_array_equal(made, stock(a14b, first, third, **few))
+    made = generator(a14b, conditioning="chain", **steps).imagine(request_).frames
+    expected = [stock(a14b, first, second, **few)[:-1], stock(a14b, second, third, **few)]
+    np.testing.assert_array_equal(made, np.concatenate(expected))
+    one = Request(request_.row, request_.keyframes[:1], PROMPT)
+    assert len(generator(a14b, conditioning="chain", **steps).imagine(one).frames) == 9
+
+
+def test_wan_22_a14b_takes_two_loras_or_none(
+    a14b: str, wan: str, request_: Request, tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    for name, seed in (("high", 1), ("low", 2)):
+        pipe = generator(a14b).load()
+        torch.manual_seed(seed)
+        adapter = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        pipe.transformer.add_adapter(adapter)
+        weights = get_peft_model_state_dict(pipe.transformer)
+        weights = {key: tensor * 20 for key, tensor in weights.items()}
+        WanImageToVideoPipeline.save_lora_weights(
+            tmp_path, transformer_lora_layers=weights, weight_name=f"{name}.safetensors"
+        )
+    files = {"lora": str(tmp_path), "lora_file": "high.safetensors"}
+    both = files | {"lora_file_2": "low.safetensors"}
+    made = generator(a14b, **both, steps=3).imagine(request_).frames
+    pipe = WanImageToVideoPipeline.from_pretrained(a14b)
+    pipe.load_lora_weights(tmp_path, weight_name="high.safetensors")
+    one = pipe_video(pipe, request_.keyframes[0], num_inference_steps=3)
+    pipe.load_lora_weights(tmp_path, weight_name="low.safetensors", load_into_transformer_2=True)
+    np.testing.assert_array_equal(
+        made, pipe_video(pipe, request_.keyframes[0], num_inference_steps=3)
+    )
+    assert not np.array_equal(made, one)
+    for half in (files, {"lora_2": str(tmp_path), "lora_file_2": "low.safetensors"}):
+        with pytest.raises(StormError, match="two transformers"):
+            generator(a14b, **half).imagine(request_)
+    for second in ({"lora_file_2": "low.safetensors"}, {"guidance_2": 2.0}):
+        with pytest.raises(StormError, match="one transformer"):
+            generator(wan, **second).imagine(request_)
+
+
+def test_wan_22_5b_has_a_rate_and_a_size_of_its_own(request_: Request, tmp_path: Path) -> None:
+    small = save_tiny_wan(tmp_path, "2.2 5b")
+    made = generator(small, area=80 * 80).imagine(request_)
+    assert made.fps == 24 and made.frames.shape == (9, 64, 64, 3)  # 80 is no multiple of 32
+    expected = stock(small, request_.keyframes[0], None, height=64, width=64)
+    np.testing.assert_array_equal(made.frames, expected)
+    with pytest.raises(StormError, match="cannot end at a given frame"):
+        generator(small, conditioning="first_last", area=80 * 80).imagine(request_)
+
+
 def test_precision_is_the_model_card_s(wan: str) -> None:
-    pipe = load(generator(wan, dtype="bfloat16").config)
+    pipe = generator(wan, dtype="bfloat16").load()
     assert pipe.vae.dtype == pipe.image_encoder.dtype == torch.float32
     assert pipe.transformer.dtype == pipe.text_encoder.dtype == torch.bfloat16
 

@@ -1,6 +1,7 @@
-"""A Wan 2.1 of a few thousand random weights, in the folder layout of the published checkpoints."""
+"""Wans of a few thousand random weights, in the folder layouts of the published checkpoints."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import (
@@ -21,8 +22,11 @@ from transformers import (
 HIDDEN = 16
 
 
-def save_tiny_wan(folder: Path, ends_at_a_frame: bool = False) -> str:
-    """`ends_at_a_frame`: as an FLF2V checkpoint, which is led to a last picture."""
+Kind = Literal["2.1", "2.1 flf2v", "2.2 a14b", "2.2 5b"]
+
+
+def save_tiny_wan(folder: Path, kind: Kind = "2.1") -> str:
+    """FLF2V is led to a last picture; A14B has two transformers; 5B a VAE of its own and a time for each token."""
     torch.manual_seed(0)
     tokenizer = tiny_processor().tokenizer
     text = UMT5Config(
@@ -42,31 +46,46 @@ def save_tiny_wan(folder: Path, ends_at_a_frame: bool = False) -> str:
         image_size=32,
         patch_size=16,
     )
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=36,
-        out_channels=16,
-        text_dim=HIDDEN,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        image_dim=HIDDEN,
-        pos_embed_seq_len=2 * 5
-        if ends_at_a_frame
-        else None,  # two pictures of 4 patches and a class
-        rope_max_seq_len=32,
-    )
+    small = kind == "2.2 5b"
+
+    def transformer() -> WanTransformer3DModel:
+        return WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=8 if small else 36,
+            out_channels=8 if small else 16,
+            text_dim=HIDDEN,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=2,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            image_dim=HIDDEN if kind.startswith("2.1") else None,
+            # two pictures of 4 patches and a class
+            pos_embed_seq_len=2 * 5 if kind == "2.1 flf2v" else None,
+            rope_max_seq_len=32,
+        )
+
+    of_small = {
+        "is_residual": True,
+        "patch_size": 2,
+        "in_channels": 12,
+        "out_channels": 12,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * 8,
+        "latents_std": [1.0] * 8,
+    }
     vae = AutoencoderKLWan(
         base_dim=4,
-        z_dim=16,
+        z_dim=8 if small else 16,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
+        **(of_small if small else {}),
     )
+    two = kind == "2.2 a14b"
+    old = kind.startswith("2.1")
     WanImageToVideoPipeline(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(text),
@@ -74,8 +93,13 @@ def save_tiny_wan(folder: Path, ends_at_a_frame: bool = False) -> str:
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32),
-        image_encoder=CLIPVisionModel(vision),
-        transformer=transformer,
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+        if old
+        else None,
+        image_encoder=CLIPVisionModel(vision) if old else None,
+        transformer=transformer(),
+        transformer_2=transformer() if two else None,
+        boundary_ratio=0.9 if two else None,
+        expand_timesteps=small,
     ).save_pretrained(folder)
     return str(folder)
