@@ -20,7 +20,7 @@ from storm_vlm.construction.prompts import Keyframes, ReasoningPlan, VideoPrompt
 from storm_vlm.construction.teacher import BudgetReached, TeacherClient
 from storm_vlm.data.store import Store
 from storm_vlm.errors import StormError
-from storm_vlm.inference.client import UnansweredError
+from storm_vlm.inference.client import EndpointError, UnansweredError
 
 MESSAGES = [{"role": "user", "content": "which frames?"}]
 GOOD = '{"selected": [3, 1]}'
@@ -165,6 +165,18 @@ def test_a_refusal_is_not_argued_with(tmp_path: Path) -> None:
 def test_a_wrong_key_stops_everything(tmp_path: Path) -> None:
     with BadTeacher(status(401)) as server, pytest.raises(StormError, match="refuses the request"):
         ask(make(server, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(429, "insufficient_quota"), (429, "billing_hard_limit"), (400, "Arrearage")],
+)
+def test_an_empty_account_is_no_rate_limit(code: int, error: str, tmp_path: Path) -> None:
+    with BadTeacher(status(code, error, Retry_After="0.01")) as server:
+        with pytest.raises(EndpointError, match=f"wants money.*{error}.*mend the account"):
+            ask(make(server, tmp_path))
+        server.script = [status(429, "rate_limit_exceeded", Retry_After="0.01"), GOOD]
+        assert ask(make(server, tmp_path)).status == "ok"
 
 
 def test_no_key_is_needed_but_for_the_default_endpoint(

@@ -25,6 +25,7 @@ SHOWN = 300  # characters of what a server or a model wrote, in a message
 #: Settings that some models do not take, and what they take instead. A 400 that names one decides, once.
 DISPENSABLE = {"max_tokens": "max_completion_tokens", "temperature": "", "response_format": ""}
 _UNSUPPORTED = re.compile(r"support|unknown|unrecognized|not permitted|not allowed", re.IGNORECASE)
+_UNPAID = re.compile(r"insufficient.?(?:quota|balance|credit|fund)|billing|arrear", re.IGNORECASE)
 _MODERATION = re.compile(r"moderat|content|safety|policy|flagged|inspection", re.IGNORECASE)
 
 
@@ -81,6 +82,11 @@ def _text(content: Any) -> str:
 def _told(error: APIStatusError) -> str:
     """What the server says, its code first."""
     return f"{error.code}: {error}" if error.code else str(error)
+
+
+def _is_unpaid(error: APIStatusError) -> bool:
+    """By the code alone: what a rate limit says often mentions quota and billing, too."""
+    return bool(_UNPAID.search(f"{error.code} {error.type}"))
 
 
 class Endpoint:
@@ -144,6 +150,8 @@ class Endpoint:
                 openai.InternalServerError,
             ) as error:
                 self.silence += 1
+                if isinstance(error, openai.RateLimitError) and _is_unpaid(error):
+                    raise self._verdict(error) from error
                 raise UnansweredError(f"{self.name}: {type(error).__name__}: {error}") from error
             except openai.APIStatusError as error:
                 if not self._does_without(sent, error):
@@ -163,6 +171,10 @@ class Endpoint:
 
     def _verdict(self, error: APIStatusError) -> StormError:
         status, told = error.status_code, _told(error)
+        if _is_unpaid(error):
+            return EndpointError(
+                f"{self.name} wants money, waiting does not help: {told[:SHOWN]}; mend the account, then run again"
+            )
         self.silence = 0 if status not in (401, 402, 403, 404, 405) else self.silence
         if status in (401, 402, 404, 405) or (status == 403 and not _MODERATION.search(told)):
             return EndpointError(
