@@ -129,6 +129,13 @@ def test_every_published_layout_is_read(layout: str, whole: Path, tmp_path: Path
         line |= {"prompt": "…", "ground_truth_video_path": name}
         line["metadata_json"] = (folder / "metadata.json").read_text()
         source.write_text(json.dumps(line) + "\n")
+        import pyarrow
+        import pyarrow.parquet
+
+        table = tmp_path / "metadata.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([line]), table)
+        ((again,), _) = imported(table, tmp_path, **options)
+        assert again == imported(source, tmp_path, **options)[0][0]
     else:
         source = folder / "metadata.json"
         options = {"videos": tmp_path}

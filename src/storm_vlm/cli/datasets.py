@@ -32,7 +32,7 @@ def import_command(
     """Make rows of a data set; what is wrong goes to OUT.rejects.jsonl with the reason.
 
     Args:
-        source: A JSON or JSONL file of the data set; a folder or a tar of such files, or of samples.
+        source: A JSON, JSONL or parquet file of the data set; a folder or a tar of such files, or of samples.
         out: The JSONL file of rows to write.
         videos: What the source's video names are relative to; by default SOURCE, if that is a folder. A tar is
             unpacked into it.

@@ -1,4 +1,4 @@
-"""The objects of a source: of a JSON file, of a folder of JSON files and samples, of tars of such folders.
+"""The objects of a source: of a JSON or parquet file, of a folder of such files and samples, of tars of such folders.
 
 A sample is a folder with a `metadata.json` of its own, as the generators of VBVR write it: one object with `folder`
 (absolute), `files` (all in it, relative to it), `metadata` and `prompt`.
@@ -36,10 +36,27 @@ def source_objects(source: Path, videos: Path) -> Iterator[tuple[str, Any]]:
             yield found
         if empty:
             raise InputError(
-                f"{source}: holds no JSON file, no tar and no folder with a metadata.json"
+                f"{source}: holds no JSON or parquet file, no tar and no folder with a metadata.json"
             )
+    elif source.suffix == ".parquet":
+        rows = enumerate(read_parquet(source), start=1)
+        yield from ((f"{source}: row {number}", row) for number, row in rows)
     else:
         yield from read_objects(source)
+
+
+def read_parquet(file: Path) -> Iterator[dict[str, Any]]:
+    """Its rows, a batch at a time in memory. Raises InputError."""
+    try:
+        import pyarrow  # comes with `datasets`
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise InputError(f"{file}: parquet needs pip install 'storm-vlm[eval]'") from error
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{file}: not whole parquet ({error}): download it again") from error
 
 
 def _within(folder: Path, videos: Path) -> Iterator[tuple[str, Any]]:
@@ -51,7 +68,7 @@ def _within(folder: Path, videos: Path) -> Iterator[tuple[str, Any]]:
     for entry in entries:
         if entry.is_dir():
             yield from _within(entry, videos)
-        elif entry.name.endswith((".json", ".jsonl", *TARS)):
+        elif entry.name.endswith((".json", ".jsonl", ".parquet", *TARS)):
             yield from source_objects(entry, videos)
 
 

@@ -19,6 +19,7 @@ from storm_vlm.data.atomic_write import in_one_step
 from storm_vlm.data.json_objects import read_json, read_objects
 from storm_vlm.data.row import Row, RowError
 from storm_vlm.datasets.parse import bare_options
+from storm_vlm.datasets.sources import read_parquet
 from storm_vlm.errors import AccessError, InputError
 
 if TYPE_CHECKING:
@@ -110,16 +111,7 @@ def read_entries(file: Path) -> Iterator[Entry]:
         entries = read_json(file)
         yield from entries if isinstance(entries, list) else [entries]
     else:
-        try:
-            import pyarrow  # comes with `datasets`
-            import pyarrow.parquet as parquet
-        except ImportError as error:
-            raise InputError(f"{file}: parquet needs pip install 'storm-vlm[eval]'") from error
-        try:
-            for batch in parquet.ParquetFile(file).iter_batches():
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{file}: not whole parquet ({error}): download it again") from error
+        yield from read_parquet(file)
 
 
 class Videos:
