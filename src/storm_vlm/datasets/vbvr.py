@@ -198,9 +198,9 @@ def sliding_puzzle(parameters: Fields) -> Iterator[Candidate]:
     size, tiles = int(parameters["size"]), parameters["objects"]
     boards: list[Board] = []
     for when in ("initial_position", "target_position"):
-        cells = {tuple(tile[when]): int(tile["value"]) for tile in tiles}
+        cells = {(int(tile[when][0]), int(tile[when][1])): int(tile["value"]) for tile in tiles}
         boards.append(tuple(cells[divmod(i, size)] for i in range(size * size)))
-    ways = shortest_ways(*boards, size)
+    ways = shortest_ways(boards[0], boards[1], size)
     if len(ways) != 1:
         raise Skipped("sliding puzzle: several ways are as short")
     (way,) = ways
