@@ -19,6 +19,7 @@ from storm_vlm.cli import (
     answer,
     bench,
     build,
+    controls,
     datasets,
     doctor,
     evaluate,
@@ -73,6 +74,7 @@ app.command(report.report_runs, name="report", group=EVALUATION)
 app.command(train.card, group=EVALUATION)
 app.command(evaluate.lmms_task, group=EVALUATION)
 app.command(validate.validate, group=EVALUATION)
+app.command(controls.controls, group=TRAINING)
 app.command(lab.world, group=LAB)
 app.command(lab.pretrain, group=LAB)
 app.command(lab.reproduce, group=LAB)
