@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from tiny_model import BUDGET, labels_for, left_pad, prompts, tiny_model
 
+from storm_vlm.lab.bench.questions import bench_questions
 from storm_vlm.lab.bench.training_step import bench_train, naive_rollout, random_batch, shape_config
 from storm_vlm.model.rollout import rollout
 
@@ -40,3 +41,11 @@ def test_it_writes_ratios_of_one_run(tmp_path: Path) -> None:
         assert ratios["naive_over_stage2"]["median"] > 0 and ratios["memory_over_sft"] is None
         seconds = ratios["seconds"]
         assert set(seconds) == {"sft", "stage1", "stage2", "naive"} and min(seconds.values()) > 0
+
+
+def test_questions_about_one_clip_are_measured_with_and_without_what_they_share(tmp_path) -> None:
+    out = tmp_path / "questions.json"
+    found = bench_questions("micro", "cpu", 2, 4, 8, 2, out)
+    assert json.loads(out.read_text()) == {"micro cpu": found}
+    assert found["same_answers"] == found["items"] == 8
+    assert found["ratio"]["median"] > 1

@@ -257,22 +257,28 @@ def test_an_endpoint_that_refuses_is_told_from_one_that_is_not_there(rows) -> No
 
 
 def test_frames_are_kept_on_disk(rows, tmp_path: Path) -> None:
-    cached = Frames(6, FrameCache(tmp_path / "cache"))
-    first, again, plain = cached.read(rows[0]), cached.read(rows[0]), FRAMES.read(rows[0])
-    assert first is not None and again is not None and plain is not None
+    cache, asked = FrameCache(tmp_path / "cache"), (rows[0].video, 6, rows[0].start, rows[0].end)
+    first, again, plain = cache(*asked), cache(*asked), FRAMES.read(rows[0])
+    assert plain is not None
     (file,) = (tmp_path / "cache").glob("frames/*/*")
     for clip in (first, again):
         np.testing.assert_array_equal(clip.frames, plain.frames)
         np.testing.assert_array_equal(clip.timestamps, plain.timestamps)
     other = {"frames": plain.frames[::-1].copy(), "timestamps": plain.timestamps}
     save_file(other, file)
-    kept = cached.read(rows[0])
-    assert kept is not None and (kept.frames == plain.frames[::-1]).all()  # it is what is read
+    assert (cache(*asked).frames == plain.frames[::-1]).all()  # it is what is read
     for damage in (b"", file.read_bytes()[:-40], b"\xff" * 400):  # made again
         file.write_bytes(damage)
-        kept = cached.read(rows[0])
-        assert kept is not None and (kept.frames == plain.frames).all()
-    assert cached.window(rows[0].video, 2, 0.0, 1.0).timestamps.tolist() == [0.0, 1.0]
+        assert (cache(*asked).frames == plain.frames).all()
+    assert cache(rows[0].video, 2, 0.0, 1.0).timestamps.tolist() == [0.0, 1.0]
+
+
+def test_the_last_clip_is_not_read_again(rows) -> None:
+    frames = Frames(6)
+    first, again, other = frames.read(rows[0]), frames.read(rows[0]), frames.read(rows[1])
+    assert first is again and other is not first
+    assert frames.read(rows[0]) is not first
+    assert frames == Frames(6)
 
 
 def test_a_bound_on_pixels_makes_fewer_tokens(rows) -> None:

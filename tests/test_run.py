@@ -13,6 +13,7 @@ from scripted_endpoint import serving
 
 from storm_vlm import StormPipeline
 from storm_vlm.data.row import read_rows, write_rows
+from storm_vlm.data.video import Clip, read_video
 from storm_vlm.errors import StormError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS
 from storm_vlm.evaluation.question_set import QuestionSet
@@ -22,6 +23,7 @@ from storm_vlm.evaluation.summary import summarize
 from storm_vlm.inference.frames import Frames
 from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.lab.checkpoints import shipped
+from storm_vlm.lab.world.clips import build_world
 
 FRAMES = Frames(6)
 
@@ -59,6 +61,24 @@ def content(folder: Path) -> dict[str, Any]:
         r.id: (r.correct, r.error, r.reply and (r.reply.text, r.reply.tokens, r.reply.frame_times))
         for r in read_records(folder)
     }
+
+
+def test_rows_about_one_clip_are_asked_together_and_kept_in_their_order(storm, tmp_path) -> None:
+    rows = read_rows(build_world(tmp_path, "reasoning", "test", 3, questions=3))
+    scattered = [row for i in range(3) for row in rows[i::3]]
+    reads: list[str] = []
+
+    def read(path: str, *window: Any) -> Clip:
+        reads.append(path)
+        return read_video(path, *window)
+
+    frames = Frames(6, read)
+    folder = tmp_path / "run"
+    finished = run(folder, Latent(storm, frames), QuestionSet(scattered, frames), {}, 2)
+    assert [record.id for record in finished.records] == [row.id for row in scattered]
+    assert reads == list(dict.fromkeys(row.video for row in rows))
+    alone = [storm.answer_batch([row])[0].text for row in scattered]
+    assert [record.reply and record.reply.text for record in finished.records] == alone
 
 
 def test_every_row_has_a_record_and_a_missing_video_is_counted(whole, rows_file) -> None:

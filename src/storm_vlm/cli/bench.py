@@ -85,6 +85,31 @@ def latency(
 
 
 @app.command
+def questions(
+    *,
+    shape: Shape = "micro",
+    device: Device = "cpu",
+    clips: PositiveInt = 32,
+    asked: Annotated[int, Parameter("--questions", validator=validators.Number(gte=2, lte=4))] = 4,
+    batch_size: PositiveInt = 32,
+    rounds: PositiveInt = 5,
+    results: Results = None,
+) -> None:
+    """Items a second where several questions are about one clip, against a clip for each.
+
+    Args:
+        shape: micro: the shipped model; else random weights and a synthetic clip.
+        clips: Asked about in every round.
+        asked: Questions about each.
+        batch_size: Rows at a time.
+        rounds: Each of both ways.
+    """
+    from storm_vlm.lab.bench.questions import bench_questions
+
+    show_json(bench_questions(shape, device, clips, asked, batch_size, rounds, results))
+
+
+@app.command
 def scale(
     *,
     sizes: Annotated[list[PositiveInt] | None, Parameter("--rows", negative="")] = None,

@@ -149,16 +149,13 @@ class StormCollator:
         ``video_grid_thw`` (videos, 3) and ``second_per_grid_ts`` (videos,), in row order. Equal to
         what the stock processor returns for the same text and clips.
         """
-        prompts, videos = [], []
-        for item in questions:
-            num_videos = 0 if item.video is None else 1
-            messages = build_messages(item.question, item.options, num_videos)
-            prompt = render_prompt(self.processor, messages, latent_mode)
-            if item.video is not None:
-                video = self._video(item)
-                prompt = expand_video(self.processor, prompt, video["video_grid_thw"][0])
-                videos.append(video)
-            prompts.append(prompt)
+        return self.collate(*self.prompts(questions, latent_mode))
+
+    def collate(
+        self, prompts: list[str], videos: Sequence[dict[str, Tensor] | None]
+    ) -> dict[str, Tensor]:
+        """What :meth:`collate_prompts` makes of :meth:`prompts`."""
+        shown = [video for video in videos if video is not None]
         tokens = self._tokenize(prompts, padding_side="left")
         input_ids: Tensor = tokens["input_ids"]
         batch = {
@@ -166,9 +163,28 @@ class StormCollator:
             "attention_mask": tokens["attention_mask"],
             "mm_token_type_ids": 2 * (input_ids == self.processor.video_token_id).long(),
         }
-        for name in videos[0] if videos else ():
-            batch[name] = torch.cat([video[name] for video in videos])
+        for name in shown[0] if shown else ():
+            batch[name] = torch.cat([video[name] for video in shown])
         return batch
+
+    def prompts(
+        self, questions: Sequence[Row | Question], latent_mode: LatentMode
+    ) -> tuple[list[str], list[dict[str, Tensor] | None]]:
+        """The text of each, and the tensors of its clip: one object for all questions about it, None for none."""
+        clips: dict[Any, dict[str, Tensor]] = {}
+        prompts, videos = [], []
+        for item in questions:
+            video = None
+            messages = build_messages(item.question, item.options, int(item.video is not None))
+            prompt = render_prompt(self.processor, messages, latent_mode)
+            if item.video is not None:
+                in_memory = isinstance(item.video, Clip)
+                clip = id(item.video) if in_memory else (item.video, item.start, item.end)
+                video = clips[clip] = clips.get(clip) or self._video(item)
+                prompt = expand_video(self.processor, prompt, video["video_grid_thw"][0])
+            prompts.append(prompt)
+            videos.append(video)
+        return prompts, videos
 
     def _tokenize(self, texts: list[str], padding_side: Literal["left", "right"]) -> Any:
         return self.processor.tokenizer(

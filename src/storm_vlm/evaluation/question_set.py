@@ -132,6 +132,14 @@ class QuestionSet:
         return hashlib.sha256("\n".join(dumps).encode()).hexdigest()[:16]
 
 
+def by_clip(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows about each clip: asked one after the other, they share what was read of it."""
+    clips: dict[tuple[str, float | None, float | None], list[Row]] = {}
+    for row in rows:
+        clips.setdefault((row.video, row.start, row.end), []).append(row)
+    return list(clips.values())
+
+
 def answer_rows(
     reasoner: Reasoner, questions: QuestionSet, rows: Sequence[Row], batch_size: int
 ) -> Iterator[list[Record]]:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.data.identity import clip_identity
 from storm_vlm.data.output import exclusive
-from storm_vlm.evaluation.question_set import QuestionSet, answer_rows
+from storm_vlm.evaluation.question_set import QuestionSet, answer_rows, by_clip
 from storm_vlm.evaluation.run_folder import (
     Run,
     RunError,
@@ -65,9 +65,8 @@ def run(
                 "%s: %d of %d answers were there already", folder, len(done), len(questions.rows)
             )
         state.wait_for_everyone()  # all know what is left
-        left = [row for row in questions.rows if row.id not in done][
-            state.process_index :: state.num_processes
-        ]
+        clips = by_clip([row for row in questions.rows if row.id not in done])
+        left = [row for clip in clips[state.process_index :: state.num_processes] for row in clip]
         with (folder / f"answers-{state.process_index}.jsonl").open("a", encoding="utf-8") as file:
             bar = tqdm(total=len(left), desc="rows", disable=not state.is_main_process)
             for records in answer_rows(reasoner, questions, left, batch_size):

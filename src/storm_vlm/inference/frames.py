@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -45,9 +46,18 @@ class Frames:
 
     num_frames: int
     window: Reader = read_video  #: or a `FrameCache`
+    _last: dict[tuple[Any, ...], Clip] = field(default_factory=dict, compare=False, repr=False)
 
     def read(self, question: QuestionLike) -> Clip | None:
-        """None for a question without a video. Raises VideoError."""
+        """None for a question without a video; the same clip again where the last question was about it, too.
+
+        Raises VideoError.
+        """
         if question.video is None or isinstance(question.video, Clip):
             return question.video
-        return self.window(question.video, self.num_frames, question.start, question.end)
+        asked = (question.video, self.num_frames, question.start, question.end)
+        if asked not in self._last:
+            clip = self.window(*asked)
+            self._last.clear()
+            self._last[asked] = clip
+        return self._last[asked]

@@ -18,6 +18,7 @@ from storm_vlm.data.prompt import LatentMode
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip, read_video
 from storm_vlm.errors import InputError, StormError
+from storm_vlm.inference.shared_prefix import read_prefixes
 from storm_vlm.inference.timing import Phases
 from storm_vlm.model.backbones import input_device
 from storm_vlm.model.checkpoint import load_processor
@@ -63,6 +64,8 @@ OWNED = {
     "num_return_sequences": "ask once for each answer, or call the model's own generate",
     "num_beams": "latent slots are recorded along one beam; call the model's own generate for beams",
 }
+#: Not to be had with a cache that is there already.
+UNSHARED = {"num_beams", "use_cache", "cache_implementation", "past_key_values", "assistant_model"}
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ class StormPipeline:
     def answer_batch(
         self, questions: Sequence[Question | Row], max_new_tokens: int = 32, **generate_kwargs: Any
     ) -> list[Answer]:
-        """Answers to a batch, equal to asking one by one.
+        """Answers to a batch, equal to asking one by one. Questions about one clip share what they can.
 
         They are greedy (`GREEDY`), unless `generate_kwargs` say otherwise: the checkpoint's generation_config.json
         decides on the end of a turn alone. Raises InputError for one of `generate_kwargs` that is in `OWNED`, and
@@ -191,15 +194,21 @@ class StormPipeline:
         """
         self.check_kwargs(generate_kwargs)
         began = time.perf_counter()
-        inputs = self.collator.collate_prompts(questions, self.latent_mode)
-        check_length(self.model.config, inputs["input_ids"].shape[1])
-        device = input_device(self.model)
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        prompts, videos = self.collator.prompts(questions, self.latent_mode)
+        ids: list[list[int]] = self.processor.tokenizer(prompts)["input_ids"]
+        check_length(self.model.config, max(map(len, ids)))
         ready = time.perf_counter()
         latent = self.latent_mode != "off"
         # Pads and the end; where the model may open the segment itself, the start, too.
         segment = self.collator.latent_budget + (1 if self.latent_mode == "force" else 2)
         with Phases(self.model) as phases:
+            inputs = None
+            if not UNSHARED & generate_kwargs.keys():
+                inputs = read_prefixes(self.model, self.processor, ids, videos)
+            if inputs is None:
+                device = input_device(self.model)
+                batch = self.collator.collate(prompts, videos)
+                inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             output = self.model.generate(
                 **inputs,
                 **{
@@ -219,7 +228,7 @@ class StormPipeline:
         forced = output.forced_end.tolist() if latent else [False] * len(texts)
         opened = self._opened(new_ids)
         counts = count_written(self.model, new_ids)
-        prompts, visual = prompt_sizes(self.processor, inputs)
+        lengths, visual = prompt_sizes(self.processor, inputs)
         return [
             Answer(
                 text.strip(),
@@ -228,7 +237,7 @@ class StormPipeline:
                 forced[i],
                 opened[i],
                 counts[i],
-                prompts[i],
+                lengths[i],
                 visual[i],
                 seconds,
             )

@@ -15,7 +15,8 @@ from storm_vlm.model.backbones import input_device
 class Phases:
     """Around one call of ``model.generate``; then `split` tells its phases apart.
 
-    The first forward reads the prompt; every later one reads one token a row.
+    The last forwards, one a new token, read the end of the prompt and then a token a row; others before them read
+    what prompts have in common.
     """
 
     def __init__(self, model: Any) -> None:
@@ -46,13 +47,14 @@ class Phases:
         """
         pad = getattr(self.model.config, "latent_pad_token_id", None)
         fed = (new_ids == -1 if pad is None else new_ids == pad).any(0).tolist()
-        spans = [after - before for before, after in pairwise(self.forwards)]
+        read = len(self.forwards) - new_ids.shape[1]  # the forward that ends the prompts
+        spans = [after - before for before, after in pairwise(self.forwards[read:])]
         latent = sum(span for span, is_slot in zip(spans, fed, strict=False) if is_slot)
         return {
             "vision": self.vision,
-            "prefill": self.forwards[0] - self.began - self.vision,
+            "prefill": self.forwards[read] - self.began - self.vision,
             "latent": latent,
-            "answer": self.ended - self.forwards[0] - latent,
+            "answer": self.ended - self.forwards[read] - latent,
         }
 
     def _now(self) -> float:
