@@ -80,9 +80,10 @@ def test_the_compute_matched_arm_takes_as_many_flops(study: Study) -> None:
 
 
 def test_a_chain_is_the_plan_and_its_answer_is_found(reasoning_rows: list[Row]) -> None:
-    row = reasoning_rows[0].model_copy(update={"options": ("a1", "b2"), "answer": "b2"})
+    changes = {"options": ("a1", "b2"), "answer": "b2", "plan": "It turns. The answer is b2."}
+    row = reasoning_rows[0].model_copy(update=changes)
     taught = chain(row)
-    assert taught.answer == f"<think>{row.plan}</think><answer>B</answer>" and not taught.options
+    assert taught.answer == "<think>It turns.</think><answer>B</answer>" and not taught.options
     assert "A. a1\nB. b2" in taught.question and is_correct(taught.answer, row)
     assert chain(row.model_copy(update={"plan": None})).answer == "<answer>B</answer>"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from storm_vlm.analysis.controls import chain as chain_of
 from storm_vlm.data.answer import is_correct
 from storm_vlm.data.row import Row
 from storm_vlm.inference.pipeline import StormPipeline
@@ -16,7 +17,6 @@ from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.experiment import (
     LONGEST_ANSWER,
     Size,
-    _chain,
     build_data,
     read_results,
     run_arm,
@@ -49,7 +49,7 @@ def test_a_chain_of_thought_is_the_plan_and_its_answer_is_what_the_scorer_reads(
 ) -> None:
     pipeline = StormPipeline.from_pretrained(str(shipped("backbone")))
     for row in reasoning_rows:
-        chain = _chain(row)
+        chain = chain_of(row).answer
         assert is_correct(chain, row) and chain.count(row.answer) >= 1
         assert not is_correct(chain.replace(f"<answer>{row.answer}", "<answer>nothing"), row)
         assert len(pipeline.processor.tokenizer(chain)["input_ids"]) < LONGEST_ANSWER

@@ -213,7 +213,8 @@ def longer(config: TrainConfig, ratio: float) -> dict[str, Any]:
 def chain(row: Row) -> Row:
     """The row with its plan as a chain of thought, and the answer where the scorer looks for it."""
     answer = f"<answer>{answer_text(row)}</answer>"
-    thought = f"<think>{row.plan}</think>" if row.plan else ""
+    plan = (row.plan or "").removesuffix(f" The answer is {row.answer}.")
+    thought = f"<think>{plan}</think>" if plan else ""
     asked = question_text(row.question, row.options)
     return row.model_copy(update={"question": asked, "options": (), "answer": thought + answer})
 

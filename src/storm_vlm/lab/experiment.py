@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from storm_vlm.analysis.controls import chain
 from storm_vlm.analysis.reliance import tamper
 from storm_vlm.data.atomic_write import in_one_step
-from storm_vlm.data.row import Row, read_rows, write_rows
+from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.errors import InputError
 from storm_vlm.evaluation.question_set import evaluate
 from storm_vlm.evaluation.records import Record
@@ -184,17 +185,10 @@ def build_data(folder: Path, size: Size, arms: Iterable[str] = ()) -> dict[str, 
     if "train_plans" in wanted:
         data["train_plans"] = data["train"].with_name("reasoning-train-0-plans.jsonl")
         rows = read_rows(data["train"])
-        chains = [row.model_copy(update={"answer": _chain(row)}) for row in rows]
-        write_rows(data["train_plans"], chains)
+        write_rows(data["train_plans"], [chain(row) for row in rows])
     if any(ARMS[arm].start == "deep" for arm in arms):
         data["deep"] = deepen(shipped("backbone"), folder / "deep", DEEP_LAYERS)
     return data
-
-
-def _chain(row: Row) -> str:
-    """The oracle's plan as a chain of thought, and the answer where the scorer looks for it."""
-    plan = str(row.plan).removesuffix(f" The answer is {row.answer}.")
-    return f"<think>{plan}</think><answer>{row.answer}</answer>"
 
 
 def run_arms(
