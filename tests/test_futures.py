@@ -11,6 +11,8 @@ from storm_vlm.data.row import Row, read_rows
 from storm_vlm.data.video import read_video, write_video
 from storm_vlm.datasets.futures import eight_frames
 from storm_vlm.datasets.transfer import Counts, import_rows, rejects_file
+from storm_vlm.training.distillation import thought_question
+from storm_vlm.training.targets import excerpts
 
 TWIFF: dict[str, Any] = {
     "video": "clips/a.mp4",
@@ -95,6 +97,11 @@ def test_windows_are_right_to_the_frame(media: Path, tmp_path: Path) -> None:
     assert (row.question, row.answer) == ("What next?", "An egg\nis fried.")
     assert row.plan == "It is hot.\nOil runs.\nSo:" and row.options == ()
     assert row.meta["source"] == "twiff"
+    # … and so does training: the target's frames, and what a teacher of its own is asked about
+    (excerpt,) = excerpts([row], "thought_video")
+    assert excerpt and shown(excerpt.path, excerpt.start, excerpt.end) == [2, *range(3, 14)]
+    asked = thought_question(row)
+    assert (asked.video, asked.start, asked.end) == (thought.path, thought.start, thought.end)
 
 
 def test_future_l1_and_the_chats_in_its_file(media: Path, tmp_path: Path) -> None:
@@ -136,6 +143,7 @@ def test_v1_33k_has_a_file_for_what_is_seen_and_one_for_what_follows(
         ({"recon_frames": [4]}, "recon_frames do not match the placeholders"),
         ({"frames": [0, 2]}, "frames are not numbers from 1 to 8"),
         ({"video": "clips/gone.mp4"}, "no such video file"),
+        ({"video": "clips/a.PNG"}, "a picture where a video should be"),
         (
             {"conversations": TWIFF["conversations"][1:2]},
             "turns are not one question and one reply",

@@ -27,6 +27,7 @@ from storm_vlm.datasets.videoespresso import find_core_frames
 from storm_vlm.errors import InputError, StormError
 
 T = TypeVar("T")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Finish:
         if clip_name(fields["video"]) in self.left_out:
             raise Skipped("clip that is to be left out")
         fields["video"] = absolute(file_name(fields["video"]), self.videos)
+        if fields["video"].lower().endswith(PICTURES):
+            raise InputError(f"a picture where a video should be: {fields['video']}")
         if thought := fields.get("thought_video"):
             fields["thought_video"] = thought | {"path": absolute(thought["path"], self.videos)}
         if self.check_videos and not os.path.isfile(fields["video"]):
