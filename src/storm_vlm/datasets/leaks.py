@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,8 @@ _GENERIC = re.compile(r"(?:(?:video|clip|scene|sample|train|val|test)[_-]?)*\d{0
 ALIKE = 0.2  # of `distances`; see the tests for what copies and other clips have
 SHARE = 0.1  # of one clip's frames that the other must show
 SIDE = 256  # pixels that frames are read at
-_CHUNK = 512  # training frames compared at a time
+TRIED = 3  # frames of the other clip that a frame's still parts are held against
+_CHUNK = 512  # training frames, and pairs of clips, compared at a time
 
 Window = tuple[str, float | None, float | None]  #: file, start, end
 Pair = tuple[Window, Window]  #: of training, of evaluation
@@ -43,7 +45,7 @@ Pair = tuple[Window, Window]  #: of training, of evaluation
 
 @dataclass(frozen=True)
 class Likeness:
-    """What of two clips is alike: share and distance as in `Leak`, and the frames, by their numbers."""
+    """What of two clips is alike: share and distance as in `Leak`, and the frames most alike, by their numbers."""
 
     share: float
     distance: float
@@ -107,20 +109,21 @@ def find_leaks(
             for pair in {(clip, other) for name in known for other in called.get(name, ())}:
                 why[pair].append(reason)
     unreadable: dict[str, str] = {}
-    alike: dict[Pair, Likeness] = {}
+    alike: dict[Pair, tuple[float, float]] = {}
     if num_frames:
-        hashes = _hashes({**ours, **theirs}, Store(cache), num_frames, unreadable)
-        alike = _alike(
+        store = Store(cache)
+        hashes = _hashes({**ours, **theirs}, store, num_frames, unreadable)
+        found = _alike(
             {c: hashes[c] for c in ours if c in hashes},
             {c: hashes[c] for c in theirs if c in hashes},
         )
-    same = _same(alike, Store(cache), num_frames)
-    for pair in same:
-        why[pair].append("frames")
+        for pair, likeness, same in _judged(found, store, num_frames):
+            alike[pair] = likeness.share, likeness.distance
+            if same:
+                why[pair].append("frames")
 
     def leak(pair: Pair) -> Leak:
-        (a, b), likeness = pair, alike.get(pair)
-        how = (likeness.share, likeness.distance) if likeness else (0.0, None)
+        (a, b), how = pair, alike.get(pair, (0.0, None))
         return Leak(a[0], b[0], tuple(ours[a]), tuple(theirs[b]), tuple(why.get(pair, ())), *how)
 
     return LeakReport(
@@ -196,46 +199,56 @@ _COMPUTED: dict[str, Callable[[np.ndarray], dict[str, np.ndarray]]] = {
 
 def _alike(
     ours: dict[Window, np.ndarray], theirs: dict[Window, np.ndarray]
-) -> dict[Pair, Likeness]:
-    """The pairs that show the same, or things of one kind."""
+) -> Iterator[tuple[Pair, Likeness]]:
+    """The pairs that show the same, or things of one kind; in memory are those of one training clip at a time."""
     if not ours or not theirs:
-        return {}
+        return
     our_clips, their_clips = list(ours), list(theirs)
-    our_frames, their_frames = (
-        np.concatenate(list(ours.values())),
-        np.concatenate(list(theirs.values())),
+    our_frames, their_frames = (np.concatenate(list(side.values())) for side in (ours, theirs))
+    our_owner, their_owner = (
+        np.repeat(np.arange(len(side)), [len(h) for h in side.values()]) for side in (ours, theirs)
     )
-    our_owner = np.repeat(np.arange(len(ours)), [len(h) for h in ours.values()])
-    their_owner = np.repeat(np.arange(len(theirs)), [len(h) for h in theirs.values()])
     our_first, their_first = (
         np.concatenate([[0], np.cumsum([len(h) for h in side.values()])]) for side in (ours, theirs)
     )
-    seen: dict[tuple[int, int], list[tuple[int, int, float]]] = defaultdict(list)
-    for i, j, distance in _close(our_frames, their_frames):
-        a, b = int(our_owner[i]), int(their_owner[j])
-        seen[a, b].append((i - int(our_first[a]), j - int(their_first[b]), distance))
-    found: dict[Pair, Likeness] = {}
-    for (i, j), matches in seen.items():
-        a, b = our_clips[i], their_clips[j]
-        mine, others = len({m[0] for m in matches}), len({m[1] for m in matches})
-        share = max(mine / len(ours[a]), others / len(theirs[b]))
-        enough = min(2, len(ours[a]), len(theirs[b]))
-        if share >= SHARE and max(mine, others) >= enough:
-            frames = tuple((match[0], match[1]) for match in matches)
-            found[a, b] = Likeness(share, min(match[2] for match in matches), frames)
-    return found
+    close = _close(our_frames, their_frames)
+    for i, group in groupby(close, key=lambda match: int(our_owner[match[0]])):
+        a, by_clip = our_clips[i], defaultdict[int, list[tuple[float, int, int]]](list)
+        for ours_at, theirs_at, distance in group:
+            j = int(their_owner[theirs_at])
+            place = ours_at - int(our_first[i]), theirs_at - int(their_first[j])
+            by_clip[j].append((distance, *place))
+        for j, matches in by_clip.items():
+            b = their_clips[j]
+            mine, others = (len({match[side] for match in matches}) for side in (1, 2))
+            share = max(mine / len(ours[a]), others / len(theirs[b]))
+            enough = min(2, len(ours[a]), len(theirs[b]))
+            if share >= SHARE and max(mine, others) >= enough:
+                yield (a, b), Likeness(share, min(matches)[0], _nearest(matches))
 
 
-def _same(alike: dict[Pair, Likeness], store: Store, num_frames: int) -> list[Pair]:
-    """Those of the pairs in which half of the frames alike, of either clip, agree in what stands still."""
+def _nearest(matches: list[tuple[float, int, int]]) -> tuple[tuple[int, int], ...]:
+    """Of (distance, frame, frame), each frame with the `TRIED` that are most like it."""
+    times = Counter[tuple[int, int]]()
+    nearest: list[tuple[int, int]] = []
+    for _, i, j in sorted(matches):
+        if times[0, i] < TRIED or times[1, j] < TRIED:
+            nearest.append((i, j))
+            times.update([(0, i), (1, j)])
+    return tuple(nearest)
 
-    @lru_cache(256)
+
+def _judged(
+    alike: Iterator[tuple[Pair, Likeness]], store: Store, num_frames: int
+) -> Iterator[tuple[Pair, Likeness, bool]]:
+    """With each pair, whether in half of the frames alike, of either clip, what stands still agrees."""
+
+    @lru_cache(_CHUNK)
     def shown(clip: Window) -> dict[str, np.ndarray]:
         return _kept(store, "pictures", clip, num_frames)
 
-    def same(pair: Pair) -> bool:
-        a, b = map(shown, pair)
-        frames = alike[pair].frames
+    def same(found: tuple[Pair, Likeness]) -> bool:
+        (a, b), frames = map(shown, found[0]), found[1].frames
         agreeing = [
             (i, j)
             for i, j in frames
@@ -247,8 +260,9 @@ def _same(alike: dict[Pair, Likeness], store: Store, num_frames: int) -> list[Pa
         )
 
     with thread_pool() as pool:
-        verdicts = list(tqdm(pool.map(same, alike), "pairs", len(alike), leave=False))
-    return [pair for pair, verdict in zip(alike, verdicts, strict=True) if verdict]
+        while batch := list(islice(alike, _CHUNK)):
+            for (pair, likeness), verdict in zip(batch, pool.map(same, batch), strict=True):
+                yield pair, likeness, verdict
 
 
 def _close(ours: np.ndarray, theirs: np.ndarray) -> Iterator[tuple[int, int, float]]:
