@@ -7,7 +7,7 @@ BIN := .venv/bin
 export MALLOC_TRIM_THRESHOLD_ ?= 1000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 1000000000
 
-.PHONY: install quickstart test lint types docs clean
+.PHONY: install quickstart test test-matrix lint types docs clean
 
 install: $(BIN)/.installed
 
@@ -37,5 +37,8 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict  # into site/; warnings are errors
 	@echo "built site/index.html; to look at it: $(BIN)/mkdocs serve"
 
+test-matrix:
+	dev/test_matrix.sh  # Python, transformers and torch, oldest and newest
+
 clean:
-	rm -rf .venv runs site
+	rm -rf .venv .matrix runs site

@@ -159,8 +159,8 @@ def bench_train(
 
     Returns:
         ``batch[rows]`` holds ``stage1_over_sft``, ``stage2_over_sft`` and ``naive_over_stage2`` (medians over
-        rounds, with the smallest and the largest), ``memory_over_sft`` (Stage II; None on a CPU, which keeps no
-        such count) and the median ``seconds`` of each kind of step.
+        rounds, with the smallest and the largest), ``memory_over_sft`` (Stage II) and ``peak_bytes`` of each
+        kind (None on a CPU, which keeps no such count), and the median ``seconds`` of each kind of step.
     """
     torch.manual_seed(0)
     config = shape_config(shape)
@@ -199,6 +199,7 @@ def bench_train(
             "stage2_over_sft": ratio(seconds, "stage2", "sft"),
             "naive_over_stage2": ratio(seconds, "naive", "stage2"),
             "memory_over_sft": peaks["stage2"] / peaks["sft"] if on_gpu else None,
+            "peak_bytes": peaks if on_gpu else None,
             "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         }
     if results is not None:
