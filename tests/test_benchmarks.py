@@ -249,7 +249,9 @@ def test_videoespresso(tmp_path, file) -> None:
     assert "SECRET" not in row.model_dump_json()
     prompt = BENCHMARKS["videoespresso"]().official_prompt(row)
     assert prompt.startswith("Please finish the Causal Inference task. Question: Why does he run?.")
-    assert "(A): Rain(B): A dog" in prompt
+    assert prompt.endswith(
+        "options: \n(A) Rain\n(B) A dog\n(C) Late\n(D) Fun\n. Select the answer and only give the option letters."
+    )
     assert official("videoespresso", row, "Based on the video, C") == 1  # its B, of "Based"
     assert is_correct("Based on the video, C", row) is False
 
@@ -295,7 +297,7 @@ def test_mmvu_keeps_open_questions_apart(tmp_path) -> None:
     assert choice.meta["discipline"] == "Humanities and Social Science"
     assert free.meta["discipline"] == "Engineering" and "SECRET" not in free.model_dump_json()
     assert "A: Monopoly\nB: Oligopoly\n" in BENCHMARKS["mmvu"]().official_prompt(choice)
-    assert BENCHMARKS["mmvu_open"]().official_prompt(free).endswith("the final short answer.")
+    assert BENCHMARKS["mmvu_open"]().official_prompt(free).endswith("the final short answer.\n")
     for text in ("", "o", "zoom", "not a Dolly Zoom"):
         assert official("mmvu_open", free, text) == 1 and not is_correct(text, free)
     assert official("mmvu_open", free, "a tracking shot") is None  # a judge's
@@ -307,7 +309,12 @@ def test_tomato_answers_are_indices_and_vsi_numbers_are_graded(tmp_path) -> None
     put(tmp_path / "t/test-0.parquet", [tomato])
     (row,) = BENCHMARKS["tomato"]().read(tmp_path / "t")
     assert row.answer == "Right" and row.id == "7"
-    assert official("tomato", row, "no idea") == 0  # taken as A
+    assert (
+        official("tomato", row, "B") == 1 and official("tomato", row, "no idea") is None
+    )  # a judge's
+    assert "externel knowledge or commonsense. \n\n<question> \nWhich way? \n" in BENCHMARKS[
+        "tomato"
+    ]().official_prompt(row)
     vsi = {"id": 1, "dataset": "scannet", "scene_name": "scene0"}
     near = {"question": "Nearer?", "options": ["A. bed", "B. sofa"], "ground_truth": "B"}
     chairs = {"question": "How many?", "options": None, "ground_truth": "4"}
@@ -323,7 +330,7 @@ def test_tomato_answers_are_indices_and_vsi_numbers_are_graded(tmp_path) -> None
     assert choice.video == number.video == clip
     assert (choice.meta["kind"], choice.answer) == ("object_rel_direction", "sofa")
     assert official("vsibench", choice, "b. sofa") == 1 and official("vsibench", choice, "(B)") == 0
-    scores = {"4": 1, "There are four chairs": 1, "3": 0.6, "twenty-four": 0, "many": 0}
+    scores = {"4": 1, "There are four chairs": 0, "3": 0.6, "24": 0, "many": 0}
     assert {text: official("vsibench", number, text) for text in scores} == scores
 
 

@@ -77,7 +77,9 @@ def test_summary_counts_what_went_wrong_in_the_denominator(tmp_path) -> None:
     assert found.n == 12 and found.n_expected == 20 and found.videos == 4
     assert found.accuracy.mean == pytest.approx(5 / 12)
     assert found.unparsed == found.errors == pytest.approx(1 / 12)
-    assert found.official == Score(0.5, 10)
+    # By Video-MME's rule: one without a verdict and one that could not be asked are not left out.
+    source = "github.com/BradyFU/Video-MME: evaluation/eval_your_results.py at 49a2e67^"
+    assert found.official == Score(5 / 12, 11, "authors", source)
     assert found.accuracy.low <= found.accuracy.mean <= found.accuracy.high
     # By duration: every fourth is long, all even: q0 unparsed, q4 and q8 right.
     duration = found.groups["duration"]
@@ -85,7 +87,8 @@ def test_summary_counts_what_went_wrong_in_the_denominator(tmp_path) -> None:
     assert duration.categories["short"].accuracy.mean == pytest.approx(3 / 9)
     assert duration.macro.mean == pytest.approx((2 / 3 + 3 / 9) / 2)
     # Rules look at the raw text again: q0 said its letter after all; the video that failed said none.
-    assert found.rules["lmms-eval"] == Score(0.5, 12)
+    lmms = found.rules["lmms-eval"]
+    assert (lmms.accuracy, lmms.scored) == (0.5, 12) and "lmms-eval 0.7.3" in lmms.source
     assert found.seconds and found.seconds.total.n == 11 and found.slots_used == 8
     assert found.seconds.phases["decode"] == pytest.approx(0.1)
 
@@ -97,7 +100,7 @@ def test_an_error_is_wrong_by_every_rule(tmp_path) -> None:
         for record in make_records(lambda i: True, 6)
     ]
     found = summarize(read_run(write_run(tmp_path / "run", failed, benchmark="mvbench")))
-    assert found.rules["original"].accuracy == 0 and found.seconds is None
+    assert found.rules["authors"].accuracy == 0 and found.seconds is None
 
 
 def test_compare_pairs_by_question_whatever_the_order(tmp_path) -> None:

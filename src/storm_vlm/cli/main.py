@@ -23,6 +23,7 @@ from storm_vlm.cli import (
     datasets,
     doctor,
     evaluate,
+    judge,
     lab,
     report,
     serve,
@@ -69,6 +70,7 @@ app.command(train.plan, group=TRAINING)
 app.command(train.train, group=TRAINING)
 app.command(evaluate.download, group=EVALUATION)
 app.command(evaluate.evaluate, group=EVALUATION)
+app.command(judge.judge, group=EVALUATION)
 app.command(report.compare_runs, name="compare", group=EVALUATION)
 app.command(report.report_runs, name="report", group=EVALUATION)
 app.command(train.card, group=EVALUATION)

@@ -20,8 +20,9 @@ from storm_vlm.pages import render
 HEADING = "STORM: evaluation"
 READING = (
     "Accuracy in percent by the strict parser; what it cannot parse, and what could not be asked, counts as wrong. "
-    "Brackets: 95% bootstrap interval over videos. Official: the benchmark's own rule on the same raw answers, its "
-    "quirks included, over those that it has a verdict on; it presumes the benchmark's own prompt."
+    "Brackets: 95% bootstrap interval over videos. Official: the rule that is named, the authors' own where there is "
+    "one, on the same raw answers, its quirks included; it presumes the official prompt. What it has no verdict "
+    "on (no judge was asked) counts as wrong, and the figure is a lower bound."
 )
 
 
@@ -70,7 +71,8 @@ def html(tables: Sequence[Table], runs: Sequence[Run]) -> str:
 
 CSV_COLUMNS = (
     *("system", "benchmark", "control", "group", "category", "n", "accuracy", "low", "high"),
-    *("unparsed", "errors", "official", "official_scored", "seconds_per_item"),
+    *("unparsed", "errors", "official", "official_scored", "official_rule", "official_source"),
+    "seconds_per_item",
 )
 
 
@@ -107,4 +109,5 @@ def _csv_shares(shares: Shares) -> dict[str, Any]:
         **_csv_estimate(shares.accuracy),
         **{"unparsed": shares.unparsed, "errors": shares.errors},
         **{"official": shares.official.accuracy, "official_scored": shares.official.scored},
+        **{"official_rule": shares.official.rule, "official_source": shares.official.source},
     }

@@ -15,7 +15,7 @@ from storm_vlm.evaluation.compare import SHUFFLED, overall, survives_shuffling
 from storm_vlm.evaluation.records import Reliance
 from storm_vlm.evaluation.run_folder import Run
 from storm_vlm.evaluation.statistics import Estimate
-from storm_vlm.evaluation.summary import RunSummary, Shares, summarize
+from storm_vlm.evaluation.summary import RunSummary, Score, Shares, summarize
 from storm_vlm.evaluation.verdict import verdict
 
 PHASES = ("decode", "vision", "prefill", "latent", "answer", "tool")
@@ -162,13 +162,26 @@ def _score(summary: RunSummary | None) -> Cell:
         shares["errors"] = summary.errors
     small += [f"{name.replace('_', ' ')} {percent(share)}%" for name, share in shares.items()]
     small += [f"mean {name} {percent(share)}" for name, share in summary.shares.items()]
-    if official.scored:
-        some = "" if official.scored == n else f" on {official.scored:,}"
-        small.append(f"official {percent(official.accuracy)}{some}")
+    if said := _official(official, n):
+        small.append(said)
     for name, score in list(summary.rules.items())[1:]:  # the first is the official one
-        small.append(f"{name} rule {percent(score.accuracy)}")
+        small.append(_ruled(f"{name} rule", score, n))
     odd = n != expected or summary.errors > 0 or bool(summary.faults)
     return estimated(summary.accuracy, " · ".join(small), odd)
+
+
+def _official(score: Score, n: int) -> str:
+    if score.accuracy is None and not score.rule:
+        return ""
+    return _ruled(f"official ({score.rule})" if score.rule else "official", score, n)
+
+
+def _ruled(name: str, score: Score, n: int) -> str:
+    """A figure by another rule; where that has no verdict on some, what it is at least."""
+    if score.accuracy is None:
+        return f"{name}: needs a judge"
+    some = "" if score.scored == n else f", no verdict on {n - score.scored:,}"
+    return f"{name} {'at least ' if some else ''}{percent(score.accuracy)}{some}"
 
 
 def _gains(measured: Measured) -> Table:
@@ -340,6 +353,6 @@ def _category(shares: Shares | None) -> Cell:
     if shares is None:
         return Cell()
     small = f"n {shares.n:,} · unparsed {percent(shares.unparsed)}%"
-    if shares.official.scored:
-        small += f" · official {percent(shares.official.accuracy)}"
+    if said := _official(shares.official, shares.n):
+        small += f" · {said}"
     return estimated(shares.accuracy, small)

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from storm_vlm.errors import AccessError, StormError
+from storm_vlm.evaluation.judge import Judged, read_judged
 from storm_vlm.evaluation.records import Record, Reliance
 
 _RECORD, _RELIANCE = TypeAdapter(Record), TypeAdapter(Reliance)
@@ -40,6 +41,7 @@ class Run:
     provenance: dict[str, Any]
     records: tuple[Record, ...]
     reliance: Reliance | None = None  #: None: not measured
+    judged: Judged | None = None  #: None: no judge was asked
 
     @property
     def benchmark(self) -> str:
@@ -67,7 +69,9 @@ def read_run(folder: Path) -> Run:
     provenance = read_provenance(folder)
     if not any(folder.glob("answers-*.jsonl")):
         raise AccessError(f"{folder} holds no answers-*.jsonl: run the evaluation first")
-    return Run(folder, provenance, tuple(read_records(folder)), read_reliance(folder))
+    return Run(
+        folder, provenance, tuple(read_records(folder)), read_reliance(folder), read_judged(folder)
+    )
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

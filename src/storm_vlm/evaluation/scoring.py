@@ -1,8 +1,8 @@
-"""The rules that other harnesses score with, quirks included, to be set beside ours on the same raw text.
+"""The rules that benchmarks' authors and other harnesses score with, quirks included, beside ours on the same text.
 
-Ours is `storm_vlm.data.answer.is_correct`. These were written from what the harnesses were seen to do. None:
-the rule has no verdict (it asks a judge, or drops the answer from the denominator). Where a harness guesses at
-random, a hash of the example's id guesses here, so that a figure can be made again.
+Ours is `storm_vlm.data.answer.is_correct`. These were written from what the harnesses were seen to do. None: the
+rule has no verdict (it asks a judge, or drops the answer from the denominator). Where a harness guesses at random, a
+hash of the example's id guesses here, so that a figure can be made again.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from string import ascii_uppercase, punctuation
 from typing import Protocol
 
 import numpy as np
 
+from storm_vlm.data.answer import numbers
 from storm_vlm.data.moment import overlap
 
 
@@ -29,13 +31,24 @@ class Item(Protocol):
     def answer(self) -> str: ...
 
 
-Rule = Callable[[str, Item], float | None]
+@dataclass(frozen=True)
+class Rule:
+    """What a text is worth by one harness: 0 to 1, or None."""
+
+    score: Callable[[str, Item], float | None]
+    source: str  #: the file that it was seen in: repository, path, commit
+
+    def __call__(self, text: str, item: Item) -> float | None:
+        return self.score(text, item)
+
+
 _QUALIFIED = ("the {}", "{}", "the correct {}", "correct {}", "the best {}", "best {}")
 _PHRASES = (
     *(form.format("answer is") for form in _QUALIFIED),
     *(form.format("option is") for form in _QUALIFIED[2:]),
     *(form.format("choice is") for form in _QUALIFIED[:4]),
     *("i choose", "i select", "i pick", "my answer is", "my choice is"),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
 )
 
 
@@ -79,11 +92,21 @@ def videomme_lmms_eval(text: str, item: Item) -> float:
     return float(choice == letter(item))
 
 
+def videomme_authors(text: str, item: Item) -> float | None:
+    """The first capital A to D after some phrases are cut out ("Answer: C" is A); None, not counted, without one."""
+    for phrase in _OPENERS:
+        text = text.replace(phrase, "")
+    return first_capital(text, item) if re.search("[ABCD]", text) else None
+
+
 def videomme_vlmevalkit(text: str, item: Item) -> float:
-    """The first capital A to D after some phrases are cut out: "Based on the video, C" is B."""
+    """The same with other phrases, and without one wrong: "Based on the video, C" is B."""
     for phrase in ("The best answer is", "The correct answer is", "The answer", "Answer:"):
         text = text.replace(phrase, "")
     return first_capital(text, item)
+
+
+_OPENERS = ("The best answer is", "The correct answer is", "The answer is", "The answer")
 
 
 def first_capital(text: str, item: Item) -> float:
@@ -92,11 +115,18 @@ def first_capital(text: str, item: Item) -> float:
     return float(match is not None and match[0] == letter(item))
 
 
-def mvbench_original(text: str, item: Item) -> float:
-    """MVBench's own rule, as VLMEvalKit has it before its judge: the first word is part of "(c)", or holds it.
+def mvbench_authors(text: str, item: Item) -> float:
+    """The first word of the first line, behind a "(", is part of "(c)", or holds it: "C", "(C) red" and "" are right.
 
-    Part of it are "C" and "(C)", but "" and "(", too; "The answer is (C)" is wrong.
+    "The answer is (C)" is wrong.
     """
+    first = f"({text.strip().splitlines()[0] if text.strip() else ''}".lower().split(" ")[0]
+    right = f"({letter(item).lower()})"
+    return float(first.replace(".", "") in right or right in first)
+
+
+def mvbench_vlmevalkit(text: str, item: Item) -> float:
+    """VLMEvalKit's, before its judge: the first word of the text, as it is; "(" is right, too."""
     first = text.lower().strip().split(" ")[0]
     right = f"({letter(item).lower()})"
     return float(first.replace(".", "") in right or right in first)
@@ -117,13 +147,18 @@ def mvbench_lmms_eval(text: str, item: Item) -> float | None:
     return float(match is not None and match[0].upper() == letter(item))
 
 
-def video_holmes_official(text: str, item: Item) -> float:
-    """In the last <answer>: the first of A to F that stands as "X ", "X:" or "[X", else that occurs at all."""
+def video_holmes_authors(text: str, item: Item) -> float:
+    """In the last <answer>, else in all: the first of A to F that stands as "X ", "X:" or "[X", else that occurs."""
     tagged = re.findall(r"<answer>\s*(.*?)\s*</answer>", text, re.DOTALL)
-    answer = tagged[-1].strip() if tagged else ""
+    answer = tagged[-1].strip() if tagged else text
     marked = [x for x in "ABCDEF" if any(f in answer for f in (f"{x} ", f"{x}:", f"[{x}"))]
     chosen = marked or [x for x in "ABCDEF" if x in answer]
     return float(chosen[:1] == [letter(item)])
+
+
+def video_holmes_vlmevalkit(text: str, item: Item) -> float:
+    """The same, but nothing without <answer>."""
+    return video_holmes_authors(text if "<answer>" in text else "", item)
 
 
 def video_holmes_lmms_eval(text: str, item: Item) -> float:
@@ -149,6 +184,14 @@ def _options_named(text: str, item: Item) -> list[tuple[int, str]]:
 def _random_letter(item: Item) -> str:
     drawn = int.from_bytes(hashlib.sha256(item.id.encode()).digest()[:8], "big")
     return _letters(item)[drawn % len(item.options)]
+
+
+def tomato_authors(text: str, item: Item) -> float | None:
+    """A letter alone, or "Answer is:(C)"; the rest goes to a judge."""
+    text = text.strip()
+    stated = re.match(r"Answer is:?\(?([A-Fa-f])\)?$", text)
+    said = stated[1].upper() if stated else text.upper()
+    return float(said == letter(item)) if len(said) == 1 and said in _letters(item) else None
 
 
 def tomato_lmms_eval(text: str, item: Item) -> float:
@@ -251,33 +294,29 @@ def vsi_choice(text: str, item: Item) -> float:
     return float(text.split(" ")[0].rstrip(".").strip().lower() == letter(item).lower())
 
 
-def vsi_number(text: str, item: Item) -> float:
-    """VSI-Bench, numbers: mean relative accuracy, the share of ten tolerances (50% to 5%) that is kept."""
-    answer, right = _first_number(text), float(item.answer)
-    if answer is None or right == 0:
+def vsi_authors(text: str, item: Item) -> float:
+    """Options: see `vsi_choice`. Numbers: the first word, if it is one ("4 chairs"; "about 4" is 0)."""
+    if item.options:
+        return vsi_choice(text, item)
+    try:
+        return relative_accuracy(float(text.split(" ")[0].rstrip(".").strip()), item)
+    except ValueError:
         return 0.0
-    return float((abs(answer - right) / right <= 1 - np.linspace(0.5, 0.95, 10)).mean())
 
 
-_SPELLED = """0 zero 1 one 2 two 3 three 4 four 5 five 6 six 7 seven 8 eight 9 nine 10 ten 11 eleven 12 twelve
-13 thirteen 14 fourteen 15 fifteen 16 sixteen 17 seventeen 18 eighteen 19 nineteen 20 twenty 30 thirty 40 forty
-50 fifty 60 sixty 70 seventy 80 eighty 90 ninety"""
-_VALUES = {word: int(value) for value, word in re.findall(r"(\d+) (\w+)", _SPELLED)}
+def vsi_lmms_eval(text: str, item: Item) -> float:
+    """The same, but the first number of a text, in digits or words ("about four")."""
+    if item.options:
+        return vsi_choice(text, item)
+    found = numbers(text)
+    return relative_accuracy(found[0], item) if found else 0.0
 
 
-def _first_number(text: str) -> float | None:
-    words = "|".join((*sorted(_VALUES, key=len, reverse=True), "hundred"))
-    spelled = rf"\b(?:{words})\b(?:[^a-z]+(?:and[^a-z]+)*(?:{words})\b)*"
-    match = re.search(rf"-?\d+(?:\.\d+)?|{spelled}", text.lower())
-    if match is None or not match[0][0].isalpha():
-        return None if match is None else float(match[0])
-    total = 0
-    for word in re.findall(words, match[0]):
-        total = max(total, 1) * 100 if word == "hundred" else total + _VALUES[word]
-    return float(total)
-
-
-_OPENERS = ("The best answer is", "The correct answer is", "The answer is", "The answer")
+def relative_accuracy(number: float, item: Item) -> float:
+    """Mean relative accuracy: the share of ten tolerances (50% to 5%) that is kept."""
+    if (right := float(item.answer)) == 0:
+        return 0.0
+    return float((abs(number - right) / right <= 1 - np.linspace(0.5, 0.95, 10)).mean())
 
 
 def futurebench(text: str, item: Item) -> float:
@@ -350,18 +389,69 @@ def _clock_seconds(time: str) -> float:
     return seconds
 
 
-#: The first rule of a benchmark is the one that `Benchmark.official_score` gives.
+def _of(repository: str, path: str, commit: str) -> str:
+    return f"github.com/{repository}: {path} at {commit}"
+
+
+def _lmms(task: str, score: Callable[[str, Item], float | None]) -> dict[str, Rule]:
+    path = f"lmms_eval/tasks/{task}/utils.py"
+    return {"lmms-eval": Rule(score, f"lmms-eval 0.7.3: {path}")}
+
+
+def _vlm(path: str, score: Callable[[str, Item], float | None]) -> dict[str, Rule]:
+    return {"VLMEvalKit": Rule(score, _of("open-compass/VLMEvalKit", path, "e8e78f0"))}
+
+
+def _authors(
+    score: Callable[[str, Item], float | None], repository: str, path: str, commit: str
+) -> dict[str, Rule]:
+    return {"authors": Rule(score, _of(repository, path, commit))}
+
+
+def _unscored(text: str, item: Item) -> None:
+    """Its authors ask a judge about every answer; or `Benchmark.official_score` looks at more than an `Item` has."""
+
+
+_MVBENCH = _authors(
+    mvbench_authors, "OpenGVLab/Ask-Anything", "video_chat2/mvbench.ipynb", "4dd8210"
+)
+_VSI = _authors(
+    vsi_authors, "vision-x-nyu/thinking-in-space", "lmms_eval/tasks/vsibench/utils.py", "51e089c"
+) | _lmms("vsibench", vsi_lmms_eval)
+_TEMPCOMPASS = _authors(_unscored, "llyx97/TempCompass", "eval_*.py", "e1b4631")
+#: By benchmark and by whose rule it is, the authors' first. The first is the official one.
 RULES: dict[str, dict[str, Rule]] = {
-    "videomme": {"lmms-eval": videomme_lmms_eval, "VLMEvalKit": videomme_vlmevalkit},
-    "mvbench": {"original": mvbench_original, "lmms-eval": mvbench_lmms_eval},
-    "tvbench": {"lmms-eval": tvbench_lmms_eval},
-    "videoespresso": {"original": first_capital},
-    "video_holmes": {"original": video_holmes_official, "lmms-eval": video_holmes_lmms_eval},
-    "mmvu": {"lmms-eval": mmvu_lmms_eval},
-    "mmvu_open": {"lmms-eval": mmvu_lmms_eval},
-    "tomato": {"lmms-eval": tomato_lmms_eval},
-    "futurebench": {"original": futurebench},
-    "videomme_v2": {"original": videomme_v2},
-    "lvbench": {"original": lvbench, "lmms-eval": videomme_lmms_eval},
-    "charades_sta": {"lmms-eval": charades_lmms_eval},
+    "videomme": _authors(
+        videomme_authors, "BradyFU/Video-MME", "evaluation/eval_your_results.py", "49a2e67^"
+    )
+    | _lmms("videomme", videomme_lmms_eval)
+    | _vlm("vlmeval/dataset/videomme.py", videomme_vlmevalkit),
+    "mvbench": _MVBENCH
+    | _lmms("mvbench", mvbench_lmms_eval)
+    | _vlm("vlmeval/dataset/MVBench.py", mvbench_vlmevalkit),
+    "tvbench": _authors(mvbench_authors, "daniel-cores/tvbench", "infer.ipynb", "c354322")
+    | _lmms("tvbench", tvbench_lmms_eval),
+    "tempcompass": _TEMPCOMPASS,
+    "tempcompass_captioning": _TEMPCOMPASS,
+    "videoespresso": _authors(first_capital, "hshjerry/VideoEspresso", "eval/score.py", "c865570"),
+    "video_holmes": _authors(
+        video_holmes_authors, "TencentARC/Video-Holmes", "evaluate.py", "52ef8da"
+    )
+    | _lmms("video_holmes", video_holmes_lmms_eval)
+    | _vlm("vlmeval/dataset/video_holmes.py", video_holmes_vlmevalkit),
+    "mmvu": _lmms("mmvu", mmvu_lmms_eval),  # its authors ask GPT-4o about every answer
+    "mmvu_open": _lmms("mmvu", mmvu_lmms_eval),
+    "tomato": _authors(tomato_authors, "yale-nlp/TOMATO", "src/parse_result.py", "fe2025f")
+    | _lmms("tomato", tomato_lmms_eval),
+    "vsibench": _VSI,
+    "vsibench_debiased": _VSI,
+    "vsibench_pruned": _VSI,
+    "futurebench": {"authors": Rule(futurebench, "github.com/sail-sg/Video-Next-Event-Prediction")},
+    "twiffbench": _authors(
+        _unscored, "LiuJunhua02/TwiFF", "eval/TwiFFBench/gencot_vqa_eval.py", "782caef"
+    ),
+    "videomme_v2": _lmms("videomme_v2", videomme_v2),
+    "lvbench": {"authors": Rule(lvbench, "github.com/zai-org/LVBench")}
+    | _lmms("lvbench", videomme_lmms_eval),
+    "charades_sta": _lmms("charades_sta", charades_lmms_eval),
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from storm_vlm.evaluation.benchmarks import BENCHMARKS
 from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.run_folder import Run, RunError
 from storm_vlm.evaluation.scoring import RULES
@@ -18,8 +19,12 @@ from storm_vlm.evaluation.statistics import Estimate, category_estimates, estima
 class Score:
     """By another rule than ours."""
 
-    accuracy: float | None  #: mean over those that the rule has a verdict on; None: it has none
-    scored: int  #: how many these are
+    accuracy: (
+        float | None
+    )  #: over all, those without a verdict as wrong: a lower bound; None: no verdict at all
+    scored: int  #: how many have a verdict
+    rule: str = ""  #: whose it is: "authors", "lmms-eval"; "": a benchmark of one's own, or none
+    source: str = ""  #: where that rule was seen
 
 
 @dataclass(frozen=True)
@@ -86,10 +91,18 @@ def summarize(run: Run) -> RunSummary:
         control=run.control,
         n_expected=run.provenance.get("n_expected", len(records)),
         videos=len(set(run.videos)),
-        **vars(_shares(records, overall)),
+        **vars(_shares(run, records, overall)),
         rules={
-            name: _score([rule(r.reply.text, r) if r.reply else 0.0 for r in records])
-            for name, rule in RULES.get(run.benchmark, {}).items()
+            name: _official(run, records)
+            if number == 0
+            else _score(
+                run,
+                records,
+                [rule(r.reply.text, r) if r.reply else 0.0 for r in records],
+                name,
+                rule.source,
+            )
+            for number, (name, rule) in enumerate(RULES.get(run.benchmark, {}).items())
         },
         groups={
             key: _breakdown(run, key)
@@ -101,7 +114,7 @@ def summarize(run: Run) -> RunSummary:
     )
 
 
-def _shares(records: Sequence[Record], accuracy: Estimate) -> Shares:
+def _shares(run: Run, records: Sequence[Record], accuracy: Estimate) -> Shares:
     n = len(records)
     faults = Counter(r.reply.fault for r in records if r.reply and r.reply.fault)
     return Shares(
@@ -110,7 +123,7 @@ def _shares(records: Sequence[Record], accuracy: Estimate) -> Shares:
         unparsed=sum(not r.parsed and r.error is None for r in records) / n,
         errors=sum(r.error is not None for r in records) / n,
         faults={fault: count / n for fault, count in sorted(faults.items())},
-        official=_score([r.official for r in records]),
+        official=_official(run, records),
         shares={
             measure: mean(r.shares[measure] for r in records if measure in r.shares)
             for measure in dict.fromkeys(measure for r in records for measure in r.shares)
@@ -118,9 +131,37 @@ def _shares(records: Sequence[Record], accuracy: Estimate) -> Shares:
     )
 
 
-def _score(scores: Sequence[float | None]) -> Score:
-    verdicts = [score for score in scores if score is not None]
-    return Score(_mean(verdicts), len(verdicts))
+def _official(run: Run, records: Sequence[Record]) -> Score:
+    """By the benchmark's first rule, and by its judge where one was asked; what could not be asked is wrong."""
+    name, rule = next(iter(RULES.get(run.benchmark, {}).items()), ("", None))
+    verdicts = run.judged.verdicts if run.judged else {}
+    if run.judged:
+        name = f"authors, judged by {run.judged.model}"
+    scores = [verdicts.get(r.id, r.official) for r in records]
+    if any(score is not None for score in scores):
+        scores = [0.0 if r.reply is None else s for r, s in zip(records, scores, strict=True)]
+    return _score(run, records, scores, name, rule.source if rule else "")
+
+
+def _score(
+    run: Run, records: Sequence[Record], scores: Sequence[float | None], rule: str, source: str
+) -> Score:
+    scored = sum(score is not None for score in scores)
+    if not scored:
+        return Score(None, 0, rule, source)
+    keys = BENCHMARKS[run.benchmark].averages if run.benchmark in BENCHMARKS else ()
+    rated = [(score or 0.0, record) for score, record in zip(scores, records, strict=True)]
+    return Score(_average(rated, keys), scored, rule, source)
+
+
+def _average(rated: Sequence[tuple[float, Record]], keys: Sequence[str]) -> float:
+    """The mean over the groups of the first key, each averaged by the others; over all without one."""
+    if not keys:
+        return mean(score for score, _ in rated)
+    groups: dict[str | None, list[tuple[float, Record]]] = {}
+    for score, record in rated:
+        groups.setdefault(record.groups.get(keys[0]), []).append((score, record))
+    return mean(_average(group, keys[1:]) for group in groups.values())
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -134,7 +175,9 @@ def _breakdown(run: Run, key: str) -> Breakdown:
     hits = [record.correct for record in run.records]
     accuracies, macro = category_estimates(hits, members, run.videos)
     shares = {
-        name: _shares([r for r, label in zip(run.records, labels, strict=True) if label == name], a)
+        name: _shares(
+            run, [r for r, label in zip(run.records, labels, strict=True) if label == name], a
+        )
         for name, a in zip(names, accuracies, strict=True)
     }
     return Breakdown(macro, shares)

@@ -27,6 +27,8 @@ class Benchmark(ABC):
     hub: ClassVar[Hub | None] = None  #: where its questions are published; None: not on the hub
     files: ClassVar[tuple[str, ...]] = ()  #: patterns; the first that any published file fits
     tasks: ClassVar[tuple[str, ...]] = ()  #: if named, only files called like one, or in its folder
+    #: The official figure is the mean over the first of these groups, each the mean over the next; (): over all.
+    averages: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         for attribute in ("name", "title"):
@@ -66,6 +68,10 @@ class Benchmark(ABC):
 
         rules = list(RULES.get(self.name, {}).values())
         return rules[0](text, row) if rules else None
+
+    def judge_prompt(self, text: str, row: Row) -> str | None:
+        """What a judge is asked about an answer, for JSON with "correct" or "scores"; None: it is not asked."""
+        return None
 
 
 BENCHMARKS: Registry[type[Benchmark]] = Registry(

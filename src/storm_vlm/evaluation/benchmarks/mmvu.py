@@ -8,6 +8,7 @@ from typing import ClassVar
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import REASONING, Benchmark
 from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, index_of, lettered
+from storm_vlm.evaluation.judge import equality_prompt
 
 DISCIPLINES = {
     "Science": "Biology, Chemistry, Modern Physics, Astronomy, Geography, Materials Science, Neurobiology, "
@@ -60,7 +61,12 @@ class MMVU(Benchmark):
             else "Directly output the final short answer."
         )
         reasoning = "Do not generate any intermediate reasoning process. "
-        return f"Question: {row.question}\n{lettered(row.options, '{}: {}')}\n{reasoning}{ending}"
+        options = lettered(row.options, "{}: {}")
+        return f"\nQuestion: {row.question}\n{options}\n{reasoning}{ending}\n"
+
+    def judge_prompt(self, text: str, row: Row) -> str:
+        """Its authors ask about every answer."""
+        return equality_prompt(row, text, lettered(row.options, "{}: {}"))
 
 
 class MMVUOpen(MMVU):

@@ -57,13 +57,7 @@ class MVBench(Benchmark):
         return _row(task, number, video, published, cut=whole)
 
     def official_prompt(self, row: Row) -> str:
-        """Without "Best option:(", with which the original begins the model's turn."""
-        return (
-            "Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
-            "movement of objects, and the action and pose of persons. Based on your observations, select the "
-            f"best option that accurately addresses the question.\nQuestion: {row.question}\nOptions:\n"
-            f"{lettered(row.options, '({}) {}')}Only give the best option."
-        )
+        return _prompt(row)
 
 
 class TVBench(Benchmark):
@@ -86,8 +80,7 @@ class TVBench(Benchmark):
         return _row(task, number, video, published, cut=task in self.WINDOWED)
 
     def official_prompt(self, row: Row) -> str:
-        """lmms-eval's."""
-        return f"{row.question}\n{lettered(row.options)}Answer with the option letter only."
+        return _prompt(row)
 
 
 def _row(task: str, number: int, video: str, published: Entry, cut: bool) -> Row:
@@ -103,4 +96,14 @@ def _row(task: str, number: int, video: str, published: Entry, cut: bool) -> Row
         answer=options[published["candidates"].index(published["answer"])],
         split="test",
         meta={"task": task, "published_options": published["candidates"]},
+    )
+
+
+def _prompt(row: Row) -> str:
+    """MVBench's, and TVBench's too, without "Best option:(", with which the original begins the model's turn."""
+    return (
+        "Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
+        "movement of objects, and the action and pose of persons. Based on your observations, select the "
+        f"best option that accurately addresses the question.\nQuestion: {row.question}\nOptions:\n"
+        f"{lettered(row.options, '({}) {}')}Only give the best option."
     )

@@ -5,6 +5,7 @@ Three can be matched (5,536 questions, `tempcompass`); captions need a judge (2,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +19,7 @@ from storm_vlm.evaluation.benchmarks.published import (
     bare,
     read_entries,
 )
+from storm_vlm.evaluation.judge import equality_prompt
 from storm_vlm.evaluation.scoring import tempcompass
 
 POST_PROMPTS = {
@@ -58,9 +60,19 @@ class TempCompass(Benchmark):
         return row.meta["published_question"] + POST_PROMPTS[row.meta["task"]]
 
     def official_score(self, text: str, row: Row) -> float | None:
-        """None: what the rules cannot match goes to a judge, as every caption does."""
+        """None: what the rules cannot match goes to a judge, as every caption does.
+
+        A letter that answers our prompt, of options that may be permuted, is first put as the published option.
+        """
         lines = row.meta["published_question"].split("\n")[1:]
-        return tempcompass(text, row.meta["task"], row.meta["published_answer"], lines)
+        said = _published(text, row, lines)
+        return tempcompass(said, row.meta["task"], row.meta["published_answer"], lines)
+
+    def judge_prompt(self, text: str, row: Row) -> str | None:
+        """Its authors ask about what their rules cannot match."""
+        if self.official_score(text, row) is not None:
+            return None
+        return equality_prompt(row, text, row.meta["published_question"].partition("\n")[2])
 
 
 class TempCompassCaptioning(TempCompass):
@@ -84,6 +96,23 @@ class TempCompassCaptioning(TempCompass):
                 first = judged[entry["video_id"]][entry["dim"]][0]
                 entry |= {"mc_question": first["question"], "mc_answer": first["answer"]}
             yield entry
+
+
+def _published(text: str, row: Row, lines: list[str]) -> str:
+    letter = re.fullmatch(r"([A-Z])(?:[.)].*)?", text.strip(), re.DOTALL)
+    index = ord(letter[1]) - ord("A") if letter else len(row.options)
+    if index >= len(row.options):
+        return text
+    if row.meta["task"] == "yes_no":
+        return row.options[index]
+    texts = bare(lines)
+    if row.meta["task"] == "caption_matching":
+        texts = tuple(line.partition(": ")[2] for line in lines)
+    return (
+        text
+        if texts == row.options and not row.meta["labels"]
+        else lines[texts.index(row.options[index])]
+    )
 
 
 def _row(task: str, name: str, videos: Videos, published: Entry) -> Row:

@@ -66,6 +66,17 @@ class TwiFFBench(Benchmark):
             "wrapped in <answer>...</answer> tags."
         )
 
+    def judge_prompt(self, text: str, row: Row) -> str:
+        """Its authors show a judge the pictures of both chains, too; ours reads only the texts."""
+        return (
+            "Rate strictly how a model forecast what comes next in a video. Its chain of reasoning gets 0 to 5 for "
+            "being sound, complete and to the point, which need not be as the reference is; its answer gets 0 to 5 "
+            "for agreeing with the right one.\n\n"
+            f"Question: {row.question}\n\nReference chain: {row.meta['published_answer']}\n\n"
+            f"Right answer: {row.answer}\n\nThe model's text, its answer last: {text}\n\n"
+            'Write only JSON: {"scores": [reasoning, answer]}'
+        )
+
 
 def _write_slides(clip: Path, pictures: list[bytes]) -> None:
     from PIL import Image

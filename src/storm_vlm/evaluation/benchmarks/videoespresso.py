@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from storm_vlm.data.row import Row
 from storm_vlm.evaluation.benchmarks import REASONING, Benchmark
-from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, index_of
+from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos, bare, index_of, lettered
 
 
 class VideoEspresso(Benchmark):
@@ -29,8 +29,8 @@ class VideoEspresso(Benchmark):
         )
 
     def official_prompt(self, row: Row) -> str:
+        texts = [option.split("):", 1)[-1].strip() for option in row.meta["published_options"]]
         return (
             f"Please finish the {row.meta['task']} task. Question: {row.question}. You have the following "
-            f"options: \n{''.join(row.meta['published_options'])} "
-            "Select the answer and only give the option letters."
+            f"options: \n{lettered(texts, '({}) {}')}. Select the answer and only give the option letters."
         )
