@@ -28,7 +28,7 @@ VERBS = [
     *("answer", "doctor", "quickstart"),
     *("build", "export", "gallery", "import", "leaks"),
     *("plan", "train"),
-    *("compare", "download", "evaluate", "lmms-task", "report", "validate"),
+    *("compare", "download", "evaluate", "judge", "lmms-task", "report", "validate"),
     *("bench", "pretrain", "reproduce", "world"),
 ]
 PARTS = {

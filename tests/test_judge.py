@@ -108,11 +108,13 @@ def test_what_a_judge_does_not_decide_stays_undecided(mmvu) -> None:
         ('{"scores": [6, 0]}', None),
         ('{"scores": []}', None),
         ('{"correct": "yes"}', None),
+        ('{"choice": "B"}', 1),
+        ('{"choice": ""}', 0),
         ("correct", None),
     ],
 )
 def test_a_verdict_is_json(reply, score) -> None:
-    assert verdict(reply) == score
+    assert verdict(reply, "B. it rises") == score
 
 
 def test_vsi_bench_is_the_mean_over_its_tasks_with_the_directions_averaged_first(tmp_path) -> None:

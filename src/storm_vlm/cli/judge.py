@@ -35,6 +35,7 @@ def judge(
     """
     from storm_vlm.data.store import Store
     from storm_vlm.evaluation.benchmarks import BENCHMARKS
+    from storm_vlm.evaluation.controls import CONTROLS, Control
     from storm_vlm.evaluation.judge import judge as ask
     from storm_vlm.evaluation.run_folder import read_run
     from storm_vlm.evaluation.summary import summarize
@@ -46,7 +47,9 @@ def judge(
     benchmark = BENCHMARKS[finished.benchmark]()
     endpoint = Endpoint(base_url, "OPENAI_API_KEY", retries=5, timeout=600)
     store = Store(cache or run, durable=True)
-    judged = ask(finished, benchmark.read(source), benchmark, endpoint, model, store, workers)
+    control = CONTROLS[finished.control]() if finished.control else Control()
+    rows = [control.row(row) for row in benchmark.read(source)]
+    judged = ask(finished, rows, benchmark, endpoint, model, store, workers)
     if not judged.verdicts and not judged.unread:
         raise StormError(
             f"{run}: no answer is for a judge: {finished.benchmark} has a rule for all"

@@ -13,10 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.row import Row
 from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.thread_pool import thread_pool
+from storm_vlm.errors import InputError
 from storm_vlm.inference.client import (
     Endpoint,
     EndpointError,
@@ -48,6 +51,9 @@ class Judged:
     tokens: int
 
 
+_JUDGED = TypeAdapter(Judged)
+
+
 def equality_prompt(row: Row, text: str, options: str = "") -> str:
     """Whether a text's final answer is the right one, to be told as JSON."""
     listed = f"\n{options.strip()}" if options.strip() else ""
@@ -59,8 +65,10 @@ def equality_prompt(row: Row, text: str, options: str = "") -> str:
     )
 
 
-def verdict(reply: str) -> float | None:
-    """Of the last JSON object in a judge's reply: "correct", or the mean of "scores" from 0 to 5; None: neither."""
+def verdict(reply: str, answer: str = "") -> float | None:
+    """Of the last JSON in a judge's reply: "correct", the mean of "scores" (0 to 5), or whether its "choice" is the
+    first letter of the right answer; None: nothing of these.
+    """
     for found in reversed(re.findall(r"\{[^{}]*\}", reply)):
         try:
             said: dict[str, Any] = json.loads(found)
@@ -68,6 +76,8 @@ def verdict(reply: str) -> float | None:
             continue
         if isinstance(said.get("correct"), bool):
             return float(said["correct"])
+        if isinstance(choice := said.get("choice"), str):
+            return float(choice.strip()[:1] == answer[:1])
         scores = said.get("scores")
         rated = isinstance(scores, list) and scores
         if rated and all(type(score) in (int, float) and 0 <= score <= 5 for score in scores):
@@ -91,17 +101,21 @@ def judge(
     """
     by_id = {row.id: row for row in rows}
     prompts = {
-        record.id: prompt
+        record.id: (prompt, row.answer)
         for record in run.records
         if record.reply and (row := by_id.get(record.id))
         if (prompt := benchmark.judge_prompt(record.reply.text, row)) is not None
     }
     with thread_pool(workers) as pool:
-        asked = list(pool.map(partial(_ask, endpoint, model, store), prompts.values()))
+        asked = list(
+            pool.map(
+                partial(_ask, endpoint, model, store), [prompt for prompt, _ in prompts.values()]
+            )
+        )
     verdicts = {
         id: said
-        for id, (response, _) in zip(prompts, asked, strict=True)
-        if response and (said := verdict(response.text)) is not None
+        for (id, (_, answer)), (response, _) in zip(prompts.items(), asked, strict=True)
+        if response and (said := verdict(response.text, answer)) is not None
     }
     paid = [response for response, cached in asked if response and not cached]
     judged = Judged(
@@ -142,6 +156,11 @@ def _ask(endpoint: Endpoint, model: str, store: Store, prompt: str) -> tuple[Res
 
 
 def read_judged(folder: Path) -> Judged | None:
-    """A run's `judge.json`; None where it was not judged."""
+    """A run's `judge.json`; None where it was not judged. Raises InputError for another kind of file."""
     file = folder / JUDGED
-    return Judged(**json.loads(file.read_bytes())) if file.exists() else None
+    try:
+        return _JUDGED.validate_json(file.read_bytes()) if file.exists() else None
+    except ValidationError as error:
+        raise InputError(
+            f"{file}: not what storm judge writes: remove it, and judge again"
+        ) from error

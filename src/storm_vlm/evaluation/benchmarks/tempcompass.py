@@ -17,6 +17,7 @@ from storm_vlm.evaluation.benchmarks.published import (
     Hub,
     Videos,
     bare,
+    lettered,
     read_entries,
 )
 from storm_vlm.evaluation.judge import equality_prompt
@@ -72,7 +73,9 @@ class TempCompass(Benchmark):
         """Its authors ask about what their rules cannot match."""
         if self.official_score(text, row) is not None:
             return None
-        return equality_prompt(row, text, row.meta["published_question"].partition("\n")[2])
+        lines = row.meta["published_question"].split("\n")[1:]
+        permuted = row.options and _texts(row, lines) != row.options
+        return equality_prompt(row, text, lettered(row.options) if permuted else "\n".join(lines))
 
 
 class TempCompassCaptioning(TempCompass):
@@ -97,6 +100,14 @@ class TempCompassCaptioning(TempCompass):
                 entry |= {"mc_question": first["question"], "mc_answer": first["answer"]}
             yield entry
 
+    def judge_prompt(self, text: str, row: Row) -> str:
+        """The judge does not know the right answer."""
+        return (
+            "Answer a multiple-choice question about a video from this description of it, and from nothing else.\n\n"
+            f"Description: {text}\n\nQuestion: {row.meta['judge_question']}\n\n"
+            'Write only JSON: {"choice": the letter of the only option that the description supports, "" if none}'
+        )
+
 
 def _published(text: str, row: Row, lines: list[str]) -> str:
     letter = re.fullmatch(r"([A-Z])(?:[.)].*)?", text.strip(), re.DOTALL)
@@ -105,14 +116,16 @@ def _published(text: str, row: Row, lines: list[str]) -> str:
         return text
     if row.meta["task"] == "yes_no":
         return row.options[index]
-    texts = bare(lines)
-    if row.meta["task"] == "caption_matching":
-        texts = tuple(line.partition(": ")[2] for line in lines)
-    return (
-        text
-        if texts == row.options and not row.meta["labels"]
-        else lines[texts.index(row.options[index])]
-    )
+    texts = _texts(row, lines)
+    as_published = texts == row.options and not row.meta["labels"]
+    return text if as_published else lines[texts.index(row.options[index])]
+
+
+def _texts(row: Row, lines: list[str]) -> tuple[str, ...]:
+    """The options in their published order, without labels."""
+    if row.meta["labels"]:
+        return tuple(line.partition(": ")[2] for line in lines)
+    return bare(lines)
 
 
 def _row(task: str, name: str, videos: Videos, published: Entry) -> Row:
@@ -144,5 +157,6 @@ def _row(task: str, name: str, videos: Videos, published: Entry) -> Row:
             "labels": list(labels),
             "published_question": text,
             "published_answer": answer,
+            **({"judge_question": published["mc_question"]} if task == "captioning" else {}),
         },
     )
