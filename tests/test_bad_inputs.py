@@ -10,6 +10,7 @@ import pytest
 from command_line import Result, run_storm
 
 from storm_vlm.data.row import Row, RowError, read_rows, scan_rows
+from storm_vlm.evaluation.benchmarks import BENCHMARKS
 from storm_vlm.evaluation.run_folder import read_records
 from storm_vlm.inference.client import Endpoint
 from storm_vlm.lab.checkpoints import shipped
@@ -231,6 +232,19 @@ def test_a_clip_that_cannot_be_shown_is_said_in_a_gallery(
     page = (tmp_path / "rows.html").read_text()
     assert done.exit_code == 0 and "2 of 2 rows have a clip that cannot be shown" in done.stderr
     assert "cannot be read as a video" in page and "the window starts at" in page
+
+
+@pytest.mark.parametrize("benchmark", ["videomme", "tomato", "lvbench", "twiffbench"])
+@pytest.mark.parametrize("content", ["[{}]", "{}", "[1]", '{"a": [{"b": null}]}'])
+def test_files_that_a_benchmark_did_not_publish(
+    benchmark: str, content: str, tmp_path: Path
+) -> None:
+    for pattern in BENCHMARKS[benchmark].files:
+        file = tmp_path / pattern.replace("[mM]", "m").replace("*", "x")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    (tmp_path / "questions-test.jsonl").write_text(content)
+    assert str(tmp_path) in refused("evaluate", "m", tmp_path, "--benchmark", benchmark)
 
 
 def test_nothing_is_written_into_a_model_s_folder(reasoning_file: Path, tmp_path: Path) -> None:

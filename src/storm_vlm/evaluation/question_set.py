@@ -16,7 +16,7 @@ from storm_vlm.data.check import check_text, check_video, fault_lines, row_fault
 from storm_vlm.data.collator import Question
 from storm_vlm.data.identity import clip_identity
 from storm_vlm.data.prompt import PromptError
-from storm_vlm.data.row import Row, scan_rows
+from storm_vlm.data.row import Row, RowError, scan_rows
 from storm_vlm.data.video import VideoError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS, Benchmark
 from storm_vlm.evaluation.controls import CONTROLS, Control
@@ -57,7 +57,7 @@ class QuestionSet:
             raise RunError(
                 f"{source} is a folder: name its benchmark (--benchmark), or give a file of rows"
             )
-        rows, faults = scan_rows(source) if instance is None else (instance.read(source), {})
+        rows, faults = scan_rows(source) if instance is None else (published(instance, source), {})
         questions = cls(rows[:limit], benchmark=instance, faults=faults, **kwargs)
         check = check_video if questions._control.SHOWS_VIDEO else check_text
         faults = {**faults, **row_faults(questions.rows, check)}
@@ -138,6 +138,17 @@ def by_clip(rows: Sequence[Row]) -> list[list[Row]]:
     for row in rows:
         clips.setdefault((row.video, row.start, row.end), []).append(row)
     return list(clips.values())
+
+
+def published(benchmark: Benchmark, folder: Path) -> list[Row]:
+    """Its rows. Raises RowError, OSError, whatever its files hold."""
+    try:
+        return benchmark.read(folder)
+    except (TypeError, AttributeError, LookupError) as error:
+        raise RowError(
+            f"{folder} holds files that are not as {benchmark.name} publishes them "
+            f"({type(error).__name__}: {error}): download them again"
+        ) from error
 
 
 def answer_rows(
