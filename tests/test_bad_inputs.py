@@ -15,6 +15,7 @@ from storm_vlm.evaluation.run_folder import read_records
 from storm_vlm.inference.client import Endpoint
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.model.device import torch_device
+from storm_vlm.training.checkpoints import fault
 from storm_vlm.training.config import ConfigError, TrainConfig
 from storm_vlm.training.train import sound_rows, training_arguments
 
@@ -130,6 +131,23 @@ def test_numbers_of_training_that_cannot_be(setting: dict[str, Any], tmp_path: P
         training_arguments(
             TrainConfig(model="m", data="d", output_dir=str(tmp_path), training=setting)
         )
+
+
+@pytest.mark.parametrize("content", ["", "{", "- a", "text"])
+def test_a_training_s_damaged_folder_is_named(
+    content: str, reasoning_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "train_config.yaml").write_text(content)
+    (tmp_path / "versions.json").write_text("{}")
+    settings = (f"model={shipped('backbone')}", f"data={reasoning_file}", f"output_dir={tmp_path}")
+    line = refused("train", "sft", *settings, "training.report_to=none")
+    assert f"{tmp_path / 'train_config.yaml'} is damaged" in line
+
+
+@pytest.mark.parametrize("content", ["", "null", "[]", "5", '["a"]'])
+def test_a_checkpoint_with_a_damaged_seal_is_not_whole(content: str, tmp_path: Path) -> None:
+    (tmp_path / "complete.json").write_text(content)
+    assert fault(tmp_path)
 
 
 def test_a_missing_file_is_named_with_its_setting(tmp_path: Path, monkeypatch: Any) -> None:

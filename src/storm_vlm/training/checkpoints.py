@@ -62,12 +62,12 @@ def seal(checkpoint: Path) -> None:
 def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint must not be resumed from; None if it is whole."""
     try:
-        sealed = json.loads((checkpoint / SEAL).read_text())
-    except (OSError, ValueError):
+        sealed = dict(json.loads((checkpoint / SEAL).read_text()))
+    except (OSError, ValueError, TypeError):
         return "it was never finished"
     found = _sizes(checkpoint)
     wrong = [name for name, size in sealed.items() if found.get(name) != size]
-    return f"{wrong[0]} is damaged" if wrong else None
+    return f"{wrong[0]} is damaged" if wrong else None if sealed else "it holds nothing"
 
 
 def last_whole_checkpoint(run: Path) -> Path | None:

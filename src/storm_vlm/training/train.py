@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
@@ -338,21 +337,32 @@ def _finished(config: TrainConfig, output: Path, inputs: dict[str, str]) -> bool
     """
     known, finished = output / "train_config.yaml", (output / "versions.json").exists()
     if known.exists() and (finished or last_whole_checkpoint(output)):
-        theirs, wanted = yaml.safe_load(known.read_text()), config.model_dump(mode="json")
+        theirs, wanted = _told(known), config.model_dump(mode="json")
         if changed := _changes({key: theirs.get(key) for key in wanted}, wanted):
             raise ConfigError(
                 f"{output} holds a run with other settings ({', '.join(changed)}): choose another output_dir, or "
                 "remove that one"
             )
         made_from = output / INPUTS
-        read = json.loads(made_from.read_text()) if made_from.exists() else inputs
+        read = _told(made_from) if made_from.exists() else inputs
         for name, file in (("model", config.model), ("rows", config.data)):
-            if read[name] != inputs[name]:
+            if read.get(name) != inputs[name]:
                 raise ConfigError(
                     f"{output} holds a run from what {file} was before it changed: choose another output_dir, or "
                     "remove that one"
                 )
     return finished
+
+
+def _told(file: Path) -> dict[str, Any]:
+    """What a file of a run says, in YAML or JSON. Raises ConfigError."""
+    try:
+        said = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (UnicodeError, yaml.YAMLError):
+        said = None
+    if not isinstance(said, dict):
+        raise ConfigError(f"{file} is damaged: put it back, or remove {file.parent} to train again")
+    return said
 
 
 def _changes(theirs: Any, wanted: Any, name: str = "") -> list[str]:
