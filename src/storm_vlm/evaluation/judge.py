@@ -78,9 +78,8 @@ def verdict(reply: str, answer: str = "") -> float | None:
             return float(said["correct"])
         if isinstance(choice := said.get("choice"), str):
             return float(choice.strip()[:1] == answer[:1])
-        scores = said.get("scores")
-        rated = isinstance(scores, list) and scores
-        if rated and all(type(score) in (int, float) and 0 <= score <= 5 for score in scores):
+        scores: list[Any] = said["scores"] if isinstance(said.get("scores"), list) else []
+        if scores and all(type(score) in (int, float) and 0 <= score <= 5 for score in scores):
             return sum(scores) / (5 * len(scores))
     return None
 
