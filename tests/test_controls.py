@@ -1,6 +1,8 @@
 """The control arms of a user's own Stage I and II: what differs, what is searched, and one study in small."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from command_line import run_storm
 from storm_vlm.analysis.controls import (
     ARMS,
     Command,
+    Processes,
     Study,
     Trial,
     chain,
@@ -129,3 +132,23 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     )
     assert shown.exit_code == 0 and shown.stdout.count("torchrun x train") == 2
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_a_failure_is_named_and_nothing_more_is_begun(study: Study, tmp_path: Path) -> None:
+    small = Study(**{**vars(study), "out": tmp_path / "out", "arms": ("storm", "sft", "pause")})
+    with (
+        Processes(("sh", "-c", "echo; exit 3")) as processes,
+        pytest.raises(StormError, match="train failed: see"),
+    ):
+        controls(small, processes)
+    assert len(list((tmp_path / "out").rglob("*.log"))) <= 2  # of nine trials
+
+
+def test_processes_end_with_their_block(tmp_path: Path) -> None:
+    with Processes(("sleep", "60")) as processes:
+        pool = ThreadPoolExecutor(1)
+        running = pool.submit(processes, ("60",), tmp_path / "log")
+        while not processes._running:
+            time.sleep(0.01)
+    with pytest.raises(StormError, match="storm 60 failed"):
+        running.result(5)

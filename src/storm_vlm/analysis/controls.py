@@ -251,9 +251,12 @@ def _run(
             launch(command, trial.folder(study.out) / log_file)
 
     work = [(trial, study.commands(trial, rows, split)) for trial in trials]
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         for number, (_, trial) in enumerate(zip(pool.map(one, work), trials, strict=True), 1):
             log.info("%s, %s of %s: %s", split, number, len(trials), " ".join(map(str, trial)))
+    finally:  # after a failure, or Ctrl-C, nothing more is begun
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _share(trial: Trial, study: Study) -> float:
@@ -300,18 +303,32 @@ def _points(gain: Estimate) -> str:
     return f"{points(gain)} ({interval(gain)})"
 
 
-def subprocesses(prefix: Iterable[str] = ()) -> Callable[[Command, Path], None]:
-    """Runs commands of `storm` as processes, behind a prefix such as `accelerate launch … --module storm_vlm`."""
-    before = tuple(prefix) or (sys.executable, "-m", "storm_vlm")
+class Processes:
+    """Runs commands of `storm` as processes, behind a prefix such as `accelerate launch … --module storm_vlm`.
 
-    def launch(command: Command, file: Path) -> None:
+    Those that still run end with its block.
+    """
+
+    def __init__(self, prefix: Iterable[str] = ()) -> None:
+        self.prefix = tuple(prefix) or (sys.executable, "-m", "storm_vlm")
+        self._running: set[subprocess.Popen[bytes]] = set()
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in tuple(self._running):
+            process.terminate()
+
+    def __call__(self, command: Command, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as output:
-            done = subprocess.run((*before, *command), stdout=output, stderr=output, check=False)
-        if done.returncode:
+            process = subprocess.Popen((*self.prefix, *command), stdout=output, stderr=output)
+        self._running.add(process)
+        code = process.wait()
+        self._running.discard(process)
+        if code:
             raise StormError(f"storm {command[0]} failed: see {file}")
-
-    return launch
 
 
 def check(study: Study) -> None:

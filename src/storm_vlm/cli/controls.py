@@ -44,7 +44,7 @@ def controls(
         launch: What starts `storm`, as "accelerate launch --num_processes 8 --module storm_vlm".
         dry_run: Print the commands of the search, write their configs, and train nothing.
     """
-    from storm_vlm.analysis.controls import ARMS, Study, Trial, check, subprocesses
+    from storm_vlm.analysis.controls import ARMS, Processes, Study, Trial, check
     from storm_vlm.analysis.controls import controls as run
 
     study = Study(stage1, stage2, validation, test, out, arm or tuple(ARMS), rate, seeds)
@@ -55,5 +55,6 @@ def controls(
                 for command in study.commands(Trial(name, factor, 0), validation, "validation"):
                     show(shlex.join((*shlex.split(launch or "storm"), *command)))
         return
-    run(study, subprocesses(shlex.split(launch)), jobs)
+    with Processes(shlex.split(launch)) as processes:
+        run(study, processes, jobs)
     show((out / "controls.md").read_text())
