@@ -7,7 +7,7 @@ BIN := .venv/bin
 export MALLOC_TRIM_THRESHOLD_ ?= 1000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 1000000000
 
-.PHONY: install quickstart test test-matrix lint types docs clean
+.PHONY: install quickstart test test-matrix fuzz lint types docs clean
 
 install: $(BIN)/.installed
 
@@ -39,6 +39,16 @@ docs: install
 
 test-matrix:
 	dev/test_matrix.sh  # Python, transformers and torch, oldest and newest
+
+# Requests made from the server's own schema, and damaged videos: none may meet with a 500. In an environment of its own.
+fuzz: install
+	test -d runs/fuzz/venv || { $(BIN)/python -m venv runs/fuzz/venv && \
+		runs/fuzz/venv/bin/pip install --quiet --disable-pip-version-check schemathesis==4.32.5; }
+	$(BIN)/storm world runs/fuzz --count 1
+	$(BIN)/storm serve --port 8199 & server=$$!; trap "kill $$server" EXIT; \
+	SCHEMATHESIS_HOOKS=dev.fuzz_serving runs/fuzz/venv/bin/schemathesis run http://127.0.0.1:8199/openapi.json \
+		--wait-for-schema 60 --phases coverage,fuzzing --max-examples 100 --continue-on-failure \
+		--checks not_a_server_error
 
 clean:
 	rm -rf .venv .matrix runs site

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -28,6 +29,8 @@ from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip, read_video
 from storm_vlm.errors import StormError
 from storm_vlm.inference.pipeline import Answer, StormPipeline
+from storm_vlm.lab.bench.serve import serving as flooded
+from storm_vlm.lab.bench.serve import soaked
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.serving import source
 from storm_vlm.serving.app import create_app
@@ -82,9 +85,15 @@ class Running:
 
 
 @contextmanager
-def serving(pipeline: StormPipeline, key: str | None = None, **fields: Any) -> Iterator[Running]:
+def serving(
+    pipeline: StormPipeline,
+    key: str | None = None,
+    add: Callable[[Any], object] = lambda _: None,
+    **fields: Any,
+) -> Iterator[Running]:
     config = ServeConfig.model_validate({"readers": 1, **fields})
     app = create_app(pipeline, "storm", config, key)
+    add(app)
     settings = uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=10)
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run)
@@ -257,6 +266,11 @@ def test_what_is_not_understood_is_named(running: Running) -> None:
         headers = {"Content-Type": "application/json"}
         status, text, _ = running.raw("POST", "/v1/chat/completions", body, **headers)
         assert status == 400 and json.loads(text)["error"]["type"] == "invalid_request_error"
+    plain = json.dumps(_request("x")).encode()  # what a web page may send without being asked for
+    assert (
+        running.raw("POST", "/v1/chat/completions", plain, **{"Content-Type": "text/plain"})[0]
+        == 400
+    )
     assert json.loads(running.raw("GET", "/v1/engines")[1])["error"]["message"] == "Not Found"
 
 
@@ -503,3 +517,10 @@ def test_what_is_in_hand_is_answered_before_the_end(storm: StormPipeline, reason
 def test_the_other_engine_names_what_it_needs() -> None:
     result = run_storm("serve", "--engine", "vllm")
     assert result.exit_code == 1 and "pip install vllm" in result.stderr
+
+
+def test_every_client_of_a_flood_is_answered_or_refused(reasoning_rows: list[Row]) -> None:
+    with flooded() as server:
+        soak = asyncio.run(soaked(server, reasoning_rows, 2))
+    assert soak.lost == 0 and soak.outcomes["200"] and soak.readers_killed
+    assert server.process.returncode == 143

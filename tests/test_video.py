@@ -1,3 +1,4 @@
+import gc
 import time
 from bisect import bisect_right
 from fractions import Fraction
@@ -217,6 +218,20 @@ def test_no_more_is_decoded_than_the_groups_of_the_wanted_frames(tmp_path, group
         wanted = [0.0, 5.5, 11.1, 19.9]
         frames = list(source.frames_at([t for t in source.times(0, 99) if round(t, 3) in wanted]))
         assert len(frames) == 4 and source.decoded <= most
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
+def test_reading_leaves_no_threads(tmp_path):
+    """Each frame's conversion once had threads of its own, hundreds until the garbage was collected."""
+    write_video(tmp_path / "clip.mp4", np.zeros((8, 64, 64, 3), np.uint8), 8)
+    before = set(Path("/proc/self/task").iterdir())
+    gc.disable()
+    try:
+        for _ in range(3):
+            read_video(tmp_path / "clip.mp4", 8)
+        assert set(Path("/proc/self/task").iterdir()) <= before
+    finally:
+        gc.enable()
 
 
 def test_a_short_clip_is_read_in_milliseconds(tmp_path):

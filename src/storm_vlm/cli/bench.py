@@ -123,3 +123,21 @@ def scale(
     from storm_vlm.lab.bench.scale import bench_scale
 
     show_json(bench_scale(sorted(sizes or [10_000, 30_000, 100_000]), results))
+
+
+@app.command
+def serve(
+    *,
+    rounds: PositiveInt = 5,
+    soak: Annotated[float, _at_least(0)] = 0,
+    results: Results = None,
+) -> None:
+    """What `storm serve` costs over the pipeline itself, and what it stands.
+
+    Args:
+        rounds: Of 1, 8 and 32 questions at a time.
+        soak: Seconds of twice the load that it can take, with clients that leave, broken videos and killed readers.
+    """
+    from storm_vlm.lab.bench.serve import bench_serve
+
+    show_json(bench_serve(rounds, soak, results))

@@ -45,7 +45,10 @@ from storm_vlm.data.atomic_write import discard_half_files
 from storm_vlm.errors import StormError
 from storm_vlm.versions import versions
 
-EXTRAS = {"matplotlib": "analysis"}  # packages that some verbs need
+EXTRAS = {  # packages that some verbs need
+    "matplotlib": "analysis",
+    **dict.fromkeys(("fastapi", "prometheus_client", "uvicorn"), "serve"),
+}
 FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit codes; `storm build` has more
 
 
@@ -58,6 +61,7 @@ app = App(
 )
 app.command(answer.answer, group=USE)
 app.command(serve.serve, group=USE)
+app.command(serve.play, group=USE)
 app.command(lab.quickstart, group=USE)
 app.command(doctor.doctor, group=USE)
 app.command(datasets.import_command, name="import", group=DATA)

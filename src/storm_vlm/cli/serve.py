@@ -30,3 +30,21 @@ def serve(
     if engine == "vllm":
         hand_over(checkpoint, config)
     run(checkpoint, config, show)
+
+
+def play(
+    checkpoint: str | None = None,
+    /,
+    *,
+    config: Annotated[ServeConfig, Fields] = ServeConfig.model_validate({}),  # noqa: B008
+) -> None:
+    """The same server with a page to ask from, which shows the slots and what the answer is without them.
+
+    Args:
+        checkpoint: Folder or hub name; by default the trained micro model that is shipped.
+    """
+    from storm_vlm.lab.checkpoints import shipped
+    from storm_vlm.lab.play import add_playground
+    from storm_vlm.serving.serve import serve as run
+
+    run(str(shipped("storm")) if checkpoint is None else checkpoint, config, show, add_playground)

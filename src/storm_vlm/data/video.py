@@ -206,7 +206,9 @@ def _sample(
                 longest, area = max(frame.width, frame.height), frame.width * frame.height
                 scale = min(1.0, (max_side or longest) / longest, (MAX_PIXELS / area) ** 0.5)
                 width, height = (max(1, round(n * scale)) for n in (frame.width, frame.height))
-            shown = _upright(frame, frame.to_ndarray(format="rgb24", width=width, height=height))
+            shown = _upright(
+                frame, frame.to_ndarray(format="rgb24", width=width, height=height, threads=1)
+            )
             if not index:
                 pixels = np.empty((len(times), *shown.shape), np.uint8)
             pixels[index] = shown

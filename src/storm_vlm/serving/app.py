@@ -106,6 +106,7 @@ class Service:
             lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
             sampling if asked.temperature else {},
             asked.seed,
+            bool(asked.stream),
         )
         work.callback(job.abandon)
         self.engine.submit(job)
@@ -121,15 +122,13 @@ async def complete(asked: ChatRequest, request: Request) -> Response | dict[str,
     job, events = await service.submit(asked, request)
     completion = Completion(service.name)
     event = await events.get()  # what cannot be answered has a status of its own, streamed or not
-    if asked.stream and not isinstance(event, Exception):
+    if job.streamed and not isinstance(event, Exception):
         totals = bool(asked.stream_options and asked.stream_options.include_usage)
         pieces = _pieces(job, event, events, completion, totals)
         return StreamingResponse(pieces, media_type="text/event-stream")
-    while isinstance(event, str):
-        event = await events.get()
-    if isinstance(event, Exception):
-        raise event if isinstance(event, StormError) else Refusal(500, BROKEN)
-    return completion.whole(event, _reason(job))
+    if isinstance(event, Answer):
+        return completion.whole(event, _reason(job))
+    raise event if isinstance(event, StormError) else Refusal(500, BROKEN)
 
 
 @router.get("/v1/models")

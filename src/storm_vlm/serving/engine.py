@@ -38,6 +38,7 @@ class Job:
         default_factory=dict
     )  #: arguments of `generate`; none: greedy
     seed: int | None = None
+    streamed: bool = True  #: else it is told the end alone
     abandoned: bool = False  #: nobody waits for it
     stopped: bool = False  #: it ended its turn; else its tokens were used up
     written: str = ""
@@ -72,7 +73,8 @@ class _Watch(StoppingCriteria):
         for i, ids in enumerate(input_ids[:, self.start :].tolist()):
             if not self.over[i]:
                 self.over[i] = self.jobs[i].stopped = ids[-1] in self.ends
-                self.jobs[i].write(self.tokenizer.decode(ids, skip_special_tokens=True))
+                if self.jobs[i].streamed:
+                    self.jobs[i].write(self.tokenizer.decode(ids, skip_special_tokens=True))
         left: Tensor = torch.tensor([job.abandoned for job in self.jobs], device=input_ids.device)
         return left
 
@@ -92,9 +94,10 @@ class Engine:
         if pipeline.collator.latent_budget:
             modes = LATENT_MODES
         frames = pipeline.collator.videos.num_frames
-        self.pipelines = {
+        self.pipelines: dict[LatentMode, StormPipeline] = {
             mode: StormPipeline(pipeline.model, pipeline.processor, frames, mode) for mode in modes
         }
+        self.model = threading.Lock()  #: held while the model works
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -139,12 +142,13 @@ class Engine:
         if first.seed is not None:
             torch.manual_seed(first.seed)
         try:
-            answers = pipeline.answer_batch(
-                [job.question for job in batch],
-                first.max_tokens,
-                stopping_criteria=StoppingCriteriaList([_Watch(batch, pipeline)]),
-                **({"do_sample": True, **first.sampling} if first.sampling else {}),
-            )
+            with self.model:
+                answers = pipeline.answer_batch(
+                    [job.question for job in batch],
+                    first.max_tokens,
+                    stopping_criteria=StoppingCriteriaList([_Watch(batch, pipeline)]),
+                    **({"do_sample": True, **first.sampling} if first.sampling else {}),
+                )
         except Exception as error:
             if len(batch) > 1:  # whosever fault it is, the others are answered
                 for job in batch:
@@ -155,7 +159,7 @@ class Engine:
             first.tell(error)
             return
         for job, answer in zip(batch, answers, strict=True):
-            if rest := answer.text.removeprefix(job.written):
+            if job.streamed and (rest := answer.text.removeprefix(job.written)):
                 job.tell(rest)
             job.tell(answer)
         self.observe(answers)

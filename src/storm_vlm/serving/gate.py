@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from storm_vlm.serving.config import LOOPBACK, ServeConfig
 from storm_vlm.serving.protocol import Refusal, error_response
 
-OPEN = ("/health",)  # paths that need no key, and are answered even by a full server
+OPEN = ("/health", "/play")  # paths that need no key, and are answered even by a full server
 CHEAP = (*OPEN, "/metrics", "/v1/models")
 
 

@@ -8,27 +8,35 @@ import socket
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from storm_vlm.errors import StormError
 from storm_vlm.serving.config import LOOPBACK, ServeConfig
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 KEY = "STORM_API_KEY"  # environment variable; an option could be read by everyone on the machine
 CONNECTIONS = 1000
 
 
-def serve(checkpoint: str, config: ServeConfig, say: Callable[[str], None]) -> None:
+def serve(
+    checkpoint: str,
+    config: ServeConfig,
+    say: Callable[[str], None],
+    add: Callable[[FastAPI], str] | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM; what is in hand then is answered first.
 
-    Raises:
-        StormError: a package is missing, an address needs a key or is taken, or the checkpoint cannot be loaded.
-    """
-    try:
-        import uvicorn
+    `add` may add to the server; it returns the path to name to people.
 
-        from storm_vlm.serving.app import create_app
-    except ModuleNotFoundError as error:
-        raise StormError(f"a server needs {error.name}: pip install 'storm-vlm[serve]'") from error
+    Raises:
+        StormError: an address needs a key or is taken, or the checkpoint cannot be loaded.
+    """
+    import uvicorn
+
     from storm_vlm.inference.pipeline import StormPipeline
+    from storm_vlm.serving.app import create_app
 
     key = _key(config)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -41,9 +49,10 @@ def serve(checkpoint: str, config: ServeConfig, say: Callable[[str], None]) -> N
     with listener:
         name = config.name or Path(checkpoint).expanduser().resolve().name
         app = create_app(StormPipeline.from_pretrained(checkpoint), name, config, key)
+        path = add(app) if add else "/v1"
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        say(f"{name} answers at http://{shown}:{port}/v1")
+        say(f"{name} answers at http://{shown}:{port}{path}")
         settings = uvicorn.Config(
             app,
             log_level="warning",

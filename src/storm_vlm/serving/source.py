@@ -99,7 +99,7 @@ class _Connection(HTTPConnection):
     def __init__(self, parts: SplitResult, config: ServeConfig) -> None:
         self.tls = parts.scheme == "https"
         port = parts.port or (443 if self.tls else 80)
-        super().__init__(parts.hostname or "", port, timeout=config.read_seconds)
+        super().__init__(parts.hostname or "", port)  # no timeout: the process has one
         self.private = config.private
 
     def connect(self) -> None:
