@@ -12,6 +12,7 @@ from storm_vlm.data.moment import parse_moment
 from storm_vlm.data.row import Row, RowError
 from storm_vlm.datasets.parse import unwrapped
 from storm_vlm.evaluation.benchmarks import BENCHMARKS
+from storm_vlm.evaluation.records import Record
 from storm_vlm.evaluation.shares import answer_shares
 
 
@@ -309,6 +310,19 @@ def test_four_answers_of_videomme_v2_earn_together(structure, right, sixteenths)
     from storm_vlm.evaluation.benchmarks.videomme_v2 import group_score
 
     assert group_score([x == "1" for x in right], structure) == pytest.approx(sixteenths / 16)
+
+
+def test_videomme_v2_has_the_mean_of_its_groups() -> None:
+    def record(video: str, number: int, structure: str) -> Record:
+        groups = {"group_structure": structure}
+        return Record(f"{video}-{number}", video, groups, "", (), None, False, False)
+
+    records = [record("001", i, "[1,2,3,4]") for i in (2, 1, 3, 4)]
+    records += [record("002", i, "4") for i in (1, 2, 3, 4)]
+    bench = BENCHMARKS["videomme_v2"]()
+    assert bench.official_figure([1, 0, 1, 1, 1, 1, 0, 0], records) == (0 + 4 / 16) / 2
+    assert bench.official_figure([0, 1, 1, 1, 1, 1, 1, 1], records) == (1 / 16 + 1) / 2
+    assert bench.official_figure([1, 0, 1], records[:3]) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("layout", ["lmms-eval", "authors"])

@@ -10,16 +10,16 @@ import re
 import string
 from collections import Counter
 
+from storm_vlm.data.answer import final_text
 from storm_vlm.data.moment import overlap, parse_moment
 from storm_vlm.data.row import Row
-from storm_vlm.datasets.parse import unwrapped
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def answer_shares(text: str, row: Row) -> dict[str, float]:
     """0 to 1, by the name of the measure; none for a question with options."""
-    text = unwrapped(text)
+    text = final_text(text)
     if moment := row.meta.get("moment"):
         found = parse_moment(text)
         return {"IoU": overlap(found, moment) if found else 0.0}

@@ -149,19 +149,12 @@ def _score(
     scored = sum(score is not None for score in scores)
     if not scored:
         return Score(None, 0, rule, source)
-    keys = BENCHMARKS[run.benchmark].averages if run.benchmark in BENCHMARKS else ()
-    rated = [(score or 0.0, record) for score, record in zip(scores, records, strict=True)]
-    return Score(_average(rated, keys), scored, rule, source)
-
-
-def _average(rated: Sequence[tuple[float, Record]], keys: Sequence[str]) -> float:
-    """The mean over the groups of the first key, each averaged by the others; over all without one."""
-    if not keys:
-        return mean(score for score, _ in rated)
-    groups: dict[str | None, list[tuple[float, Record]]] = {}
-    for score, record in rated:
-        groups.setdefault(record.groups.get(keys[0]), []).append((score, record))
-    return mean(_average(group, keys[1:]) for group in groups.values())
+    given = [score or 0.0 for score in scores]
+    if run.benchmark in BENCHMARKS:
+        return Score(
+            BENCHMARKS[run.benchmark]().official_figure(given, records), scored, rule, source
+        )
+    return Score(mean(given), scored, rule, source)
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, ClassVar
 
 from storm_vlm.registry import Registry
@@ -12,6 +13,7 @@ from storm_vlm.registry import Registry
 if TYPE_CHECKING:
     from storm_vlm.data.row import Row
     from storm_vlm.evaluation.benchmarks.published import Entry, Hub, Videos
+    from storm_vlm.evaluation.records import Record
 
 GENERAL = "Table 1: general video understanding"
 REASONING = "Table 2: video reasoning"
@@ -69,9 +71,23 @@ class Benchmark(ABC):
         rules = list(RULES.get(self.name, {}).values())
         return rules[0](text, row) if rules else None
 
+    def official_figure(self, scores: Sequence[float], records: Sequence[Record]) -> float:
+        """What the scores of a run, or of a category of it, come to: their mean over `averages`."""
+        return _average(list(zip(scores, records, strict=True)), self.averages)
+
     def judge_prompt(self, text: str, row: Row) -> str | None:
         """What a judge is asked about an answer, for JSON with "correct" or "scores"; None: it is not asked."""
         return None
+
+
+def _average(rated: Sequence[tuple[float, Record]], keys: Sequence[str]) -> float:
+    """The mean over the groups of the first key, each averaged by the others; over all without one."""
+    if not keys:
+        return mean(score for score, _ in rated)
+    groups: dict[str | None, list[tuple[float, Record]]] = {}
+    for score, record in rated:
+        groups.setdefault(record.groups.get(keys[0]), []).append((score, record))
+    return mean(_average(group, keys[1:]) for group in groups.values())
 
 
 BENCHMARKS: Registry[type[Benchmark]] = Registry(
