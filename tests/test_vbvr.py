@@ -229,7 +229,7 @@ def test_answers_and_their_places_are_balanced(task: str, make: Any) -> None:
         if len(row.options) == 4:
             places[row.options.index(row.answer)] += 1
             answers[row.answer] += 1
-    assert max(places.values()) - min(places.values()) <= 1 and sum(places.values()) > 120
+    assert max(places.values()) - min(places.values()) <= 1 and sum(places.values()) > 100
     if task != "symbol_insert":
         assert max(answers.values()) < 1.25 * min(answers.values()) + 3
     ((rows, shares),) = shortcuts.accuracies().values()
@@ -241,7 +241,7 @@ def test_crossings_circles_and_symbols() -> None:
     cross = [[0, 0], [100, 100], [100, 0], [0, 100]]
     made = {"objects": [{"number": i, "center": p} for i, p in enumerate(cross, 1)]}
     (fields,) = maker(item("dot_to_dot", 0, made))
-    assert fields["answer"] == "1" and "dot 4 is reached" in fields["question"]
+    assert fields["answer"] == "1" and fields["meta"]["steps"] == 3
     bowl = {"objects": [{"number": i, "center": p} for i, p in enumerate(sorted(cross), 1)]}
     assert maker(item("dot_to_dot", 1, bowl))[0]["answer"] == "0"
     rng = random.Random(1)

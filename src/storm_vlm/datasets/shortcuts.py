@@ -12,6 +12,7 @@ from storm_vlm.data.row import Row
 class Asked:
     """What of a row the measurement needs."""
 
+    question: str
     options: tuple[str, ...]
     answer: str
     guesses: dict[str, str]
@@ -21,9 +22,10 @@ class Asked:
 class Shortcuts:
     """Accuracies of guessers by family of questions (`meta.family`).
 
-    `text only` takes the option that is most often right where it is offered, or, if that is better, the most
-    frequent place; each half of the rows is guessed with what is counted on the other. The others are what a row's
-    maker put into `meta.shortcuts`: answers by simple rules from the first frame.
+    `text only` is the best of three: the option that is most often right where it is offered, the same among
+    questions of the very words, and the most frequent place; each half of the rows is guessed with what is counted
+    on the other. The others are what a row's maker put into `meta.shortcuts`: answers by simple rules from the first
+    frame.
     """
 
     asked: dict[str, list[Asked]] = field(default_factory=lambda: defaultdict(list))
@@ -31,7 +33,9 @@ class Shortcuts:
     def add(self, row: Row) -> None:
         if row.options and "shortcuts" in row.meta:
             guesses = row.meta["shortcuts"]
-            self.asked[row.meta.get("family", "")].append(Asked(row.options, row.answer, guesses))
+            self.asked[row.meta.get("family", "")].append(
+                Asked(row.question, row.options, row.answer, guesses)
+            )
 
     def accuracies(self) -> dict[str, tuple[int, dict[str, float]]]:
         """Rows of each family, and chance and every guesser's accuracy on them."""
@@ -49,14 +53,18 @@ class Shortcuts:
 
 def _text_only(rows: list[Asked]) -> float:
     halves = rows[::2], rows[1::2]
-    by_text = by_place = 0
+    right = Counter[str]()
     for told, guessed in (halves, halves[::-1]):
-        offered = Counter(option for row in told for option in row.options)
-        right = Counter(row.answer for row in told)
         places = Counter(row.options.index(row.answer) for row in told)
+        for name, words in (("option", False), ("question", True)):
+            keys = [(row.question if words else "", row) for row in told]
+            offered = Counter((key, option) for key, row in keys for option in row.options)
+            answers = Counter((key, row.answer) for key, row in keys)
+            for row in guessed:
+                asked = [(row.question if words else "", option) for option in row.options]
+                rates = [(answers[key] + 1) / (offered[key] + len(asked)) for key in asked]
+                right[name] += row.options[rates.index(max(rates))] == row.answer
         for row in guessed:
-            rates = [(right[o] + 1) / (offered[o] + len(row.options)) for o in row.options]
-            by_text += row.options[rates.index(max(rates))] == row.answer
             place = max(range(len(row.options)), key=lambda i: places[i])
-            by_place += row.options[place] == row.answer
-    return max(by_text, by_place) / len(rows)
+            right["place"] += row.options[place] == row.answer
+    return max(right.values()) / len(rows)

@@ -23,8 +23,9 @@ from storm_vlm.errors import InputError
 FPS = 16.0  # of all generators; Pro's metadata have their own
 SEEN = 1.5  # frames: the still stands for longer, and two frames are one temporal grid
 OPTIONS = 4
+POOL = 8  # that the wrong options are taken from, so that each is right as often as others
 CLEAR = 8.0  # units of height (12 pixels) that another way to shelve the books must be worse by
-AHEAD = 2  # rows that an answer may be more frequent than the rarest one
+AHEAD = 2  # rows that an answer may be more frequent than the rarest one that has occurred
 IN_SIGHT = 1004  # pixels from the left; pictures are 1024 wide
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 COLOURS = {
@@ -46,7 +47,8 @@ class Candidate:
     """One of the questions that could be asked about a sample.
 
     ``kind`` is what should be asked for equally often; with ``kinds``, all there are, a question is left out rather
-    than one kind be ahead. ``wrong``: at least one other option. ``guesses``: by rules that look at the first frame.
+    than one kind be ahead. ``wrong``: at least one other option. ``guesses``: by
+    rules that look at the first frame, each a ranking, of which the first that is offered is meant.
     """
 
     family: str
@@ -55,7 +57,7 @@ class Candidate:
     wrong: tuple[str, ...]
     kind: str
     steps: int
-    guesses: dict[str, str] = field(default_factory=dict)
+    guesses: dict[str, Sequence[str]] = field(default_factory=dict)
     kinds: tuple[str, ...] = ()
     plan: str | None = None
 
@@ -66,6 +68,7 @@ class Vbvr:
     def __init__(self) -> None:
         self._asked: Counter[tuple[str, str]] = Counter()
         self._placed: Counter[tuple[str, int, int]] = Counter()
+        self._due: Counter[tuple[str, str]] = Counter()  # how often an option was wrong too often
 
     def __call__(self, item: Fields) -> list[Fields]:
         sample = _sample(item)
@@ -91,15 +94,19 @@ class Vbvr:
             candidates,
             key=lambda c: (self._asked[c.family, c.kind], _chance(sample.id, c.text, c.kind)),
         )
-        rarest = min((self._asked[best.family, kind] for kind in best.kinds), default=None)
-        if rarest is not None and self._asked[best.family, best.kind] >= rarest + AHEAD:
+        counts = [count for kind in best.kinds if (count := self._asked[best.family, kind])]
+        if counts and self._asked[best.family, best.kind] >= min(counts) + AHEAD:
             return None
         self._asked[best.family, best.kind] += 1
         return best
 
     def _row(self, sample: Sample, asked: Candidate) -> Fields:
         count = min(OPTIONS, 1 + len(asked.wrong))
-        others = sorted(asked.wrong[: count - 1], key=lambda o: _chance(sample.id, asked.text, o))
+        family = asked.family
+        needed = sorted(asked.wrong, key=lambda option: self._due[family, option])[: count - 1]
+        others = sorted(needed, key=lambda option: _chance(sample.id, asked.text, option))
+        self._due[family, asked.answer] -= count - 1  # so an option is right one time in `count`
+        self._due.update((family, option) for option in others)
         place = min(
             range(count),
             key=lambda i: (
@@ -108,6 +115,7 @@ class Vbvr:
             ),
         )
         self._placed[asked.family, count, place] += 1
+        options = [*others[:place], asked.answer, *others[place:]]
         end = SEEN / sample.fps
         thought = {"path": sample.video, "start": end, "source": "oracle", "generator": sample.task}
         return {
@@ -115,7 +123,7 @@ class Vbvr:
             "video": sample.video,
             "end": end,
             "question": asked.text,
-            "options": [*others[:place], asked.answer, *others[place:]],
+            "options": options,
             "answer": asked.answer,
             "keyframes": [1 / sample.fps],
             "plan": asked.plan,
@@ -125,7 +133,10 @@ class Vbvr:
                 "task": sample.task,
                 "family": asked.family,
                 "steps": asked.steps,
-                "shortcuts": asked.guesses,
+                "shortcuts": {
+                    rule: next((guess for guess in ranking if guess in options), "")
+                    for rule, ranking in asked.guesses.items()
+                },
                 "prompt": sample.prompt,
             },
         }
@@ -217,24 +228,20 @@ def sliding_puzzle(parameters: Fields) -> Iterator[Candidate]:
     plan = "The tiles that slide, in order: " + ", ".join(map(str, way)) + "."
     tiles_on_way = list(dict.fromkeys(way))
     start = boards[0]
-    beside = [start[cell] for cell in _beside(blanks[0], size)]
     near = sorted(set(start) - {0}, key=lambda tile: _apart(start.index(tile), blanks[0], size))
+    by_distance = sorted(range(size * size), key=lambda cell: _apart(cell, blanks[0], size))
+    by_goal = sorted(range(size * size), key=lambda cell: -sum(divmod(cell, size)))
     for k in range(2, len(way)):  # the first is in sight, the last can be told from the goal
         answer = way[k - 1]
         wrong = [tile for tile in dict.fromkeys([*tiles_on_way, *near]) if tile != answer]
-        wrong = sorted(wrong[:6], key=lambda tile: _chance(str(start), str(k), str(tile)))[:3]
-        offered = {answer, *wrong}
         yield Candidate(
             family="sliding_move",
             text=f"{intro} Which tile makes move {k}?",
             answer=f"tile {answer}",
-            wrong=tuple(f"tile {tile}" for tile in wrong),
+            wrong=tuple(f"tile {tile}" for tile in wrong[:POOL]),
             kind=f"{size} {answer}",
             steps=k,
-            guesses={
-                "beside the empty square": f"tile {next((t for t in beside if t in offered), 0)}",
-                "nearest to the empty square": f"tile {next(t for t in near if t in offered)}",
-            },
+            guesses={"nearest to the empty square": [f"tile {tile}" for tile in near]},
             plan=plan,
         )
         cells = [
@@ -242,21 +249,16 @@ def sliding_puzzle(parameters: Fields) -> Iterator[Candidate]:
             for cell in sorted(range(size * size), key=lambda c: _apart(c, blanks[k], size))
             if cell != blanks[k] and _apart(cell, blanks[k], size) % 2 == 0
         ]
-        wrong = sorted(cells[:5], key=lambda cell: _chance(str(start), str(k), str(cell)))[:3]
-        offered = {blanks[k], *wrong}
-        nearest = min(sorted(offered), key=lambda cell: _apart(cell, blanks[0], size))
         yield Candidate(
             family="sliding_blank",
             text=f"{intro} Where is the empty square after move {k}?",
             answer=_cell(blanks[k], size),
-            wrong=tuple(_cell(cell, size) for cell in wrong),
+            wrong=tuple(_cell(cell, size) for cell in cells[:POOL]),
             kind=f"{size} {blanks[k]}",
             steps=k,
             guesses={
-                "nearest to where it is": _cell(nearest, size),
-                "nearest to the goal": _cell(
-                    max(offered, key=lambda c: sum(divmod(c, size))), size
-                ),
+                "nearest to where it is": [_cell(cell, size) for cell in by_distance],
+                "nearest to the goal": [_cell(cell, size) for cell in by_goal],
             },
             plan=plan,
         )
@@ -326,7 +328,7 @@ def dominoes(parameters: Fields) -> Iterator[Candidate]:
                 wrong=tuple(str(n) for n in offered if n != last),
                 kind=str(below),
                 steps=last,
-                guesses={"before the widest gap": widest},
+                guesses={"before the widest gap": [widest]},
             )
 
 
@@ -360,8 +362,8 @@ def bookshelf(parameters: Fields) -> Iterator[Candidate]:
             kind=answer,
             steps=k + 1,
             guesses={
-                "in the order they wait": names[k],
-                "in the order of height": names[waiting.index(by_height[k])],
+                "in the order they wait": [names[k]],
+                "in the order of height": [names[waiting.index(by_height[k])]],
             },
         )
 
@@ -376,27 +378,30 @@ def _fitting(shelf: list[tuple[float, float]], x: float) -> float:
 
 # ----------------------------------------------------------------------------------------------- dot to dot (O-34)
 def dot_to_dot(parameters: Fields) -> Iterator[Candidate]:
-    """How often the lines cross, once the j-th dot is reached."""
+    """How often the lines cross. Which dot is reached is not told: the more dots, the more crossings."""
     dots = sorted(parameters["objects"], key=lambda dot: dot["number"])
     points = [tuple(map(float, dot["center"])) for dot in dots]
+    pairs = [
+        (a, b)
+        for (m, a), (n, b) in combinations(enumerate(pairwise(points)), 2)
+        if n - m > 1  # neighbours meet in a dot
+    ]
     kinds = ("0", "1", "2", "3 or more")
-    for j in range(4, len(points) + 1):
-        lines = list(pairwise(points[:j]))
-        crossings = sum(
-            _cross(*a, *b) for (m, a), (n, b) in combinations(enumerate(lines), 2) if n - m > 1
-        )
-        answer = kinds[min(crossings, 3)]
-        yield Candidate(
-            family="dot_crossings",
-            text="The dots are joined by straight lines in the order of their numbers. How many times have lines "
-            f"crossed each other once dot {j} is reached?",
-            answer=answer,
-            wrong=tuple(kind for kind in kinds if kind != answer),
-            kind=answer,
-            steps=j - 1,
-            guesses={"no line crosses another": "0"},
-            kinds=kinds,
-        )
+    answer = kinds[min(sum(_cross(*a, *b) for a, b in pairs), 3)]
+    yield Candidate(
+        family="dot_crossings",
+        text="The dots are joined by straight lines in the order of their numbers. How many times do lines cross "
+        "each other in the finished drawing?",
+        answer=answer,
+        wrong=tuple(kind for kind in kinds if kind != answer),
+        kind=answer,
+        steps=len(points) - 1,
+        guesses={
+            "no line crosses another": ["0"],
+            "usual for so many dots": [kinds[min(round(0.23 * len(pairs)), 3)]],
+        },
+        kinds=kinds,
+    )
 
 
 def _cross(a: Any, b: Any, c: Any, d: Any) -> bool:
@@ -427,10 +432,10 @@ def circles(parameters: Fields) -> Iterator[Candidate]:
                 text="The circles line up in a row, from the largest on the left to the smallest on the right. What "
                 f"colour is the {ORDINALS[i]} circle from the left then?",
                 answer=name,
-                wrong=tuple(wrong),
+                wrong=tuple(wrong[:POOL]),
                 kind=name,
                 steps=1,
-                guesses={"as they lie": there or ""},
+                guesses={"as they lie": [there or ""]},
             )
 
 
@@ -452,10 +457,10 @@ def symbol_insert(parameters: Fields) -> Iterator[Candidate]:
             text=f"The symbol in the corner is inserted at position {inserted + 1}; those from there on move up by "
             f"one. Which symbol stands at position {i + 1} then?",
             answer=labels[i],
-            wrong=tuple(wrong),
+            wrong=tuple(wrong[: OPTIONS - 1]),
             kind=str(i - inserted),
             steps=1,
-            guesses={"as they stand": stood},
+            guesses={"as they stand": [stood]},
         )
 
 
