@@ -226,19 +226,20 @@ def sliding_puzzle(parameters: Fields) -> Iterator[Candidate]:
         f"square at the bottom right. That takes exactly {len(way)} moves."
     )
     plan = "The tiles that slide, in order: " + ", ".join(map(str, way)) + "."
-    tiles_on_way = list(dict.fromkeys(way))
+    home = {tile: _apart(cell, size * size - 1, size) for cell, tile in enumerate(boards[1])}
     start = boards[0]
     near = sorted(set(start) - {0}, key=lambda tile: _apart(start.index(tile), blanks[0], size))
     by_distance = sorted(range(size * size), key=lambda cell: _apart(cell, blanks[0], size))
     by_goal = sorted(range(size * size), key=lambda cell: -sum(divmod(cell, size)))
     for k in range(2, len(way)):  # the first is in sight, the last can be told from the goal
         answer = way[k - 1]
-        wrong = [tile for tile in dict.fromkeys([*tiles_on_way, *near]) if tile != answer]
+        # As far from the corner in the end as the answer: the question's numbers alone tell how far that is.
+        wrong = sorted(set(near) - {answer}, key=lambda tile: abs(home[tile] - home[answer]))
         yield Candidate(
             family="sliding_move",
             text=f"{intro} Which tile makes move {k}?",
             answer=f"tile {answer}",
-            wrong=tuple(f"tile {tile}" for tile in wrong[:POOL]),
+            wrong=tuple(f"tile {tile}" for tile in wrong[:OPTIONS]),
             kind=f"{size} {answer}",
             steps=k,
             guesses={"nearest to the empty square": [f"tile {tile}" for tile in near]},
