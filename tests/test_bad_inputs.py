@@ -129,7 +129,9 @@ def test_an_address_of_no_server(address: str, reasoning_file: Path, tmp_path: P
 def test_numbers_of_training_that_cannot_be(setting: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"training"):
         training_arguments(
-            TrainConfig(model="m", data="d", output_dir=str(tmp_path), training=setting)
+            TrainConfig.model_validate(
+                {"model": "m", "data": "d", "output_dir": str(tmp_path), "training": setting}
+            )
         )
 
 
@@ -214,7 +216,9 @@ def test_lines_that_hold_no_row_are_rejects_of_a_build(malformed: Path, tmp_path
 
 
 def test_lines_that_hold_no_row_refuse_a_training_or_are_skipped(malformed: Path) -> None:
-    settings = TrainConfig(model="m", data=str(malformed), output_dir="out")
+    settings = TrainConfig.model_validate(
+        {"model": "m", "data": str(malformed), "output_dir": "out"}
+    )
     with pytest.raises(RowError, match=r"5 of 7 rows (.|\n)*rows.jsonl:2: start"):
         sound_rows(settings, *scan_rows(malformed))
     skipping = settings.model_copy(update={"skip_bad_rows": True})
