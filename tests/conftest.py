@@ -14,6 +14,11 @@ from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "MODULE:FUNCTION that saves a tiny backbone of yours to a folder; test_backbones.py tries that one alone"
+    parser.addoption("--backbone", help=text)
+
+
 @pytest.fixture(scope="session")
 def reasoning_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_world(tmp_path_factory.mktemp("world"), "reasoning", "train", 12)

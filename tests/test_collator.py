@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_processor
 from torch.utils.data import DataLoader
 
-from storm_vlm.data.collator import Question, StormCollator, VideoInputs
+from storm_vlm.data.collator import LAYOUT, Question, StormCollator, VideoInputs
 from storm_vlm.data.prompt import build_messages, render_prompt
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip, VideoError, read_video, video_metadata, write_video
@@ -162,7 +162,7 @@ def test_cached_videos_are_not_read_again_and_stay_within_the_bound(processor, t
     size = sum(tensor.nbytes for tensor in VideoInputs(processor, 4).get(paths[0]).values())
     videos = VideoInputs(processor, 4, cache_bytes=2 * size)
     first = videos.get(paths[0])
-    assert set(first) == set(VIDEO_KEYS)
+    assert set(first) == {*VIDEO_KEYS, LAYOUT}
     videos.get(paths[1])
     videos.get(paths[0])  # now b is the one used longest ago
     videos.get(paths[2])

@@ -157,17 +157,15 @@ def similarity_maps(pipeline: StormPipeline, row: Row, latents: Tensor, states: 
     one that says little weighs little (with cosines, slot 1 of the micro world finds the ball half as often).
     """
     inputs = pipeline.collator.videos.get(row.video, row.start, row.end)
-    (tokens,) = visual_tokens(pipeline, [inputs])  # (grids, h * w, D)
-    merge = pipeline.processor.video_processor.merge_size
-    height, width = (int(side) // merge for side in inputs["video_grid_thw"][0, 1:])
+    (tokens,) = visual_tokens(pipeline, [inputs])
     visual = tokens.float().cpu()
     if states.whitened_space:
         mean, matrix = states.whitening
         visual = (visual - mean) @ matrix
     else:
         visual = F.normalize(visual, dim=-1)
-    maps = F.normalize(latents, dim=-1) @ visual.flatten(0, 1).T
-    return maps.view(len(latents), len(visual), height, width)
+    maps = F.normalize(latents, dim=-1) @ visual.flatten(0, 2).T
+    return maps.view(len(latents), *visual.shape[:3])
 
 
 @torch.no_grad()

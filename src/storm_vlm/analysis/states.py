@@ -186,12 +186,12 @@ def _batch_states(pipeline: StormPipeline, rows: Sequence[Any]) -> dict[str, Ten
     keyframes = _tokens_of(pipeline, excerpts(rows, "keyframes"))
     thoughts = _tokens_of(pipeline, excerpts(rows, "thought_video"))
     none = states.new_zeros(0, states.shape[-1])
-    pooled = [t.mean(1) for t in frames]
-    shown = [none if t is None else t.mean(1) for t in keyframes]
+    pooled = [t.mean((1, 2)) for t in frames]
+    shown = [none if t is None else t.mean((1, 2)) for t in keyframes]
     targets = [
         states.new_zeros(budget, states.shape[-1])
         if t is None
-        else pool_targets(t.flatten(0, 1), budget)
+        else pool_targets(t.flatten(0, 2), budget)
         for t in thoughts
     ]
     tensors = {
@@ -216,7 +216,7 @@ def _question_mean(pipeline: StormPipeline, ids: Tensor, hidden: Tensor) -> Tens
     """Mean state (B, D) of the tokens between the video and the end of the user's turn."""
     means = []
     for row, states in zip(ids, hidden, strict=True):
-        video = (row == pipeline.processor.video_token_id).nonzero()
+        video = (row == backbone(pipeline.model).video_token_id).nonzero()
         first = int(video[-1]) + 2 if len(video) else 0  # behind <|vision_end|>
         ends = (row[first:] == pipeline.processor.tokenizer.eos_token_id).nonzero()
         means.append(states[first : first + int(ends[0]) if len(ends) else len(row)].mean(0))
@@ -233,11 +233,7 @@ def _tokens_of(pipeline: StormPipeline, sources: Iterable[Any]) -> list[Tensor |
 
 @torch.no_grad()
 def visual_tokens(pipeline: StormPipeline, inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
-    """The vision tower's tokens of each processed clip: (grids, h * w, D)."""
-    if not inputs:
-        return []
-    device = input_device(pipeline.model)
-    pixels = torch.cat([item["pixel_values_videos"] for item in inputs]).to(device)
-    grids = torch.cat([item["video_grid_thw"] for item in inputs]).to(device)
-    features = pipeline.model.model.get_video_features(pixels, grids).pooler_output
-    return [t.unflatten(0, (int(grid[0]), -1)) for t, grid in zip(features, grids, strict=True)]
+    """The vision tower's tokens of each processed clip: (grids, height, width, D)."""
+    base, device = backbone(pipeline.model), input_device(pipeline.model)
+    clips = ({name: tensor.to(device) for name, tensor in clip.items()} for clip in inputs)
+    return [base.visual_tokens(base.video_features(clip), clip) for clip in clips]

@@ -19,6 +19,9 @@ from storm_vlm.data.video import Clip, read_video, require_proportions, video_me
 from storm_vlm.errors import InputError
 from storm_vlm.model.latent import IGNORE_INDEX
 
+LAYOUT = "video_ids"  # of a clip's tensors: the ids that stand for it in a prompt
+# Of a processor's outputs, those that are of the text.
+TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 Reader = Callable[[str, int, float | None, float | None], Clip]  # path, frames, start, end
 Example = Row | Mapping[str, Any] | tuple[Row, Tensor | None]
 
@@ -62,6 +65,8 @@ class VideoInputs:
         self.cache_bytes = cache_bytes
         self._kept: OrderedDict[tuple[Any, ...], dict[str, Tensor]] = OrderedDict()
         self._kept_bytes = 0
+        if getattr(processor, "video_processor", None) is None:
+            raise InputError(f"{type(processor).__name__} reads no videos: choose a video model")
         # Unset, it means different things in different versions; True is what the model was trained with.
         if getattr(processor.video_processor, "cap_pixels_per_frame", True) is None:
             processor.video_processor.cap_pixels_per_frame = True
@@ -88,8 +93,9 @@ class VideoInputs:
         return self.process(self.read(path, self.num_frames, start, end))
 
     def process(self, clip: Clip) -> dict[str, Tensor]:
-        """pixel_values_videos (patches, values), video_grid_thw (1, 3), second_per_grid_ts (1,).
+        """The processor's tensors of one clip, as its model's `generate` takes them, and `LAYOUT` (n,).
 
+        Of a Qwen2.5-VL: pixel_values_videos (patches, values), video_grid_thw (1, 3), second_per_grid_ts (1,).
         Raises ``VideoError`` for a clip that is too thin.
         """
         require_proportions(clip.path, *clip.frames.shape[1:3])
@@ -99,10 +105,11 @@ class VideoInputs:
             video_metadata=[video_metadata(clip)],
             do_sample_frames=False,
             input_data_format="channels_last",  # it would take a height of 1 or 3 for channels
+            add_special_tokens=False,
             return_tensors="pt",
         )
-        names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-        return {name: torch.as_tensor(outputs[name]) for name in names}
+        tensors = {n: torch.as_tensor(value) for n, value in outputs.items() if n not in TEXT}
+        return {**tensors, LAYOUT: outputs["input_ids"][0]}
 
 
 class StormCollator:
@@ -143,11 +150,10 @@ class StormCollator:
     def collate_prompts(
         self, questions: Sequence[Row | Question], latent_mode: LatentMode
     ) -> dict[str, Tensor]:
-        """Inputs of ``generate``: ``input_ids``, ``attention_mask`` and ``mm_token_type_ids``.
+        """Inputs of ``generate``, equal to what the stock processor returns for the same text and clips.
 
-        Each is (B, T), padded on the left; with videos also ``pixel_values_videos``,
-        ``video_grid_thw`` (videos, 3) and ``second_per_grid_ts`` (videos,), in row order. Equal to
-        what the stock processor returns for the same text and clips.
+        ``input_ids``, ``attention_mask`` and, where the model has them, ``mm_token_type_ids`` are (B, T), padded
+        on the left; what :meth:`VideoInputs.process` makes of the clips follows in row order.
         """
         return self.collate(*self.prompts(questions, latent_mode))
 
@@ -161,10 +167,18 @@ class StormCollator:
         batch = {
             "input_ids": input_ids,
             "attention_mask": tokens["attention_mask"],
-            "mm_token_type_ids": 2 * (input_ids == self.processor.video_token_id).long(),
         }
-        for name in shown[0] if shown else ():
-            batch[name] = torch.cat([video[name] for video in shown])
+        if "mm_token_type_ids" in self.processor.model_input_names:
+            types = self.processor.create_mm_token_type_ids(input_ids.tolist())
+            batch["mm_token_type_ids"] = torch.tensor(types)
+        for name in shown[0].keys() - {LAYOUT} if shown else ():
+            parts = [video[name] for video in shown]
+            if len({part.shape[1:] for part in parts}) > 1:
+                raise InputError(
+                    f"{type(self.processor).__name__} takes clips of one length at a time, and these differ in "
+                    f"{name}: ask one by one (batch size 1), or leave out clips that are too short"
+                )
+            batch[name] = torch.cat(parts)
         return batch
 
     def prompts(
@@ -181,14 +195,16 @@ class StormCollator:
                 in_memory = isinstance(item.video, Clip)
                 clip = id(item.video) if in_memory else (item.video, item.start, item.end)
                 video = clips[clip] = clips.get(clip) or self._video(item)
-                prompt = expand_video(self.processor, prompt, video["video_grid_thw"][0])
+                prompt = expand_video(self.processor, prompt, video[LAYOUT])
             prompts.append(prompt)
             videos.append(video)
         return prompts, videos
 
-    def _tokenize(self, texts: list[str], padding_side: Literal["left", "right"]) -> Any:
+    def _tokenize(
+        self, texts: list[str], padding_side: Literal["left", "right"], **kwargs: Any
+    ) -> Any:
         return self.processor.tokenizer(
-            texts, padding=True, padding_side=padding_side, return_tensors="pt"
+            texts, padding=True, padding_side=padding_side, return_tensors="pt", **kwargs
         )
 
     def _video(self, item: Row | Question) -> dict[str, Tensor]:
@@ -204,7 +220,7 @@ class StormCollator:
     def _labels(self, rows: Sequence[Row]) -> Tensor:
         end_of_turn = self.processor.tokenizer.eos_token
         texts = [answer_text(row) + end_of_turn for row in rows]
-        tokens = self._tokenize(texts, padding_side="right")
+        tokens = self._tokenize(texts, padding_side="right", add_special_tokens=False)
         return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORE_INDEX)
 
     def _stack_targets(self, targets: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -223,14 +239,14 @@ class StormCollator:
         return {"targets": stacked, "target_mask": mask}
 
 
-def expand_video(processor: Any, prompt: str, grid_thw: Tensor) -> str:
-    """The prompt with its one ``<|video_pad|>`` repeated once per visual token of the grid.
+def expand_video(processor: Any, prompt: str, video_ids: Tensor) -> str:
+    """The prompt with what stands for a clip, (n,) ids, in place of its one video token.
 
     What the stock processor does when given text and video together; done apart so that a cached
     video needs no second processing.
     """
-    count = int(grid_thw.prod()) // processor.video_processor.merge_size**2
-    return prompt.replace(processor.video_token, processor.video_token * count, 1)
+    text = processor.tokenizer.decode(video_ids, clean_up_tokenization_spaces=False)
+    return prompt.replace(processor.video_token, text, 1)
 
 
 def _num_bytes(inputs: dict[str, Tensor]) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
-from storm_vlm.data.collator import VideoInputs, expand_video
+from storm_vlm.data.collator import LAYOUT, VideoInputs, expand_video
 from storm_vlm.data.output import refuse_model
 from storm_vlm.data.prompt import build_messages
 from storm_vlm.data.row import Row, read_rows
@@ -129,7 +129,7 @@ class ConversationCollator:
     def __call__(self, clips: Sequence[Sequence[Row]]) -> dict[str, Tensor]:
         videos = [self.videos.get(rows[0].video) for rows in clips]
         encoded = [
-            self._conversation(rows, video["video_grid_thw"][0])
+            self._conversation(rows, video[LAYOUT])
             for rows, video in zip(clips, videos, strict=True)
         ]
         length = max(len(ids) for ids, _ in encoded)
@@ -144,10 +144,10 @@ class ConversationCollator:
             "attention_mask": mask,
             "labels": labels,
             "mm_token_type_ids": 2 * (input_ids == self.processor.video_token_id).long(),
-            **{name: torch.cat([video[name] for video in videos]) for name in videos[0]},
+            **{n: torch.cat([video[n] for video in videos]) for n in videos[0] if n != LAYOUT},
         }
 
-    def _conversation(self, rows: Sequence[Row], grid: Tensor) -> tuple[list[int], list[int]]:
+    def _conversation(self, rows: Sequence[Row], layout: Tensor) -> tuple[list[int], list[int]]:
         dense = [row for row in rows if row.meta["family"] in self.phase.always]
         rest = [row for row in rows if row.meta["family"] not in ("board", "cells", "track")]
         turns = dense + random.sample(rest, min(self.phase.others, len(rest)))
@@ -160,7 +160,7 @@ class ConversationCollator:
         for i, row in enumerate(turns):
             messages += build_messages(row.question, num_videos=0 if i else 1)
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-            asked = expand_video(self.processor, text[len(written) :], grid)
+            asked = expand_video(self.processor, text[len(written) :], layout)
             prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
             answered = row.answer + tokenizer.eos_token
             answer = tokenizer(answered, add_special_tokens=False)["input_ids"]

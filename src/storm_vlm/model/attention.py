@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -47,6 +47,32 @@ class PartsLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.prompt_keys.shape[-2] + self.keys.shape[-2]
+
+
+class StatesLayer(LinearAttentionLayer):
+    """A cache layer of linear attention whose states keep their graph, and that can go back to the prompt's.
+
+    transformers' own copies every new state over the last one, which backward may still need.
+    """
+
+    def __init__(self, conv_states: Tensor, recurrent_states: Tensor) -> None:
+        super().__init__()
+        self.prompt = conv_states, recurrent_states
+        self.conv_kernel_size[0] = conv_states.shape[-1]
+        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
+        self.has_previous_state[0] = True
+        self.crop(0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """All that was appended to the prompt goes, whatever its length."""
+        conv_states, self.recurrent_states[0] = self.prompt
+        self.conv_states[0] = conv_states.clone()  # it is written to
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, state_idx: int = 0, **_: Any
+    ) -> Tensor:
+        self.recurrent_states[state_idx] = recurrent_states
+        return recurrent_states
 
 
 def sdpa_in_parts(

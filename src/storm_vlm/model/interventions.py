@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storm_vlm.model.backbones import backbone, unwrap
+from storm_vlm.model.backbones import backbone, input_device, unwrap
 from storm_vlm.model.rollout import Prompt, embed, head, read_prompt
 from storm_vlm.model.tokens import latent_tokens
 
@@ -38,7 +38,7 @@ def latent_states(model: Any, batch: Mapping[str, Any], budget: int) -> tuple[Te
 
 def pause_slots(model: Any, rows: int, budget: int) -> Tensor:
     """As many slots (rows, K, D) with nothing of the model's own in them: the embedding of ``<|latent_pad|>``."""
-    pad = torch.tensor(latent_tokens(unwrap(model).config).pad, device=unwrap(model).device)
+    pad = torch.tensor(latent_tokens(unwrap(model).config).pad, device=input_device(model))
     return embed(unwrap(model), pad).expand(rows, budget, -1).detach()
 
 
@@ -90,20 +90,28 @@ def answers_when_fed(
                 prompt.extend(states.to(closing))
             first = head(model, behind.extend(closing))
             outputs[kind] = _written(model, behind, first, max_new_tokens)
-            prompt.cache.crop(prompt.length - prompt.cache.get_seq_length())
+            prompt.rewind()
     if plain := [kind for kind, states in slots.items() if states is None]:
-        prompt.cache.crop(-1)  # <|latent_start|>
-        before = replace(
-            prompt,
-            mask=None if prompt.mask is None else prompt.mask[:, :-1],
-            last_position=prompt.last_position - 1,
-            length=prompt.length - 1,
-            video=prompt.video[:, :-1],
-        )
+        before = _without_start(model, prompt, batch)
         first = head(model, hidden[:, -2:-1])
         barred = torch.tensor(tokens, device=first.device)
         outputs |= dict.fromkeys(plain, _written(model, before, first, max_new_tokens, barred))
     return {kind: outputs[kind] for kind in slots}
+
+
+def _without_start(model: Any, prompt: Prompt, batch: Mapping[str, Any]) -> Prompt:
+    """The prompt before its ``<|latent_start|>``, of which nothing is left."""
+    if any(prompt.cache.is_linear):  # a state cannot forget its last token
+        ids = ("input_ids", "attention_mask", "mm_token_type_ids")
+        return read_prompt(model, {n: t[:, :-1] if n in ids else t for n, t in batch.items()})[0]
+    prompt.cache.crop(-1)
+    return replace(
+        prompt,
+        mask=None if prompt.mask is None else prompt.mask[:, :-1],
+        last_position=prompt.last_position - 1,
+        length=prompt.length - 1,
+        video=prompt.video[:, :-1],
+    )
 
 
 def _written(

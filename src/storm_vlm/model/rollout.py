@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from storm_vlm.model.attention import SDPA_IN_PARTS, PartsLayer
+from storm_vlm.model.attention import SDPA_IN_PARTS, PartsLayer, StatesLayer
 from storm_vlm.model.backbones import Backbone, backbone, unwrap
 from storm_vlm.model.tokens import LatentError, latent_tokens
 
@@ -103,23 +103,21 @@ def rollout(
 def _one_pass(
     model: Any, batch: Mapping[str, Any], budget: int, slot_inputs: Tensor | None
 ) -> RolloutOutput:
-    ids = batch["input_ids"]
+    ids, base = batch["input_ids"], backbone(model)
     length = ids.shape[1]
-    base = backbone(model)
     positions, mask = _positions(base, batch)
-    prompt, answer = prompt_embeds(model, batch), embed(model, answer_ids(model, batch, budget))
+    answer = embed(model, answer_ids(model, batch, budget))
+    prompt, clips = base.prompt_inputs(batch, added=budget + answer.shape[1])
     slots = prompt[:, :0] if slot_inputs is None else _checked(slot_inputs, prompt, budget)
     embeds = torch.cat([prompt, slots, answer], 1)
     added = embeds.shape[1] - length
     further = torch.arange(1, added + 1, device=ids.device)
-    hidden = base.core(
-        input_ids=F.pad(ids, (0, added)),  # only tells the model where its vision features go
-        inputs_embeds=embeds,
-        position_ids=torch.cat([positions, positions[..., -1:] + further], -1),
-        attention_mask=None if mask is None else F.pad(mask, (0, added), value=1),
-        use_cache=False,
-        **base.vision_inputs(batch),
-    ).last_hidden_state
+    hidden = base.decode(
+        embeds,
+        torch.cat([positions, positions[..., -1:] + further], -1),
+        None if mask is None else F.pad(mask, (0, added), value=1),
+        **clips,
+    )
     if budget == 0:
         return RolloutOutput(head(model, hidden[:, length - 1 :]), hidden[:, :0], None, None)
     states, tail = hidden[:, length - 1 : length + budget - 1], hidden[:, length + budget - 1 :]
@@ -133,7 +131,7 @@ class Prompt:
     backbone: Backbone
     cache: DynamicCache
     mask: Tensor | None  # (B, T) where some row is padded
-    last_position: Tensor  # (3, B, 1)
+    last_position: Tensor  # (..., B, 1)
     length: int  # T
     video: Tensor  # (B, T) bool
 
@@ -141,7 +139,15 @@ class Prompt:
         """The same prompt, whose later passes do not attend to the video: in `rows` (B,) bool, by default in all.
 
         What it would be to drop the video's keys and values, as positions stay.
+
+        Raises:
+            LatentError: some layers keep the prompt as one state, which cannot forget the video.
         """
+        if any(self.cache.is_linear):
+            raise LatentError(
+                f"{type(self.backbone.model).__name__} has layers of linear attention, whose state cannot forget the "
+                "video: leave this one out"
+            )
         hidden = self.video if rows is None else self.video & rows[:, None]
         mask = torch.ones_like(hidden) if self.mask is None else self.mask.bool()
         return replace(self, mask=(mask & ~hidden).long())
@@ -154,13 +160,11 @@ class Prompt:
         step = torch.arange(past + 1, past + added + 1, device=embeds.device)
         # These passes are short: checkpointing would save nothing, and drop the cache.
         with _on_every_layer(self.backbone.decoder, "gradient_checkpointing", False):
-            return self.backbone.core(
-                inputs_embeds=embeds,
-                position_ids=self.last_position + step,
-                attention_mask=mask,
-                use_cache=False,  # as below
-                **{self.backbone.cache_argument: self.cache},
-            ).last_hidden_state
+            return self.backbone.decode(embeds, self.last_position + step, mask, self.cache)
+
+    def rewind(self) -> None:
+        """Take away what was appended."""
+        self.cache.crop(self.length - self.cache.get_seq_length())
 
 
 def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
@@ -172,28 +176,27 @@ def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
         RuntimeError: no keys and values came out of it, or none that carry a gradient. The rollout's loss
             would be wrong without any error.
     """
-    ids, config, base = batch["input_ids"], model.config.get_text_config(), backbone(model)
+    config, base, length = (
+        model.config.get_text_config(),
+        backbone(model),
+        batch["input_ids"].shape[1],
+    )
     positions, mask = _positions(base, batch)
     recorder, cache = DynamicCache(config=config), DynamicCache(config=config)
     in_parts = config._attn_implementation == SDPA_IN_PARTS and torch.is_grad_enabled()
-    recorded_layers = [_RecordedLayer() for _ in recorder.layers]
-    recorder.layers[:] = recorded_layers
+    kinds = [_RecordedStates if linear else _RecordedLayer for linear in cache.is_linear]
+    recorder.layers[:] = [kind() for kind in kinds]
+    embeds, clips = base.prompt_inputs(batch)
     with _on_every_layer(base.decoder, "_can_checkpoint_with_cache", True):
-        hidden = base.core(
-            input_ids=ids,  # as in `_one_pass`
-            inputs_embeds=prompt_embeds(model, batch),
-            position_ids=positions,
-            attention_mask=mask,
-            use_cache=False,  # it would only warn: the layers write to the recorder all the same
-            **{base.cache_argument: recorder},
-            **base.vision_inputs(batch),
-        ).last_hidden_state
+        hidden = base.decode(embeds, positions, mask, recorder, **clips)
     recorded = None
-    for index, layer in enumerate(recorded_layers):
+    for index, layer in enumerate(recorder.layers):
         recorded = layer.recorded
-        if recorded is None or recorded[0].shape[-2] != ids.shape[1]:
+        if recorded is None or (kinds[index] is _RecordedLayer and recorded[0].shape[-2] != length):
             raise RuntimeError(f"layer {index} of the model dropped its keys and values")
-        if in_parts:
+        if kinds[index] is _RecordedStates:
+            cache.layers[index] = StatesLayer(*recorded)
+        elif in_parts:
             cache.layers[index] = PartsLayer(*recorded)
         else:
             cache.update(*recorded, index)
@@ -202,8 +205,8 @@ def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
             "the prompt's keys and values carry no gradient: reentrant checkpointing cuts it; set "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
-    video = ids == base.video_token_id
-    return Prompt(base, cache, mask, positions[..., -1:], ids.shape[1], video), hidden
+    video = batch["input_ids"] == base.video_token_id
+    return Prompt(base, cache, mask, positions[..., -1:], length, video), hidden
 
 
 class _RecordedLayer(DynamicLayer):
@@ -223,6 +226,32 @@ class _RecordedLayer(DynamicLayer):
         return key_states, value_states
 
 
+class _RecordedStates(LinearAttentionLayer):
+    """The same for a layer of linear attention, whose past is its convolution's inputs and a state.
+
+    It never says that it has a past, so that a second run begins as the first did.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inputs: Tensor | None = None
+        self.recorded: tuple[Tensor, Tensor] | None = None
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> Tensor:
+        size = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
+        self._inputs = F.pad(conv_states, (size, 0))[..., -size:]
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, state_idx: int = 0, **_: Any
+    ) -> Tensor:
+        if self.recorded is None and self._inputs is not None:
+            self.recorded = self._inputs, recurrent_states
+        return recurrent_states
+
+
 @contextmanager
 def _on_every_layer(decoder: Any, name: str, value: bool) -> Iterator[None]:
     """Set a switch of transformers' checkpointed layers for a while."""
@@ -238,7 +267,7 @@ def _on_every_layer(decoder: Any, name: str, value: bool) -> Iterator[None]:
 
 
 def _positions(base: Backbone, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Positions (3, B, T), and the mask unless nothing is padded (attention is faster without)."""
+    """Positions (..., B, T), and the mask unless nothing is padded (attention is faster without)."""
     mask = batch.get("attention_mask")
     if mask is not None and not bool(mask[:, -1].all()):
         raise LatentError("prompts must be padded on the left: set tokenizer.padding_side = 'left'")
@@ -268,24 +297,6 @@ def _checked(slot_inputs: Tensor, like: Tensor, budget: int) -> Tensor:
     if tuple(slot_inputs.shape) != expected:
         raise LatentError(f"slot_inputs must be {expected}, got {tuple(slot_inputs.shape)}")
     return slot_inputs.to(like)
-
-
-def prompt_embeds(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """(B, T, D) embeddings of the prompts, with `video_features` (N, D) in their places if the batch has them.
-
-    They are what the vision tower made of all clips in row order, computed beforehand; else the model asks its tower.
-
-    Raises:
-        LatentError: their number is not that of the prompts' video tokens.
-    """
-    ids, features = batch["input_ids"], batch.get("video_features")
-    embeds = embed(model, ids)
-    if features is None:
-        return embeds
-    of_video = ids == backbone(model).video_token_id
-    if int(of_video.sum()) != len(features):
-        raise LatentError(f"{len(features)} video_features for {int(of_video.sum())} video tokens")
-    return embeds.masked_scatter(of_video.unsqueeze(-1), features.to(embeds))
 
 
 def embed(model: Any, ids: Tensor) -> Tensor:

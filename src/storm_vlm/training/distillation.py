@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from storm_vlm.data.collator import Question, StormCollator
 from storm_vlm.data.row import Row
-from storm_vlm.model.backbones import input_device, unwrap
+from storm_vlm.model.backbones import backbone, input_device, unwrap
 from storm_vlm.model.latent import pool_targets, target_whitening, whiten_targets
 from storm_vlm.model.rollout import read_prompt
 from storm_vlm.training.config import ConfigError, Method
@@ -101,7 +101,7 @@ class SelfDistilledTeacher(TrainerCallback):
     def _pooled(self, batch: Mapping[str, Tensor]) -> Tensor:
         core = unwrap(self.model)
         _, hidden = read_prompt(core, batch)
-        of_video = batch["input_ids"] == core.config.video_token_id
+        of_video = batch["input_ids"] == backbone(core).video_token_id
         return torch.stack(
             [
                 pool_targets(states[mask], self.budget)

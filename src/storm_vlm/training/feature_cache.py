@@ -21,11 +21,12 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from storm_vlm.data.collator import VideoInputs
+from storm_vlm.data.collator import LAYOUT, VideoInputs
 from storm_vlm.data.decode import VideoError
 from storm_vlm.data.row import Row
 from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.video import Clip, read_frames, read_future, read_video
+from storm_vlm.model.backbones import backbone
 from storm_vlm.training.config import FRAMES_PER_SLOT
 
 Tensors = dict[str, Tensor]
@@ -65,13 +66,13 @@ class FeatureCache:
         num_frames: int,
         **rule: Any,
     ) -> None:
-        tower, weights = model.model.visual, sha256()
+        tower, weights = backbone(model).vision_tower, sha256()
         for _, tensor in sorted(tower.state_dict().items()):
             weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         self.store, self.kind = Store(folder), kind
         self.recipe = {
             "tower": weights.hexdigest(),
-            "dtype": str(tower.dtype),
+            "dtype": str(next(tower.parameters()).dtype),
             "pixels": json.loads(processor.video_processor.to_json_string()),
             "frames": num_frames,
             **rule,
@@ -117,28 +118,23 @@ class FeatureCache:
 
 
 @torch.no_grad()
-def visual_tokens(model: Any, videos: VideoInputs, excerpt: Excerpt) -> tuple[Tensor, Tensors]:
-    """Tokens (N, D) that the tower makes of an excerpt, on the CPU, and what the processor made of it.
+def clip_features(model: Any, videos: VideoInputs, excerpt: Excerpt) -> tuple[Tensor, Tensors]:
+    """What the tower makes of an excerpt (N, F), on the CPU, and what the processor made of it.
 
     An excerpt goes alone: in company, its tokens' last digits would depend on the others.
     """
-    inputs = videos.process(excerpt.read(videos.num_frames))
-    device, training = model.model.visual.device, model.training
-    (tokens,) = (
-        model.eval()
-        .model.get_video_features(
-            inputs["pixel_values_videos"].to(device), inputs["video_grid_thw"].to(device)
-        )
-        .pooler_output
-    )
+    inputs, base = videos.process(excerpt.read(videos.num_frames)), backbone(model)
+    device, training = next(base.vision_tower.parameters()).device, model.training
+    model.eval()
+    features = base.video_features({name: tensor.to(device) for name, tensor in inputs.items()})
     model.train(training)
-    return tokens.cpu(), inputs
+    return features.cpu(), inputs
 
 
 class CachedVideoInputs(VideoInputs):
-    """The clips of `rows` as the frozen tower sees them: `video_features` (N, D) in place of their pixels.
+    """The clips of `rows` as the frozen tower sees them: `video_features` (N, F) in place of their pixels.
 
-    See `rollout.prompt_embeds`, which puts them where the tower's output would go. Computes what `folder` lacks.
+    See `Backbone.prompt_inputs`, which puts them where the tower's output would go. Computes what `folder` lacks.
     """
 
     def __init__(
@@ -151,12 +147,12 @@ class CachedVideoInputs(VideoInputs):
         folder: str | Path,
     ) -> None:
         super().__init__(processor, num_frames, cache_bytes)
-        self.cache = FeatureCache(folder, "features", model, processor, num_frames)
+        self.cache = FeatureCache(folder, "features", model, processor, num_frames, holds=LAYOUT)
 
         def features(excerpt: Excerpt) -> Tensors:
-            tokens, inputs = visual_tokens(model, self, excerpt)
-            del inputs["pixel_values_videos"]
-            return {"video_features": tokens, **inputs}
+            tensors, inputs = clip_features(model, self, excerpt)
+            del inputs[backbone(model).pixels]
+            return {"video_features": tensors, **inputs}
 
         self.cache.fill((Excerpt(row.video, row.start, row.end) for row in rows), features)
 

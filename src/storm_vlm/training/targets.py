@@ -22,6 +22,7 @@ from storm_vlm.data.collator import VideoInputs
 from storm_vlm.data.row import Row
 from storm_vlm.data.store import key_of
 from storm_vlm.errors import AccessError, StormError
+from storm_vlm.model.backbones import backbone
 from storm_vlm.model.latent import (
     TargetNormalization,
     pool_targets,
@@ -29,7 +30,7 @@ from storm_vlm.model.latent import (
     whitening_matrix,
 )
 from storm_vlm.training.config import Method, TargetSource
-from storm_vlm.training.feature_cache import Excerpt, FeatureCache, Tensors, visual_tokens
+from storm_vlm.training.feature_cache import Excerpt, FeatureCache, Tensors, clip_features
 
 CHUNK = 1024  # excerpts that are in memory at a time
 
@@ -153,7 +154,8 @@ def alignment_targets(
     videos = VideoInputs(processor, num_frames)
 
     def pooled(excerpt: Excerpt) -> Tensors:
-        return {"target": pool_targets(visual_tokens(model, videos, excerpt)[0], budget)}
+        tokens = backbone(model).visual_tokens(*clip_features(model, videos, excerpt))
+        return {"target": pool_targets(tokens.flatten(0, 2), budget)}
 
     if cache is None:
         array = torch.stack([pooled(excerpt)["target"] for excerpt in place_of]).numpy()

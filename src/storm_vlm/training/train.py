@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import nn
 from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
@@ -47,8 +49,6 @@ from storm_vlm.training.trainer import RowDataset, StormTrainer
 from storm_vlm.versions import versions
 
 INPUTS = "inputs.json"  # beside a run: what model and data were, by content
-# The decoder's projections; the vision tower has layers of the same names.
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # Fields of TrainingArguments that transformers 5.24 renamed.
 RENAMED = {
     f"gradient_checkpointing{suffix}": f"activation_checkpointing{suffix}"
@@ -204,7 +204,7 @@ def build_trainer(
     """
     method, num_frames = config.method, config.num_frames
     cache_bytes = int(config.video_cache_gb * 2**30)
-    tower, home = model.model.visual, model.device  # the rest waits until the trainer places it
+    tower, home = backbone(model).vision_tower, model.device  # the rest waits for the trainer
     if config.vision_cache is not None or method.needs_targets:
         tower.to(arguments.device)
     if config.vision_cache is None:
@@ -278,7 +278,7 @@ def load_model(config: TrainConfig) -> tuple[Any, Any]:
         model.config.latent_budget = 0
     model.config.num_frames = config.num_frames
     if config.freeze_vision:
-        model.model.visual.requires_grad_(False)
+        backbone(model).vision_tower.requires_grad_(False)
     return model, processor
 
 
@@ -301,7 +301,7 @@ def add_adapters(model: Any, settings: dict[str, Any]) -> Any:
     touches_tables = {"modules_to_save", "target_modules"} & set(settings)
     if touches_tables and model.config.tie_word_embeddings:
         settings = {"ensure_weight_tying": True, **settings}
-    settings = {"target_modules": LORA_TARGETS, **settings}
+    settings = {"target_modules": lora_targets(model), **settings}
     if has_latent_tokens(model.config):
         if "trainable_token_indices" in settings:
             raise ConfigError(
@@ -313,6 +313,15 @@ def add_adapters(model: Any, settings: dict[str, Any]) -> Any:
         return get_peft_model(model, LoraConfig(**settings))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {error}") from error
+
+
+def lora_targets(model: Any) -> str:
+    """PEFT's `target_modules`: the linear layers of the decoder; the vision tower has some of the same names."""
+    decoder = backbone(model).decoder
+    (root,) = (name for name, module in model.named_modules() if module is decoder)
+    linear = (n for n, module in decoder.layers.named_modules() if isinstance(module, nn.Linear))
+    names = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+    return rf"{re.escape(root)}\..*\.({'|'.join(names)})"
 
 
 def _refuse_other_model(output: Path, model: str) -> None:
