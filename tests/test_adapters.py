@@ -23,7 +23,7 @@ from storm_vlm.model.modeling import StormForConditionalGeneration, enable_laten
 from storm_vlm.model.rollout import rollout
 from storm_vlm.model.tokens import SETTINGS, add_latent_tokens, latent_tokens
 from storm_vlm.training.config import ConfigError, Method, TrainConfig
-from storm_vlm.training.train import LORA_TARGETS, train
+from storm_vlm.training.train import lora_targets, train
 from storm_vlm.training.trainer import StormTrainer
 
 K = 2
@@ -172,7 +172,8 @@ def test_adapters_as_peft_and_transformers_write_them(chain: Path, tmp_path) -> 
     whole = tmp_path / "whole"
     loaded(chain / "1" / "out").save_pretrained(whole)
     StormPipeline.from_pretrained(str(chain / "1" / "out")).processor.save_pretrained(whole)
-    settings = LoraConfig(r=4, target_modules=LORA_TARGETS, init_lora_weights=False)
+    targets = lora_targets(loaded(whole))
+    settings = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
 
     model = get_peft_model(loaded(whole), settings)
     model.save_pretrained(tmp_path / "peft")

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import torch
 from tiny_backbones import TINY, save_tiny
 from torch import Tensor
 
-from storm_vlm.analysis.states import extract
+from storm_vlm.analysis.states import Batches, extract
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.prompt import build_messages, render_prompt
 from storm_vlm.data.row import Row, write_rows
@@ -235,6 +236,7 @@ def test_every_intervention_continues_the_same_prompt(subject: Subject) -> None:
 
 @torch.no_grad()
 def test_features_kept_on_disk_are_the_towers(subject: Subject, tmp_path: Path) -> None:
+    """`vision_cache`; a batch that lacks some is refused."""
     model = subject.model
     expected = rollout(model, subject.batch(), K)
     kept = CachedVideoInputs(model, subject.processor, subject.rows, FRAMES, 0, tmp_path)
@@ -247,6 +249,7 @@ def test_features_kept_on_disk_are_the_towers(subject: Subject, tmp_path: Path) 
 
 
 def test_a_frozen_tower_is_not_differentiated_and_a_trained_one_is(subject: Subject) -> None:
+    """Tower and decoder have all weights between them."""
     model, batch = subject.model, subject.batch()
     adapter = backbone(model)
     assert adapter.video_features(batch).requires_grad
@@ -299,9 +302,9 @@ def test_pipeline_and_evaluate(subject: Subject) -> None:
     assert texts == [answer.text for answer in alone]
 
 
-def test_analyze(subject: Subject, tmp_path: Path) -> None:
-    """`storm analyze`: states of latents, text, frames and thoughts."""
-    states = extract(subject.pipeline, subject.rows, tmp_path, str(subject.folder))
+def test_states_for_validate(subject: Subject) -> None:
+    """`storm validate`: states of latents, text, frames and thoughts."""
+    states = extract(subject.pipeline, subject.rows, Batches(2))
     assert states.latents.shape == states.targets.shape == (2, K, subject.adapter.hidden_size)
     assert bool(states.has_target.all()) and all(len(t) for t in states.frames)
     inputs = subject.collator().collate_prompts(subject.rows, "force")
@@ -409,13 +412,12 @@ def table() -> str:
     checks = [
         (name.removeprefix("test_").replace("_", " "), function.__doc__ or "")
         for name, function in globals().items()
-        if name.startswith("test_")
-        and "subject" in function.__code__.co_varnames[: function.__code__.co_argcount]
+        if name.startswith("test_") and "subject" in inspect.signature(function).parameters
     ]
     lines = ["| | " + " | ".join(f"`{name}`" for name in TINY) + " |"]
     lines.append("|---|" + "---|" * len(TINY))
     for name, doc in checks:
-        lines.append(f"| **{name}** {' '.join(doc.split())} |" + " yes |" * len(TINY))
+        lines.append(f"| **{name}**: {' '.join(doc.split())} |" + " yes |" * len(TINY))
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ from storm_vlm.model.modeling import enable_latents
 from storm_vlm.model.rollout import rollout
 from storm_vlm.training.plan_request import PlanRequest
 from storm_vlm.training.planning import Step, plan, plan_config, video_grid
-from storm_vlm.training.train import LORA_TARGETS
+from storm_vlm.training.train import lora_targets
 
 GRID, BUDGET, TEXT, HIDDEN = (8, 8, 12), 4, 100, 128
 # 16 frames of that grid, and the prompt of tiny_model.prompt: three tokens, two around the video, TEXT
@@ -80,7 +80,7 @@ def model(request: PlanRequest) -> Any:
         made.to(torch.bfloat16)
     made.model.visual.requires_grad_(False)
     if request.lora_rank:
-        settings = LoraConfig(r=request.lora_rank, target_modules=LORA_TARGETS)
+        settings = LoraConfig(r=request.lora_rank, target_modules=lora_targets(made))
         made = get_peft_model(made, settings).train()
     if request.checkpointing:
         inner = unwrap(made)

@@ -250,7 +250,7 @@ def test_every_batch_takes_as_many_passes_whichever_rows_lack_targets(
     method = Method(latent_budget=K, slot_input=slot_input)
     pairs = list(zip(rows, alignment_targets(model, processor, rows, WHITENED), strict=True))
     passes = []
-    model.model.register_forward_hook(lambda *_: passes.append(1))
+    model.model.language_model.register_forward_hook(lambda *_: passes.append(1))
 
     def count(trained_on: int, part: slice) -> int:
         ours = rows[:trained_on]

@@ -185,12 +185,13 @@ def read_prompt(model: Any, batch: Mapping[str, Any]) -> tuple[Prompt, Tensor]:
     recorder, cache = DynamicCache(config=config), DynamicCache(config=config)
     in_parts = config._attn_implementation == SDPA_IN_PARTS and torch.is_grad_enabled()
     kinds = [_RecordedStates if linear else _RecordedLayer for linear in cache.is_linear]
-    recorder.layers[:] = [kind() for kind in kinds]
+    recorded_layers = [kind() for kind in kinds]
+    recorder.layers[:] = recorded_layers
     embeds, clips = base.prompt_inputs(batch)
     with _on_every_layer(base.decoder, "_can_checkpoint_with_cache", True):
         hidden = base.decode(embeds, positions, mask, recorder, **clips)
     recorded = None
-    for index, layer in enumerate(recorder.layers):
+    for index, layer in enumerate(recorded_layers):
         recorded = layer.recorded
         if recorded is None or (kinds[index] is _RecordedLayer and recorded[0].shape[-2] != length):
             raise RuntimeError(f"layer {index} of the model dropped its keys and values")

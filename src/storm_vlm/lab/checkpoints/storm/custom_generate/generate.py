@@ -218,12 +218,13 @@ class LatentBudgetProcessor(LogitsProcessor):
         return torch.where(is_open[:, None], inside, outside)
 
 
-"""M-RoPE positions by the rule Qwen2.5-VL was trained with.
+"""M-RoPE positions by the rule Qwen2-VL and Qwen2.5-VL were trained with.
 
 transformers 5 lets the text after a video resume at ``start + max(height, width)``, so the question
 overlaps the temporal axis of a long video (and 5.17 truncates the seconds per temporal grid to an
 integer). The released weights were trained with: every block starts at the largest position so far
-plus one, and the temporal index is ``floor(grid index * seconds per grid * tokens per second)``.
+plus one, and the temporal index is ``floor(grid index * seconds per grid * tokens per second)``
+(Qwen2-VL, which knows no seconds: the grid index).
 
 The product is taken in float32, as in the code published with the weights (``get_rope_index`` of
 transformers 4.49, ``rope2d.py`` of Qwen's finetuning code: an integer range times a float). vLLM
@@ -244,7 +245,7 @@ TEXT, IMAGE, VIDEO = 0, 1, 2
 
 
 class TrainedPositions:
-    """Mixed into the stock ``Qwen2_5_VLModel``, whose forward and generate then follow the rule."""
+    """Mixed into the stock ``Qwen2_5_VLModel`` or ``Qwen2VLModel``, whose forward and generate follow it then."""
 
     config: Any
 
@@ -308,7 +309,8 @@ class TrainedPositions:
         """Positions (3, n) of an image or a video, counted from 0."""
         vision = self.config.vision_config
         # in float32, see above
-        time = torch.arange(grid[0]) * torch.tensor(float(seconds)) * vision.tokens_per_second
+        rate = getattr(vision, "tokens_per_second", 1)
+        time = torch.arange(grid[0]) * torch.tensor(float(seconds)) * rate
         sides = (torch.arange(side // vision.spatial_merge_size) for side in grid[1:])
         return torch.stack(torch.meshgrid(time.long(), *sides, indexing="ij")).flatten(1)
 
