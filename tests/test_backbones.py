@@ -45,6 +45,8 @@ from storm_vlm.training.train import train
 
 DOCS = Path(__file__).parents[1] / "docs/backbones.md"
 K, FRAMES = 2, 4
+#: What a backbone cannot do behind a bottleneck, and says.
+REFUSED = {"qwen3_5": "linear attention"}
 CLOSE: dict[str, float] = {"atol": 1e-4, "rtol": 1e-4}
 
 
@@ -92,6 +94,11 @@ def pytest_generate_tests(metafunc: Any) -> None:
     if "subject" in metafunc.fixturenames:
         names = pytest_options(metafunc.config)
         metafunc.parametrize("subject", names, indirect=True, scope="module")
+
+
+@pytest.fixture
+def name(subject: Subject) -> str:
+    return subject.stock.config.model_type
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +239,25 @@ def test_every_intervention_continues_the_same_prompt(subject: Subject) -> None:
     torch.testing.assert_close(answers["off"][:, 0], expected, **CLOSE)
     torch.testing.assert_close(answers["own"], answers["again"], **CLOSE)
     torch.testing.assert_close(answers["own"][:, 0], rollout(model, batch, K).logits[:, 0], **CLOSE)
+
+
+@torch.no_grad()
+def test_behind_a_bottleneck_the_answer_knows_the_video_by_the_slots_alone(
+    subject: Subject, name: str
+) -> None:
+    """`method.bottleneck`: the answer's first token in training is that in `generate`."""
+    model, batch = subject.model, subject.collator().collate_prompts(subject.rows, "force")
+    rows = torch.ones(2, dtype=torch.bool)
+    if name in REFUSED:
+        with pytest.raises(StormError, match=REFUSED[name]):
+            rollout(model, batch, K, bottleneck=rows)
+        return
+    narrow, wide = rollout(model, batch, K, bottleneck=rows), rollout(model, batch, K)
+    assert float((narrow.logits - wide.logits).abs().max()) > 1e-3
+    torch.testing.assert_close(narrow.states, wide.states, **CLOSE)
+    model.config.latent_bottleneck = subject.adapter.video_token_id
+    fed = answers_when_fed(model, batch, {"own": narrow.states}, max_new_tokens=1)["own"]
+    torch.testing.assert_close(fed, narrow.logits, **CLOSE)
 
 
 @torch.no_grad()
@@ -417,7 +443,9 @@ def table() -> str:
     lines = ["| | " + " | ".join(f"`{name}`" for name in TINY) + " |"]
     lines.append("|---|" + "---|" * len(TINY))
     for name, doc in checks:
-        lines.append(f"| **{name}**: {' '.join(doc.split())} |" + " yes |" * len(TINY))
+        refused = set(REFUSED) if "bottleneck" in name else set()
+        cells = " | ".join("refused" if kind in refused else "yes" for kind in TINY)
+        lines.append(f"| **{name}**: {' '.join(doc.split())} | {cells} |")
     return "\n".join(lines)
 
 
