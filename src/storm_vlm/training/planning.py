@@ -109,8 +109,9 @@ def plan_config(config: Any, video_processor: Any, request: PlanRequest) -> Plan
 def video_grid(video_processor: Any, request: PlanRequest) -> tuple[int, int, int]:
     """Patches of one clip (time, height, width), by the processor, run on a clip without storage."""
     shape = request.num_frames, 3, request.height, request.width
-    capped = getattr(video_processor, "cap_pixels_per_frame", None)
-    options: dict[str, Any] = {"cap_pixels_per_frame": capped is not False}  # as the collator does
+    options: dict[str, Any] = {}
+    if hasattr(video_processor, "cap_pixels_per_frame"):  # as the collator does
+        options["cap_pixels_per_frame"] = video_processor.cap_pixels_per_frame is not False
     if request.max_pixels:
         least = min(video_processor.size["shortest_edge"], request.max_pixels)
         options["size"] = {"shortest_edge": least, "longest_edge": request.max_pixels}

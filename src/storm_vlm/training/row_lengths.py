@@ -5,19 +5,21 @@ A row's length is mostly its video's share, which follows from what a file's hea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from storm_vlm.data.check import check_length, row_faults
-from storm_vlm.data.collator import StormCollator
+from storm_vlm.data.collator import LAYOUT, StormCollator, VideoInputs
 from storm_vlm.data.row import Row
 from storm_vlm.data.thread_pool import thread_pool
-from storm_vlm.data.video import video_shape
+from storm_vlm.data.video import Clip, video_shape
 from storm_vlm.training.planning import PlanRequest, video_grid
 
 TEMPLATE = 64  # tokens that a chat template adds, at most
@@ -69,9 +71,15 @@ def _visual_tokens(processor: Any, num_frames: int) -> Callable[[int, int, int],
     @cache
     def visual(frames: int, height: int, width: int) -> int:
         shown = min(frames or num_frames, num_frames)
+        times = 100.0 * np.arange(shown)  # where times stand in the prompt, with digits enough
+        blank = Clip(np.zeros((shown, 56, 56, 3), np.uint8), times, "a blank clip")
+        tensors = VideoInputs(processor, shown).process(blank)
+        length, grid = len(tensors[LAYOUT]), tensors.get("video_grid_thw")
+        if grid is None:  # frames of one size
+            return length
         request = PlanRequest(num_frames=shown, width=width, height=height)
-        grids, rows, columns = video_grid(processor.video_processor, request)
-        return grids * rows * columns // processor.video_processor.merge_size**2
+        patches = math.prod(video_grid(processor.video_processor, request)) - int(grid.prod())
+        return length + patches // processor.video_processor.merge_size**2
 
     return visual
 
