@@ -322,6 +322,10 @@ def test_pipeline_and_evaluate(subject: Subject) -> None:
     alone = [subject.pipeline.answer_batch([row], max_new_tokens=3)[0] for row in subject.rows]
     assert [answer.text for answer in together] == [answer.text for answer in alone]
     assert all(answer.visual_tokens > 0 and answer.slots_used <= K for answer in together)
+    shared = subject.rows[1].model_copy(update={"video": subject.rows[0].video})
+    pair = [subject.rows[0], shared]  # questions about one clip share what they can
+    apart = [subject.pipeline.answer_batch([row], max_new_tokens=3)[0].text for row in pair]
+    assert [a.text for a in subject.pipeline.answer_batch(pair, max_new_tokens=3)] == apart
     reasoner = Latent(subject.pipeline, max_new_tokens=3)
     records = evaluate(reasoner, subject.rows, reasoner.frames)
     texts = [record.reply.text for record in records if record.reply]

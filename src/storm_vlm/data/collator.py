@@ -164,22 +164,9 @@ class StormCollator:
         shown = [video for video in videos if video is not None]
         tokens = self._tokenize(prompts, padding_side="left")
         input_ids: Tensor = tokens["input_ids"]
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": tokens["attention_mask"],
-        }
-        if "mm_token_type_ids" in self.processor.model_input_names:
-            types = self.processor.create_mm_token_type_ids(input_ids.tolist())
-            batch["mm_token_type_ids"] = torch.tensor(types)
-        for name in shown[0].keys() - {LAYOUT} if shown else ():
-            parts = [video[name] for video in shown]
-            if len({part.shape[1:] for part in parts}) > 1:
-                raise InputError(
-                    f"{type(self.processor).__name__} takes clips of one length at a time, and these differ in "
-                    f"{name}: ask one by one (batch size 1), or leave out clips that are too short"
-                )
-            batch[name] = torch.cat(parts)
-        return batch
+        mask = {"input_ids": input_ids, "attention_mask": tokens["attention_mask"]}
+        kinds = token_types(self.processor, input_ids)
+        return {**mask, **kinds, **join_clips(self.processor, shown)}
 
     def prompts(
         self, questions: Sequence[Row | Question], latent_mode: LatentMode
@@ -237,6 +224,28 @@ class StormCollator:
         stacked = torch.zeros(len(targets), *present[0].shape)
         stacked[mask] = torch.stack(present).float()
         return {"targets": stacked, "target_mask": mask}
+
+
+def token_types(processor: Any, input_ids: Tensor) -> dict[str, Tensor]:
+    """`mm_token_type_ids` (B, T), where the processor's model has them."""
+    if "mm_token_type_ids" not in processor.model_input_names:
+        return {}
+    types = processor.create_mm_token_type_ids(input_ids.tolist())
+    return {"mm_token_type_ids": torch.tensor(types, device=input_ids.device)}
+
+
+def join_clips(processor: Any, clips: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several clips, in this order, as a model takes them. Raises InputError where it cannot."""
+    joined = {}
+    for name in clips[0].keys() - {LAYOUT} if clips else ():
+        parts = [clip[name] for clip in clips]
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise InputError(
+                f"{type(processor).__name__} takes clips of one length at a time, and these differ in {name}: ask "
+                "one by one (batch size 1), or leave out clips that are too short"
+            )
+        joined[name] = torch.cat(parts)
+    return joined
 
 
 def expand_video(processor: Any, prompt: str, video_ids: Tensor) -> str:

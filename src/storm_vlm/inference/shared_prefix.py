@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from storm_vlm.data.collator import join_clips, token_types
 from storm_vlm.model.backbones import input_device
 
 Video = dict[str, Tensor]
@@ -36,11 +37,14 @@ def read_prefixes(
     prefixes = [_common([ids[row] for row in rows]) for rows in groups.values()]
     group_of = {row: group for group, rows in enumerate(groups.values()) for row in rows}
     rests = [row_ids[len(prefixes[group_of[row]]) :] for row, row_ids in enumerate(ids)]
-    if any(processor.video_token_id in rest for rest in rests):
+    visual = {getattr(processor, name, None) for name in ("video_token_id", "image_token_id")}
+    if any(visual & set(rest) for rest in rests):
         return None
     device = input_device(model)
-    clips = [videos[rows[0]] for rows in groups.values()]
-    prefix = _padded(prefixes, processor, device) | _joined(clips, device)
+    clips: list[Any] = [videos[rows[0]] for rows in groups.values()]
+    joined = join_clips(processor, clips)
+    prefix = _padded(prefixes, processor, device)
+    prefix |= {name: tensor.to(device) for name, tensor in joined.items()}
     # by the model's own rule, which also leaves behind how far positions are ahead of tokens
     positions = model._prepare_position_ids_for_generation(prefix["input_ids"], dict(prefix))
     ahead: Any = getattr(model.base_model, "rope_deltas", None)
@@ -69,9 +73,4 @@ def _padded(rows: Sequence[list[int]], processor: Any, device: Any) -> dict[str,
     length, pad = max(map(len, rows)), processor.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
-    kinds = 2 * (ids == processor.video_token_id).long()
-    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
-
-
-def _joined(videos: Sequence[Any], device: Any) -> Video:
-    return {name: torch.cat([video[name] for video in videos]).to(device) for name in videos[0]}
+    return {"input_ids": ids, "attention_mask": mask, **token_types(processor, ids)}
