@@ -87,10 +87,10 @@ def _measure(folder: Path, count: int) -> ScaleCost:
     next(iter(trainer.get_train_dataloader()))
     started = time.perf_counter()
     random, earlier = np.random.default_rng(0), Duplicates(0.05)
-    for _ in range(count):
+    for clip in range(count):
         fingerprint = random.bytes(PRINTED * 64).hex()
-        earlier.nearest(fingerprint)
-        earlier.add(fingerprint)
+        earlier.nearest(fingerprint, clip)
+        earlier.add(fingerprint, clip)
     ended = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return ScaleCost(count, started - began, ended - started, peak)
