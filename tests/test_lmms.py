@@ -33,7 +33,11 @@ def rows(reasoning_rows) -> list[Row]:
     """Eleven, so that two processes get unequal shares; some with options, one with a window."""
     answers = sorted({row.answer for row in reasoning_rows})
     choices = [r.model_copy(update={"options": tuple(answers)}) for r in reasoning_rows[:4]]
-    return [*choices, reasoning_rows[4].model_copy(update={"end": 0.9, "keyframes": ()}), *reasoning_rows[5:11]]
+    return [
+        *choices,
+        reasoning_rows[4].model_copy(update={"end": 0.9, "keyframes": ()}),
+        *reasoning_rows[5:11],
+    ]
 
 
 @pytest.fixture(scope="module")
