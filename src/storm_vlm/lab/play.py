@@ -66,7 +66,7 @@ def think(pipeline: StormPipeline, clip: Clip, question: str, other: Clip) -> Th
         "latents off": None,
     }
     written = answers_when_fed(model, inputs, slots, TOKENS)
-    tokens = visual_tokens(pipeline, [collator.videos.process(clip)])[0].mean(1)
+    tokens = visual_tokens(pipeline, [collator.videos.process(clip)])[0].flatten(1, -2).mean(1)
     similarity = cosine_similarity(states[0, :, None].float(), tokens[None].float(), dim=-1)
     steps = torch.linspace(0, len(clip.frames) - 1, len(tokens)).round().long().tolist()
     return Thought(
