@@ -64,6 +64,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "layers": (config(lambda c: c["text_config"].update(num_hidden_layers=1)), "num_hidden_layers"),
     "video": (config(lambda c: c.update(video_token_id=3)), "video_token_id"),
     "null": (text("config.json", "null"), "cannot be loaded"),
+    "null text": (config(lambda c: c.update(text_config=None)), "says nothing of the text model"),
     "tokenizer": (text("tokenizer.json", "{"), "the processor of"),
     "template": (text("chat_template.jinja", "{% for m in messages %}{{ m"), "chat template"),
     "mute": (text("chat_template.jinja", "{{ messages[0]['role'] }}<|video_pad|>"), "leaves out"),

@@ -98,6 +98,10 @@ def _stock(path: str, dtype: Any, kwargs: dict[str, Any]) -> Any:
     load: Any = AutoModelForImageTextToText.from_pretrained
     wanted = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with loading(path):
+        settings = Path(path) / "config.json"
+        if settings.is_file() and json.loads(settings.read_text()).get("text_config", {}) is None:
+            # transformers would take its default: billions of weights, drawn for minutes
+            raise CheckpointError(f"{settings} says nothing of the text model: copy it again")
         model, report = load(path, dtype="auto" if dtype is None else dtype, **{**kwargs, **wanted})
         if (
             Path(path) / "generation_config.json"
