@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from storm_vlm.data.collator import join_clips, token_types
-from storm_vlm.model.backbones import input_device
+from storm_vlm.model.backbones import cache_argument, input_device
 
 Video = dict[str, Tensor]
 
@@ -48,7 +48,8 @@ def read_prefixes(
     # by the model's own rule, which also leaves behind how far positions are ahead of tokens
     positions = model._prepare_position_ids_for_generation(prefix["input_ids"], dict(prefix))
     ahead: Any = getattr(model.base_model, "rope_deltas", None)
-    model(**prefix, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    given = {cache_argument(model): cache}
+    model(**prefix, position_ids=positions, use_cache=True, logits_to_keep=1, **given)
     place = torch.tensor([group_of[row] for row in range(len(ids))], device=device)
     cache.batch_select_indices(place)
     rest = _padded(rests, processor, device)
@@ -59,7 +60,7 @@ def read_prefixes(
     count = (whole["attention_mask"].cumsum(1) - 1).clamp_min(0)
     if positions.ndim == 3:  # the count, and time, height and width
         count = torch.stack([count, *[count + ahead[place]] * 3])[-len(positions) :]
-    return {**whole, "position_ids": count, "past_key_values": cache}
+    return {**whole, "position_ids": count, **given}
 
 
 def _common(rows: Sequence[list[int]]) -> list[int]:

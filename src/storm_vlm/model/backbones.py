@@ -132,9 +132,8 @@ class Backbone:
         self, embeds: Tensor, positions: Tensor, mask: Tensor | None, cache: Any = None, **more: Any
     ) -> Tensor:
         """The decoder's last states (B, n, D) of embeddings (B, n, D), at positions (..., B, n)."""
-        if cache is not None:  # transformers 5.24 renamed it
-            names = inspect.signature(self.decoder.forward).parameters
-            more["cache" if "cache" in names else "past_key_values"] = cache
+        if cache is not None:
+            more[cache_argument(self.decoder)] = cache
         return self.decoder(
             inputs_embeds=embeds,
             position_ids=positions,
@@ -188,13 +187,21 @@ class Llava(Backbone):
         mask = torch.ones_like(ids) if mask is None else mask.long()
         return (mask.cumsum(-1) - 1).clamp_min(0)
 
+    @property
+    def _side(self) -> int:
+        vision = self.model.config.vision_config
+        return math.ceil(vision.image_size // vision.patch_size / 2)
+
     def encode(self, batch: Mapping[str, Any]) -> Tensor:
-        return self.core.get_video_features(batch[self.pixels]).pooler_output.flatten(0, 1)
+        pixels = batch[self.pixels]
+        features = self.core.get_video_features(pixels).pooler_output
+        if features.shape[1] == pixels.shape[1] * self._side**2:  # transformers 5.17 ends it later
+            end = self.core.image_newline.to(features).expand(len(features), 1, -1)
+            features = torch.cat([features, end], 1)
+        return features.flatten(0, 1)
 
     def visual_tokens(self, features: Tensor, clip: Mapping[str, Tensor]) -> Tensor:
-        vision = self.model.config.vision_config
-        side = math.ceil(vision.image_size // vision.patch_size / 2)
-        return features[:-1].unflatten(0, (-1, side, side))
+        return features[:-1].unflatten(0, (-1, self._side, self._side))
 
 
 class InternVL(Llava):
@@ -251,6 +258,12 @@ def supported(model_type: str) -> str:
 def unwrap(model: Any) -> Any:
     """The transformers model beneath PEFT, whose adapters live inside its layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What this module's ``forward`` calls its cache; transformers 5.24 renamed it."""
+    names = inspect.signature(module.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def input_device(model: Any) -> torch.device:
