@@ -199,7 +199,7 @@ async def soaked(server: Server, rows: Sequence[Row], seconds: float) -> Soak:
         memory.append(server.system.memory_info().rss / 2**20)
         if passed > seconds * (killed + 1) / 3:
             readers = [p for p in server.system.children() if "spawn_main" in " ".join(p.cmdline())]
-            readers[killed % len(readers)].kill()
+            min(readers, key=psutil.Process.create_time).kill()  # not one that was just begun
             killed += 1
         await asyncio.sleep(0.05)
     outcomes = Counter(await asyncio.gather(*(task for _, task in clients)))
