@@ -219,3 +219,23 @@ def test_a_number_has_a_share_of_ten_tolerances() -> None:
     assert {text: RULES["vsibench"]["authors"](text, asked) for text in graded} == graded
     nought = asked.model_copy(update={"answer": "0"})
     assert RULES["vsibench"]["authors"]("0", nought) == 0
+
+
+# They match a published option's whole text, want <answer> tags, or score no letters.
+OF_NO_LETTERS = {
+    "tempcompass/authors",
+    "tempcompass_captioning/authors",
+    "video_holmes/VLMEvalKit",
+    "twiffbench/authors",
+    "charades_sta/lmms-eval",
+}
+
+
+@pytest.mark.parametrize("gold", "ABCD")
+@pytest.mark.parametrize("rule", [f"{b}/{name}" for b, rules in RULES.items() for name in rules])
+def test_who_always_says_the_right_letter_is_always_right(rule: str, gold: str) -> None:
+    benchmark, _, name = rule.partition("/")
+    right = RULES[benchmark][name](gold, row(gold)) == 1
+    assert right == (rule not in OF_NO_LETTERS)
+    wrong = "ABCD"[("ABCD".index(gold) + 1) % 4]
+    assert not RULES[benchmark][name](wrong, row(gold))
