@@ -19,7 +19,7 @@ def train_config(*overrides: str, text: str = "") -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    "text", ["runs/a #1", "1e3", "yes", "~", "a: b", "[x]", "null", "2024-01-01", "a=b", "", "' '"]
+    "text", ["runs/a #1", "1e3", "yes", "~", "a: b", "[x]", "null", "2024-01-01", "a=b", "' '"]
 )
 def test_strings_stay_strings(text: str) -> None:
     assert train_config(f"output_dir={text}").output_dir == text

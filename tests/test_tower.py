@@ -183,7 +183,7 @@ def test_a_run_with_kept_features_has_the_losses_of_one_without(
 
 def test_a_tower_that_trains_cannot_be_kept() -> None:
     with pytest.raises(ValueError, match="a tower that trains"):
-        TrainConfig(model="", data="", output_dir="", vision_cache="here", freeze_vision=False)
+        TrainConfig(model="m", data="d", output_dir="o", vision_cache="here", freeze_vision=False)
 
 
 def test_nor_one_with_adapters(tmp_path: Path, backbone: str, reasoning_file: Path) -> None:

@@ -90,6 +90,8 @@ class StormForConditionalGeneration(LatentRolloutMixin):
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _write_besides(self, folder: Path) -> None:
+        if not (folder / "config.json").is_file():  # adapters alone
+            return
         write_custom_generate(self, folder)
         keep_or_write_card(folder, self.name_or_path)
 
