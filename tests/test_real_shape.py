@@ -25,7 +25,7 @@ from storm_vlm.model.rollout import rollout
 from storm_vlm.model.tokens import add_latent_tokens
 from storm_vlm.training.plan_request import PlanRequest
 from storm_vlm.training.planning import plan_config
-from storm_vlm.training.train import LORA_TARGETS
+from storm_vlm.training.train import lora_targets
 from storm_vlm.training.trainer import boundary_loss
 
 BUDGET, FRAMES = 8, 4
@@ -137,7 +137,7 @@ def test_latent_tokens_take_spare_rows(processor: Any, shape: Shape) -> None:
     for trained in (model, None):
         if trained is None:
             settings = LoraConfig(
-                r=2, target_modules=LORA_TARGETS, trainable_token_indices=token_rows(model)
+                r=2, target_modules=lora_targets(model), trainable_token_indices=token_rows(model)
             )
             trained = get_peft_model(model, settings)
         targets = torch.randn(2, BUDGET, 64)
@@ -186,7 +186,7 @@ def test_a_step_at_full_width_takes_what_the_plan_says(shape: Shape, rank: int) 
     model = random_model(config, BUDGET, "cpu", torch.bfloat16)
     net = model
     if rank:
-        net = get_peft_model(model, LoraConfig(r=rank, target_modules=LORA_TARGETS)).train()
+        net = get_peft_model(model, LoraConfig(r=rank, target_modules=lora_targets(model))).train()
     batch = random_batch(config, 1, 400, "cpu")
     batch["pixel_values_videos"] = batch["pixel_values_videos"].to(torch.bfloat16)
     text = ("input_ids", "attention_mask", "mm_token_type_ids")

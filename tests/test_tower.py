@@ -175,7 +175,8 @@ def test_a_run_with_kept_features_has_the_losses_of_one_without(
     def never(*_: object) -> None:
         raise AssertionError("a video was read again")
 
-    monkeypatch.setattr(VideoInputs, "process", never)
+    monkeypatch.setattr(VideoInputs, "load", never)
+    monkeypatch.setattr(Excerpt, "read", never)
     again = losses(tmp_path / "again", backbone, reasoning_file, vision_cache=str(folder))
     assert again == kept and len(first) >= 12
     assert first == {file: file.stat().st_mtime_ns for file in folder.glob("features/*/*")}
