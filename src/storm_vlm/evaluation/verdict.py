@@ -9,7 +9,7 @@ from typing import Literal
 from storm_vlm.evaluation.records import Probes, Reliance
 from storm_vlm.evaluation.statistics import Estimate
 
-FEW = 20  # clips; with fewer, their bootstrap says little
+FEW = 100  # clips; with fewer, intervals are wide, and those of very few too narrow
 CEILING = 0.95  # own accuracy that leaves an oracle no room
 STILL = 0.1  # of their spread; latents that move less with the clip do not look at it
 Weight = Literal["dependence", "benefit", "reservation"]
@@ -49,9 +49,9 @@ def verdict(reliance: Reliance, probes: Probes | None = None) -> Verdict:
     else:
         text = f"The latents matter: another clip's cost {_points(cost)} points."
         if shown["reservation"]:
-            text += f" Known failures that show: {'; '.join(shown['reservation'])}."
+            text += f" Reservations, which these rows cannot rule out: {'; '.join(shown['reservation'])}."
     if reliance.videos < FEW:
-        text = f"Only {reliance.videos} clips, too few to conclude from. {text}"
+        text = f"Only {reliance.videos} clips, which are few. {text}"
     return Verdict(text, not (shown["dependence"] or shown["benefit"]), findings)
 
 

@@ -71,8 +71,11 @@ def base_of(folder: Path) -> str:
 
 
 @contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Whatever transformers meets in a damaged or foreign checkpoint is one sentence. Raises CheckpointError."""
+def loading(name: str, part: str = "") -> Iterator[None]:
+    """Whatever transformers meets in a damaged or foreign checkpoint, or on the way to the hub, is one sentence.
+
+    Raises CheckpointError.
+    """
     try:
         yield
     except StormError:
@@ -81,8 +84,11 @@ def loading(name: str) -> Iterator[None]:
         Exception
     ) as error:  # of many classes: what a file says decides which line is the first to stumble
         told = " ".join(str(error).split())[:SHOWN]
+        mend = "mend its files, or copy them again"
+        if not Path(name).is_dir():
+            mend = "see whether the hub has it and can be reached, or name a folder"
         raise CheckpointError(
-            f"{name} cannot be loaded ({type(error).__name__}: {told}): mend its files, or copy them again"
+            f"{part}{name} cannot be loaded ({type(error).__name__}: {told}): {mend}"
         ) from error
 
 
@@ -95,5 +101,5 @@ def load_processor(name: str, **kwargs: Any) -> Any:
     path = Path(checkpoint_path(name))
     if (path / ADAPTERS).is_file() and not list(path.glob("*processor_config.json")):
         return load_processor(base_of(path), **kwargs)
-    with loading(f"the processor of {name}"):
+    with loading(name, "the processor of "):
         return AutoProcessor.from_pretrained(str(path) if path.is_dir() else name, **kwargs)
