@@ -7,7 +7,7 @@ BIN := .venv/bin
 export MALLOC_TRIM_THRESHOLD_ ?= 1000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 1000000000
 
-.PHONY: install quickstart test test-matrix fuzz lint types docs clean
+.PHONY: install quickstart test test-extras test-matrix fuzz lint types docs clean
 
 install: $(BIN)/.installed
 
@@ -36,6 +36,15 @@ docs: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict  # into site/; warnings are errors
 	@echo "built site/index.html; to look at it: $(BIN)/mkdocs serve"
+
+# What `make test` skips: DeepSpeed, quantized models, lmms-eval. In environments of their own, some 7 GiB each.
+test-extras:
+	test -d .matrix/extras || { $(PYTHON) -m venv .matrix/extras && .matrix/extras/bin/pip install --quiet \
+		--disable-pip-version-check --constraint constraints.txt --editable ".[dev]" deepspeed bitsandbytes torchao; }
+	test -d .matrix/lmms || { $(PYTHON) -m venv .matrix/lmms && for package in lmms-eval==0.7.3 "--editable ."; do \
+		.matrix/lmms/bin/pip install --quiet --disable-pip-version-check $$package; done; }  # apart: their pins of PyAV differ
+	OMP_NUM_THREADS=1 STORM_LMMS_PYTHON=.matrix/lmms/bin/python .matrix/extras/bin/pytest -q \
+		tests/test_lmms.py tests/test_quantized.py tests/test_adapters.py tests/test_distributed.py
 
 test-matrix:
 	dev/test_matrix.sh  # Python, transformers and torch, oldest and newest

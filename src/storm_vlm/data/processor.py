@@ -15,7 +15,7 @@ def check_processor(processor: Any, config: Any) -> None:
     """Raises CheckpointError for a processor that cannot put a question about a clip to a model of this config."""
     name, frames = config.name_or_path or "this model", np.zeros((4, 56, 56, 3), np.uint8)
     clip = Clip(frames, np.arange(4.0), "a blank clip")
-    with loading(f"the processor or chat template of {name}"):
+    with loading(name, "the processor or chat template of "):
         prompt = render_prompt(processor, build_messages("Where?"), "off")
         processor(
             text=[prompt],
