@@ -41,8 +41,8 @@ docs: install
 test-extras:
 	test -d .matrix/extras || { $(PYTHON) -m venv .matrix/extras && .matrix/extras/bin/pip install --quiet \
 		--disable-pip-version-check --constraint constraints.txt --editable ".[dev]" deepspeed bitsandbytes torchao; }
-	test -d .matrix/lmms || { $(PYTHON) -m venv .matrix/lmms && for package in lmms-eval==0.7.3 "--editable ."; do \
-		.matrix/lmms/bin/pip install --quiet --disable-pip-version-check $$package; done; }  # apart: their pins of PyAV differ
+	test -d .matrix/lmms || { $(PYTHON) -m venv .matrix/lmms && for package in lmms-eval==0.7.3 "--editable ." "filelock<4"; do \
+		.matrix/lmms/bin/pip install --quiet --disable-pip-version-check $$package; done; }  # apart: their pins of PyAV differ, and it needs an older filelock
 	OMP_NUM_THREADS=1 STORM_LMMS_PYTHON=.matrix/lmms/bin/python .matrix/extras/bin/pytest -q \
 		tests/test_lmms.py tests/test_quantized.py tests/test_adapters.py tests/test_distributed.py
 

@@ -1,8 +1,6 @@
 """lmms-eval itself, offline, says what our own evaluation says.
 
-It wants an environment of its own (its PyAV pin contradicts ours): `python -m venv lmms`, then
-`lmms/bin/pip install lmms-eval==0.7.3`, then `lmms/bin/pip install -e .`, and
-`STORM_LMMS_PYTHON=lmms/bin/python pytest tests/test_lmms.py`.
+It wants an environment of its own (its PyAV pin contradicts ours), which `make test-extras` makes.
 """
 
 import json
