@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from tiny import tiny_run
+from tiny_backbones import tokenizer
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from storm_vlm.data.collator import StormCollator, VideoInputs
+from storm_vlm.data.collator import LAYOUT, StormCollator, VideoInputs
 from storm_vlm.data.decode import VideoError
 from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.data.video import Clip, read_frames, read_future, write_video
@@ -555,6 +557,26 @@ def test_rows_of_about_the_same_length_come_together(processor, reasoning_rows, 
     assert padding < 0.1 * 480 / 2 * (
         max(lengths) - min(lengths)
     )  # of what half of the rows could need
+
+
+def test_a_row_is_as_long_as_a_moving_clip_where_a_processor_drops_still_patches(
+    reasoning_rows, tmp_path
+) -> None:
+    """VideoLLaMA3's, which looks at pixels; times in its prompt have at most two digits more."""
+    processor = transformers.VideoLlama3Processor(
+        transformers.VideoLlama3ImageProcessor(),
+        tokenizer(),
+        transformers.VideoLlama3VideoProcessor(),
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (6, 96, 128, 3), dtype=np.uint8)
+    shown = []
+    for name, frames in {"moving": noise, "still": np.zeros_like(noise)}.items():
+        write_video(tmp_path / f"{name}.mp4", frames, 4.0)
+        video = str(tmp_path / f"{name}.mp4")
+        row = reasoning_rows[0].model_copy(update={"video": video, "question": "?", "options": ()})
+        (length,) = row_lengths([row], processor, 6)
+        shown.append(length - 1 - len(VideoInputs(processor, 6).get(video)[LAYOUT]))
+    assert 0 <= shown[0] <= 12 < shown[1]
 
 
 def test_a_run_without_a_step_is_refused(tmp_path: Path) -> None:

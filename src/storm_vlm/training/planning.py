@@ -107,7 +107,10 @@ def plan_config(config: Any, video_processor: Any, request: PlanRequest) -> Plan
 
 
 def video_grid(video_processor: Any, request: PlanRequest) -> tuple[int, int, int]:
-    """Patches of one clip (time, height, width), by the processor, run on a clip without storage."""
+    """Patches of one clip (time, height, width), by the processor, run on a clip without storage.
+
+    A processor that looks at pixels, to drop tokens that tell nothing new, is run on a black clip.
+    """
     shape = request.num_frames, 3, request.height, request.width
     options: dict[str, Any] = {}
     if hasattr(video_processor, "cap_pixels_per_frame"):  # as the collator does
@@ -115,10 +118,17 @@ def video_grid(video_processor: Any, request: PlanRequest) -> tuple[int, int, in
     if request.max_pixels:
         least = min(video_processor.size["shortest_edge"], request.max_pixels)
         options["size"] = {"shortest_edge": least, "longest_edge": request.max_pixels}
-    clip = torch.empty(shape, dtype=torch.uint8, device="meta")
     options |= {"do_sample_frames": False, "return_tensors": "pt"}
+
+    def processed(device: str) -> Any:
+        clip = torch.zeros(shape, dtype=torch.uint8, device=device)
+        return video_processor(videos=[clip], **options)
+
     try:
-        outputs = video_processor(videos=[clip], **options)
+        try:
+            outputs = processed("meta")
+        except RuntimeError:  # it looks at the pixels
+            outputs = processed("cpu")
     except ValueError as error:
         size = f"{request.width} x {request.height}"
         raise InputError(f"frames of {size} cannot be resized: {error}") from error

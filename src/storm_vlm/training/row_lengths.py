@@ -66,7 +66,7 @@ def _text_tokens(rows: Sequence[Row], processor: Any) -> list[int]:
 
 
 def _visual_tokens(processor: Any, num_frames: int) -> Callable[[int, int, int], int]:
-    """Tokens of a clip by what `video_shape` tells: frames, height, width."""
+    """Tokens of a clip by what `video_shape` tells: frames, height, width. If it drops some, of one that moves."""
 
     @cache
     def visual(frames: int, height: int, width: int) -> int:
@@ -74,12 +74,16 @@ def _visual_tokens(processor: Any, num_frames: int) -> Callable[[int, int, int],
         times = 100.0 * np.arange(shown)  # where times stand in the prompt, with digits enough
         blank = Clip(np.zeros((shown, 56, 56, 3), np.uint8), times, "a blank clip")
         tensors = VideoInputs(processor, shown).process(blank)
-        length, grid = len(tensors[LAYOUT]), tensors.get("video_grid_thw")
-        if grid is None:  # frames of one size
-            return length
+        if "video_grid_thw" not in tensors:  # frames of one size
+            return len(tensors[LAYOUT])
+        names = ("video_token_id", "image_token_id")
+        ids = torch.tensor([getattr(processor, n) for n in names if hasattr(processor, n)])
+        text = int(
+            (~torch.isin(tensors[LAYOUT], ids)).sum()
+        )  # all but what it shows of a blank clip
         request = PlanRequest(num_frames=shown, width=width, height=height)
-        patches = math.prod(video_grid(processor.video_processor, request)) - int(grid.prod())
-        return length + patches // processor.video_processor.merge_size**2
+        patches = math.prod(video_grid(processor.video_processor, request))
+        return text + patches // processor.video_processor.merge_size**2
 
     return visual
 
