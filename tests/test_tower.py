@@ -1,5 +1,6 @@
 """What the frozen tower makes of clips, kept on disk: the same losses and gradients, and nothing computed twice."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tiny import tiny_run
 from storm_vlm.data.collator import StormCollator, VideoInputs
 from storm_vlm.data.decode import VideoError
 from storm_vlm.data.row import Row
+from storm_vlm.model.backbones import BACKBONES, QwenVL
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.rollout import rollout
 from storm_vlm.model.tokens import add_latent_tokens
@@ -154,6 +156,28 @@ def test_features_belong_to_all_that_decides_them(
             weight.zero_()
     keys += [key() for dtype in (torch.float16, torch.bfloat16) if model.to(dtype)]
     assert len(set(keys)) == len(keys)
+
+
+class Doubled(QwenVL):
+    def encode(self, batch):
+        return 2 * super().encode(batch)
+
+
+def test_features_and_targets_belong_to_the_adapter_and_its_code(
+    model, processor, reasoning_rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    excerpt = Excerpt(reasoning_rows[0].video)
+
+    def key() -> str:
+        return FeatureCache(tmp_path, "targets", model, processor, 6).key(excerpt)
+
+    keys = [key()]
+    monkeypatch.setitem(BACKBONES._parts, "qwen2_5_vl", Doubled)
+    keys.append(key())
+    assert key() == keys[-1]
+    monkeypatch.setattr(inspect, "getsource", lambda part: f"{part.__name__}, edited")
+    keys.append(key())
+    assert len(set(keys)) == 3
 
 
 def losses(folder: Path, backbone: str, rows: Path, **settings: object) -> list[float]:

@@ -6,10 +6,12 @@ share the work: each looks again before it computes.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -26,7 +28,7 @@ from storm_vlm.data.decode import VideoError
 from storm_vlm.data.row import Row
 from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.video import Clip, read_frames, read_future, read_video
-from storm_vlm.model.backbones import backbone
+from storm_vlm.model.backbones import Backbone, backbone
 from storm_vlm.training.config import FRAMES_PER_SLOT
 
 Tensors = dict[str, Tensor]
@@ -66,11 +68,13 @@ class FeatureCache:
         num_frames: int,
         **rule: Any,
     ) -> None:
-        tower, weights = backbone(model).vision_tower, sha256()
+        adapter, weights = backbone(model), sha256()
+        tower = adapter.vision_tower
         for _, tensor in sorted(tower.state_dict().items()):
             weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         self.store, self.kind = Store(folder), kind
         self.recipe = {
+            "adapter": _source(type(adapter)),
             "tower": weights.hexdigest(),
             "dtype": str(next(tower.parameters()).dtype),
             "pixels": json.loads(processor.video_processor.to_json_string()),
@@ -115,6 +119,16 @@ class FeatureCache:
                 tensors = compute(excerpt)
                 with self.store.place(self.kind, self.key(excerpt), ".safetensors") as unfinished:
                     save_file(tensors, unfinished)
+
+
+def _source(adapter: type[Backbone]) -> list[str]:
+    """What an adapter and its bases are called, and the hash of their code: it decides what a tower's output is."""
+    found = []
+    for part in adapter.__mro__[:-1]:
+        found.append(f"{part.__module__}:{part.__qualname__}")
+        with suppress(OSError, TypeError):  # of a class made in a shell there is no source
+            found.append(sha256(inspect.getsource(part).encode()).hexdigest())
+    return found
 
 
 @torch.no_grad()
