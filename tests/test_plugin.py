@@ -120,11 +120,17 @@ def test_three_seams_from_the_command_line(
         assert done.returncode == 1 and fault in done.stderr and "Traceback" not in done.stderr
 
 
-def test_no_package_takes_a_name_of_ours_away(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_package_takes_a_name_of_ours_away(
+    site: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.syspath_prepend(str(site))
     registry: Registry[type] = Registry("generators", {"keyframes": "builtins:dict"})
     assert registry["keyframes"] is dict and list(registry) == ["keyframes", "fade"]
     assert registry["fade"].name == "fade"
+    assert [record.getMessage() for record in caplog.records] == [
+        "generators: 'keyframes' of the package fade-plugin is not used, because storm has its own: "
+        "give it another name"
+    ]
 
 
 def test_names_are_registered_once() -> None:

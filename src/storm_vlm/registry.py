@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, reduce
 from importlib import import_module
@@ -10,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from storm_vlm.errors import StormError
 
+log = logging.getLogger(__name__)
 Part = TypeVar("Part")
 Registered = TypeVar("Registered")
 
@@ -79,5 +81,15 @@ class Registry(Mapping[str, Part], Generic[Part]):
     @cached_property
     def _places(self) -> dict[str, str]:
         """Ours count before those of others: no other package can take a name of ours away."""
-        points = entry_points(group=f"storm_vlm.{self.kind}")
-        return {point.name: point.value for point in points} | self._builtin
+        places = dict(self._builtin)
+        for point in entry_points(group=f"storm_vlm.{self.kind}"):
+            if point.name not in self._builtin:
+                places[point.name] = point.value
+            else:
+                log.warning(
+                    "%s: %r of the package %s is not used, because storm has its own: give it another name",
+                    self.kind,
+                    point.name,
+                    point.dist.name if point.dist else point.value,
+                )
+        return places
