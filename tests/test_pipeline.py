@@ -213,9 +213,11 @@ def run_storm(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_the_command_prints_what_python_returns(storm, reasoning_rows) -> None:
     video = reasoning_rows[0].video
-    done = run_storm("answer", video, QUESTION, "--json")
+    done = run_storm("answer", video, QUESTION, "--max-new-tokens", "2", "--json")
     assert done.returncode == 0, done.stderr
-    printed, expected = json.loads(done.stdout), asdict(storm.answer(video, QUESTION))
+    printed = json.loads(done.stdout)
+    expected = asdict(storm.answer(video, QUESTION, max_new_tokens=2))
+    assert expected["tokens"] == 2
     assert printed.pop("seconds").keys() == expected.pop("seconds").keys()
     assert printed == expected
 

@@ -18,6 +18,7 @@ def answer(
     options: Annotated[list[str] | None, Parameter(negative="")] = None,
     checkpoint: str | None = None,
     latent_mode: Literal["force", "auto", "off"] | None = None,
+    max_new_tokens: PositiveInt | None = None,
     num_frames: PositiveInt | None = None,
     as_json: Annotated[bool, Json] = False,
     trust_remote_code: Annotated[bool, Switch] = False,
@@ -30,6 +31,7 @@ def answer(
         options: An option; repeat for each.
         checkpoint: Folder or hub name; by default the trained micro model that is shipped.
         latent_mode: By default what the checkpoint is for.
+        max_new_tokens: Of the written answer, 32 by default; the latent segment comes on top.
         num_frames: Frames read from the clip; by default as trained, else 32.
         as_json: Print slots used, forced end, timings.
         trust_remote_code: Run code that the checkpoint brings.
@@ -37,7 +39,7 @@ def answer(
     from storm_vlm.data.collator import Question
     from storm_vlm.data.prompt import question_text
     from storm_vlm.data.video import video_shape
-    from storm_vlm.inference.pipeline import StormPipeline
+    from storm_vlm.inference.pipeline import MAX_NEW_TOKENS, StormPipeline
     from storm_vlm.lab.checkpoints import shipped
 
     prompt = Question(video, question, tuple(options or ()))
@@ -49,7 +51,7 @@ def answer(
         latent_mode=latent_mode,
         trust_remote_code=trust_remote_code,
     )
-    result = pipeline.answer_batch([prompt])[0]
+    result = pipeline.answer_batch([prompt], max_new_tokens or MAX_NEW_TOKENS)[0]
     if as_json:
         show_json(result)
         return

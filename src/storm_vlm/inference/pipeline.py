@@ -27,6 +27,7 @@ from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.tokens import check_tokenizer, has_latent_tokens, latent_tokens
 
 DEFAULT_FRAMES = 32  # the paper's Tables 1 and 2
+MAX_NEW_TOKENS = 32  #: of a written answer
 #: Greedy decoding, whatever a checkpoint's generation_config.json asks for (Qwen2.5-VL's, a repetition penalty).
 GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -172,7 +173,7 @@ class StormPipeline:
         video: str | Clip,
         question: str,
         options: Sequence[str] = (),
-        max_new_tokens: int = 32,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         **generate_kwargs: Any,
     ) -> Answer:
         """One answer. Raises VideoError if the file cannot be read, InputError for what cannot be asked.
@@ -184,7 +185,10 @@ class StormPipeline:
 
     @torch.inference_mode()
     def answer_batch(
-        self, questions: Sequence[Question | Row], max_new_tokens: int = 32, **generate_kwargs: Any
+        self,
+        questions: Sequence[Question | Row],
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        **generate_kwargs: Any,
     ) -> list[Answer]:
         """Answers to a batch, equal to asking one by one. Questions about one clip share what they can.
 
