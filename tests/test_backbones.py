@@ -330,6 +330,8 @@ def test_pipeline_and_evaluate(subject: Subject) -> None:
     pair = [subject.rows[0], shared]  # questions about one clip share what they can
     apart = [subject.pipeline.answer_batch([row], max_new_tokens=3)[0].text for row in pair]
     assert [a.text for a in subject.pipeline.answer_batch(pair, max_new_tokens=3)] == apart
+    picture = StormPipeline(subject.model, subject.processor, num_frames=1)
+    assert picture.answer_batch(subject.rows, max_new_tokens=3)[0].visual_tokens > 0
     reasoner = Latent(subject.pipeline, max_new_tokens=3)
     records = evaluate(reasoner, subject.rows, reasoner.frames)
     texts = [record.reply.text for record in records if record.reply]

@@ -1,4 +1,6 @@
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_processor
+from tiny_backbones import TINY
 from torch.utils.data import DataLoader
 
 from storm_vlm.data.collator import LAYOUT, Question, StormCollator, VideoInputs
 from storm_vlm.data.prompt import build_messages, render_prompt
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip, VideoError, read_video, video_metadata, write_video
+from storm_vlm.errors import StormError
 
 NUM_FRAMES, BUDGET, HIDDEN = 6, 4, 8
 VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
@@ -241,3 +245,47 @@ def test_it_is_a_data_collator_of_transformers(processor, rows):
     assert pairs["target_mask"].tolist() == [True, False, False]
     with pytest.raises(ValueError, match="answer"):
         collator([{**plain[0], "answer": "none of them"}])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_max_pixels_are_those_of_a_frame(name: str):
+    """Of all families whose frames are not of one size, whether their processors bound a frame or a clip."""
+    processor = TINY[name]()[1]
+    video = processor.video_processor
+    if name in ("llava_onevision", "internvl"):
+        with pytest.raises(StormError, match="leave max_pixels out"):
+            VideoInputs(processor, 16, max_pixels=112 * 112)
+        return
+    video.size = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28 * 4}
+    for pixels in (112 * 112, 280 * 280):
+        videos = VideoInputs(processor, 16, max_pixels=pixels)
+        for count in (1, 2, 4, 5, 7, 16, 32):
+            for side in (28, 336, 448):
+                clip = Clip(np.zeros((count, side, side, 3), np.uint8), np.arange(count) / 4, "a")
+                times, *sides = videos.process(clip)["video_grid_thw"][0].tolist()
+                shown = 14 * 14 * math.prod(sides)
+                assert times == math.ceil(count / 2) and shown <= pixels, (count, side)
+                if side > 28 and count != 5:  # transformers counts five frames as four
+                    assert shown == pixels, (count, side)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_picture_is_a_clip_of_one_frame(name: str):
+    processor = TINY[name]()[1]
+    clip = Clip(np.random.default_rng(0).integers(0, 255, (1, 56, 56, 3), np.uint8), np.ones(1), "")
+    ours = VideoInputs(processor, 1).process(clip)
+    frames = clip.frames
+    if name.startswith(("qwen3", "glm4v")):
+        with pytest.raises(ValueError, match="temporal_factor"):
+            processor(text=[processor.video_token], videos=[frames], do_sample_frames=False)
+        frames = frames.repeat(2, 0)
+    theirs = processor(
+        text=[processor.video_token],
+        videos=[frames],
+        video_metadata=[video_metadata(replace(clip, frames=frames))],
+        do_sample_frames=False,
+        return_tensors="pt",
+    )
+    assert torch.equal(ours[LAYOUT], theirs["input_ids"][0])
+    for key in ours.keys() - {LAYOUT}:
+        assert torch.equal(ours[key], torch.as_tensor(theirs[key])), key

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLVideoProcessor
 
 from storm_vlm.data.collator import Question, StormCollator
+from storm_vlm.data.processor import video_grid
 from storm_vlm.data.video import Clip
 from storm_vlm.errors import StormError
 from storm_vlm.lab.checkpoints import shipped
@@ -28,7 +29,7 @@ from storm_vlm.model.latent import alignment_loss, answer_loss, storm_loss
 from storm_vlm.model.modeling import enable_latents
 from storm_vlm.model.rollout import rollout
 from storm_vlm.training.plan_request import PlanRequest
-from storm_vlm.training.planning import Step, plan, plan_config, video_grid
+from storm_vlm.training.planning import Step, plan, plan_config
 from storm_vlm.training.train import lora_targets
 
 GRID, BUDGET, TEXT, HIDDEN = (8, 8, 12), 4, 100, 128
@@ -209,7 +210,7 @@ def test_frames_share_the_token_limit_as_in_the_collator() -> None:
     processor.video_processor.cap_pixels_per_frame = None
     processor.video_processor.max_video_tokens = 64
     clip = Clip(np.zeros((16, 112, 112, 3), np.uint8), np.arange(16) / 2, "clip")
-    grid = video_grid(processor.video_processor, PlanRequest(num_frames=16, width=112, height=112))
+    grid = video_grid(processor.video_processor, 16, 112, 112)
     batch = StormCollator(processor, 16, 0).collate_prompts([Question(clip, "Where?")], "off")
     assert list(grid) == batch["video_grid_thw"][0].tolist()
     assert grid[1] * grid[2] < 64  # what 112 x 112 pixels would be

@@ -6,13 +6,15 @@ tensor, because the latent segment comes between the two and holds no token of t
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from storm_vlm.data.decode import VideoError
+from storm_vlm.data.processor import FrameBound, least_frames
 from storm_vlm.data.prompt import LatentMode, answer_text, build_messages, render_prompt
 from storm_vlm.data.row import Row, without_labels
 from storm_vlm.data.video import Clip, read_video, require_proportions, video_metadata
@@ -56,10 +58,16 @@ class VideoInputs:
 
     ``cache_bytes`` bounds what is kept (0: nothing). Files are taken not to change. The tensors
     are shared between calls: do not write to them. ``read`` is `read_video`, or what keeps its clips on disk.
+    ``max_pixels`` bounds every frame (None: what the processor says), see `FrameBound`.
     """
 
     def __init__(
-        self, processor: Any, num_frames: int, cache_bytes: int = 0, read: Reader = read_video
+        self,
+        processor: Any,
+        num_frames: int,
+        cache_bytes: int = 0,
+        read: Reader = read_video,
+        max_pixels: int | None = None,
     ) -> None:
         self.processor, self.num_frames, self.read = processor, num_frames, read
         self.cache_bytes = cache_bytes
@@ -70,6 +78,10 @@ class VideoInputs:
         # Unset, it means different things in different versions; True is what the model was trained with.
         if getattr(processor.video_processor, "cap_pixels_per_frame", True) is None:
             processor.video_processor.cap_pixels_per_frame = True
+        self.bound = None
+        if max_pixels is not None:
+            self.bound = FrameBound(processor.video_processor, max_pixels)
+            processor.video_processor.size = self.bound.size(num_frames)  # for the record
 
     def get(
         self, path: str, start: float | None = None, end: float | None = None
@@ -96,9 +108,16 @@ class VideoInputs:
         """The processor's tensors of one clip, as its model's `generate` takes them, and `LAYOUT` (n,).
 
         Of a Qwen2.5-VL: pixel_values_videos (patches, values), video_grid_thw (1, 3), second_per_grid_ts (1,).
+        A clip of fewer frames than a temporal patch is filled up with its last one, as Qwen2.5-VL's processor does.
         Raises ``VideoError`` for a clip that is too thin.
         """
         require_proportions(clip.path, *clip.frames.shape[1:3])
+        if (missing := least_frames(self.processor.video_processor) - len(clip.frames)) > 0:
+            shown, times = (
+                np.r_[part, part[-1:].repeat(missing, 0)] for part in (clip.frames, clip.timestamps)
+            )
+            clip = replace(clip, frames=shown, timestamps=times)
+        size = {} if self.bound is None else {"size": self.bound.size(len(clip.frames))}
         outputs = self.processor(
             text=[self.processor.video_token],
             videos=[clip.frames],
@@ -107,6 +126,7 @@ class VideoInputs:
             input_data_format="channels_last",  # it would take a height of 1 or 3 for channels
             add_special_tokens=False,
             return_tensors="pt",
+            **size,
         )
         tensors = {n: torch.as_tensor(value) for n, value in outputs.items() if n not in TEXT}
         return {**tensors, LAYOUT: outputs["input_ids"][0]}
@@ -248,14 +268,15 @@ def join_clips(processor: Any, clips: Sequence[Mapping[str, Tensor]]) -> dict[st
     return joined
 
 
-def expand_video(processor: Any, prompt: str, video_ids: Tensor) -> str:
-    """The prompt with what stands for a clip, (n,) ids, in place of its one video token.
+def expand_video(processor: Any, prompt: str, *video_ids: Tensor) -> str:
+    """The prompt with what stands for each of its clips, (n,) ids, in place of its one video token.
 
     What the stock processor does when given text and video together; done apart so that a cached
     video needs no second processing.
     """
-    text = processor.tokenizer.decode(video_ids, clean_up_tokenization_spaces=False)
-    return prompt.replace(processor.video_token, text, 1)
+    first, *rest = prompt.split(processor.video_token, len(video_ids))
+    texts = [processor.tokenizer.decode(i, clean_up_tokenization_spaces=False) for i in video_ids]
+    return first + "".join(text + part for text, part in zip(texts, rest, strict=True))
 
 
 def _num_bytes(inputs: dict[str, Tensor]) -> int:

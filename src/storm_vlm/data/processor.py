@@ -1,13 +1,17 @@
-"""Whether a checkpoint's processor and its model belong together."""
+"""A checkpoint's processor: whether it belongs to the model, and what bounds the size of a frame."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
 from storm_vlm.data.prompt import build_messages, render_prompt
 from storm_vlm.data.video import Clip, video_metadata
+from storm_vlm.errors import InputError, StormError
 from storm_vlm.model.checkpoint import CheckpointError, loading
 
 
@@ -40,3 +44,80 @@ def check_processor(processor: Any, config: Any) -> None:
                 f"{name}: its processor has {field} {values[0]}, its config.json {other} {values[1]}: copy both "
                 "again from where the model was trained"
             )
+
+
+@dataclass(frozen=True)
+class FrameBound:
+    """At most ``max_pixels`` a frame, in a video processor's terms: Qwen2-VL's bounds a frame, Qwen3-VL's a clip.
+
+    Raises StormError for a processor of one fixed size, and for a bound below what one visual token shows.
+    """
+
+    video: Any
+    max_pixels: int
+
+    def __post_init__(self) -> None:
+        if self.video.size["shortest_edge"] is None:
+            kind = type(self.video).__name__
+            raise StormError(f"{kind} has one fixed size: leave max_pixels out")
+        if self.max_pixels < self.token:
+            raise StormError(
+                f"max_pixels is {self.max_pixels}, and a visual token alone is {self.token} pixels"
+            )
+
+    @property
+    def token(self) -> int:
+        """Pixels of a frame that one visual token shows."""
+        return (self.video.patch_size * self.video.merge_size) ** 2
+
+    @cached_property
+    def of_clip(self) -> bool:
+        """Whether the processor bounds the pixels of all frames together: then more frames make each smaller."""
+        side, step = 8 * self.video.patch_size * self.video.merge_size, least_frames(self.video)
+        size = {"shortest_edge": 1, "longest_edge": 16 * self.token * step}
+        _, *few = video_grid(self.video, step, side, side, size)
+        _, *many = video_grid(self.video, 8 * step, side, side, size)
+        return few != many
+
+    def size(self, num_frames: int) -> dict[str, int]:
+        """The processor's ``size`` for a clip. Its lower bound stays, unless it lifts frames above the upper one."""
+        # Where `cap_pixels_per_frame` holds, `resize` leaves each frame 1.05 times the lower bound.
+        least = min(self.video.size["shortest_edge"], int(self.max_pixels / 1.05))
+        if not self.of_clip:
+            return {"shortest_edge": least, "longest_edge": self.max_pixels}
+        step = least_frames(self.video)
+        counted = min(num_frames, round(num_frames / step) * step)  # as `smart_resize` counts
+        return {"shortest_edge": least, "longest_edge": self.max_pixels * max(counted, step)}
+
+
+def least_frames(video: Any) -> int:
+    """Of a clip, for a video processor: some pad a lone frame to a temporal patch, others refuse it."""
+    return getattr(video, "temporal_patch_size", None) or 1
+
+
+def video_grid(
+    video: Any, num_frames: int, height: int, width: int, size: dict[str, int] | None = None
+) -> tuple[int, int, int]:
+    """Patches of a clip (time, height, width), by the processor, run on a clip without storage.
+
+    A processor that looks at pixels, to drop tokens that tell nothing new, is run on a black clip.
+    """
+    options: dict[str, Any] = {"do_sample_frames": False, "return_tensors": "pt"}
+    if hasattr(video, "cap_pixels_per_frame"):  # as the collator does
+        options["cap_pixels_per_frame"] = video.cap_pixels_per_frame is not False
+    if size is not None:
+        options["size"] = size
+    shape = max(num_frames, least_frames(video)), 3, height, width
+
+    def processed(device: str) -> Any:
+        return video(videos=[torch.zeros(shape, dtype=torch.uint8, device=device)], **options)
+
+    try:
+        try:
+            outputs = processed("meta")
+        except RuntimeError:  # it looks at the pixels
+            outputs = processed("cpu")
+    except ValueError as error:
+        raise InputError(f"frames of {width} x {height} cannot be resized: {error}") from error
+    frames, height, width = outputs["video_grid_thw"][0].tolist()
+    return frames, height, width

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from storm_vlm.data.check import check_length
+from storm_vlm.data.collator import LAYOUT, expand_video
 from storm_vlm.data.prompt import render_prompt
-from storm_vlm.data.video import video_metadata
 from storm_vlm.inference.chat import ChatModel, Completion, Turn
 from storm_vlm.inference.pipeline import GREEDY, StormPipeline, count_written, prompt_sizes
 from storm_vlm.inference.timing import Phases
@@ -26,6 +26,7 @@ class LocalChat:
 
     def __init__(self, pipeline: StormPipeline, exact: bool = False) -> None:
         self.model, self.processor, self.exact = pipeline.model, pipeline.processor, exact
+        self.collator = pipeline.collator
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -60,24 +61,16 @@ class LocalChat:
 
     def inputs(self, chats: Sequence[Sequence[Turn]]) -> dict[str, Any]:
         """What the stock processor makes of the conversations, padded on the left."""
-        prompts = [
-            render_prompt(self.processor, [_message(turn) for turn in chat], "off")
-            for chat in chats
-        ]
-        clips = [turn.clip for chat in chats for turn in chat if turn.clip is not None]
-        videos: dict[str, Any] = {}
-        if clips:
-            videos["videos"] = [clip.frames for clip in clips]
-            videos["video_metadata"] = [video_metadata(clip) for clip in clips]
-            videos["do_sample_frames"] = False
-        inputs = self.processor(
-            text=prompts, padding=True, padding_side="left", return_tensors="pt", **videos
-        )
+        prompts, videos = [], []
+        for chat in chats:
+            prompt = render_prompt(self.processor, [_message(turn) for turn in chat], "off")
+            clips = [turn.clip for turn in chat if turn.clip is not None]
+            shown = [self.collator.videos.process(clip) for clip in clips]
+            prompts.append(expand_video(self.processor, prompt, *(v[LAYOUT] for v in shown)))
+            videos += shown
         device = input_device(self.model)
-        return {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in inputs.items()
-        }
+        inputs = self.collator.collate(prompts, videos)
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def chat_model(model: StormPipeline | ChatModel) -> ChatModel:

@@ -17,7 +17,7 @@ from storm_vlm.data.processor import check_processor
 from storm_vlm.data.prompt import LatentMode
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import Clip, read_video
-from storm_vlm.errors import InputError, StormError
+from storm_vlm.errors import InputError
 from storm_vlm.inference.shared_prefix import read_prefixes
 from storm_vlm.inference.timing import Phases
 from storm_vlm.model.backbones import input_device
@@ -91,7 +91,7 @@ class StormPipeline:
     """A model with its processor.
 
     `latent_mode` None is "force" for a checkpoint that has latent slots and "off" for one that has none,
-    such as a stock Qwen2.5-VL. `cache_bytes` and `read` are those of `VideoInputs`.
+    such as a stock Qwen2.5-VL. `cache_bytes`, `read` and `max_pixels` are those of `VideoInputs`.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class StormPipeline:
         latent_mode: LatentMode | None = None,
         cache_bytes: int = 0,
         read: Reader = read_video,
+        max_pixels: int | None = None,
     ) -> None:
         config = model.config
         has_slots = has_latent_tokens(config)
@@ -117,7 +118,7 @@ class StormPipeline:
         if has_slots:
             check_tokenizer(config, processor)
         frames = num_frames or getattr(config, "num_frames", None) or DEFAULT_FRAMES
-        videos = VideoInputs(processor, frames, cache_bytes, read)
+        videos = VideoInputs(processor, frames, cache_bytes, read, max_pixels)
         self.collator = StormCollator(processor, frames, budget, videos)
 
     @classmethod
@@ -155,18 +156,9 @@ class StormPipeline:
             path, dtype=dtype, trust_remote_code=trust_remote_code
         )
         processor = load_processor(path, trust_remote_code=trust_remote_code)
-        if max_pixels is not None:
-            video = processor.video_processor
-            if video.size["shortest_edge"] is None:
-                raise StormError(f"{type(video).__name__} has one fixed size: leave max_pixels out")
-            patch = (video.patch_size * video.merge_size) ** 2
-            if max_pixels < patch:
-                raise StormError(
-                    f"max_pixels is {max_pixels}, and a visual token alone is {patch} pixels"
-                )
-            least = min(video.size["shortest_edge"], max_pixels)
-            video.size = {"shortest_edge": least, "longest_edge": max_pixels}
-        return cls(model.to(place), processor, num_frames, latent_mode, cache_bytes, read)
+        return cls(
+            model.to(place), processor, num_frames, latent_mode, cache_bytes, read, max_pixels
+        )
 
     def answer(
         self,

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoVideoProcessor
 
+from storm_vlm.data.processor import FrameBound, video_grid
 from storm_vlm.errors import InputError
 from storm_vlm.model.checkpoint import checkpoint_path, loading
 from storm_vlm.training.plan_request import PlanRequest
@@ -89,7 +90,11 @@ def plan_config(config: Any, video_processor: Any, request: PlanRequest) -> Plan
     """`plan` for a config and a video processor at hand."""
     if config.model_type != "qwen2_5_vl":
         raise InputError(f"plans are made for Qwen2.5-VL, not for {config.model_type!r}")
-    costs = _Costs(config, request, video_grid(video_processor, request))
+    size = None
+    if request.max_pixels:
+        size = FrameBound(video_processor, request.max_pixels).size(request.num_frames)
+    grid = video_grid(video_processor, request.num_frames, request.height, request.width, size)
+    costs = _Costs(config, request, grid)
     budget, answer = request.latent_budget, request.answer_tokens
     prompt = request.question_tokens + costs.visual_tokens
     # The output layer keeps its input if it trains, and a row's end is a view of the row's states.
@@ -104,36 +109,6 @@ def plan_config(config: Any, video_processor: Any, request: PlanRequest) -> Plan
         steps["Stage I"] = costs.step([_Pass(length, 0, False)], rows)
         steps["Stage II"] = costs.step([_Pass(prompt), *fed_back, tail], rows)
     return Plan(costs.grid, costs.visual_tokens, costs.parameters, steps)
-
-
-def video_grid(video_processor: Any, request: PlanRequest) -> tuple[int, int, int]:
-    """Patches of one clip (time, height, width), by the processor, run on a clip without storage.
-
-    A processor that looks at pixels, to drop tokens that tell nothing new, is run on a black clip.
-    """
-    shape = request.num_frames, 3, request.height, request.width
-    options: dict[str, Any] = {}
-    if hasattr(video_processor, "cap_pixels_per_frame"):  # as the collator does
-        options["cap_pixels_per_frame"] = video_processor.cap_pixels_per_frame is not False
-    if request.max_pixels:
-        least = min(video_processor.size["shortest_edge"], request.max_pixels)
-        options["size"] = {"shortest_edge": least, "longest_edge": request.max_pixels}
-    options |= {"do_sample_frames": False, "return_tensors": "pt"}
-
-    def processed(device: str) -> Any:
-        clip = torch.zeros(shape, dtype=torch.uint8, device=device)
-        return video_processor(videos=[clip], **options)
-
-    try:
-        try:
-            outputs = processed("meta")
-        except RuntimeError:  # it looks at the pixels
-            outputs = processed("cpu")
-    except ValueError as error:
-        size = f"{request.width} x {request.height}"
-        raise InputError(f"frames of {size} cannot be resized: {error}") from error
-    frames, height, width = outputs["video_grid_thw"][0].tolist()
-    return frames, height, width
 
 
 class _Pass(NamedTuple):

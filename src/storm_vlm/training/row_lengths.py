@@ -17,10 +17,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from storm_vlm.data.check import check_length, row_faults
 from storm_vlm.data.collator import LAYOUT, StormCollator, VideoInputs
+from storm_vlm.data.processor import video_grid
 from storm_vlm.data.row import Row
 from storm_vlm.data.thread_pool import thread_pool
 from storm_vlm.data.video import Clip, video_shape
-from storm_vlm.training.planning import PlanRequest, video_grid
 
 TEMPLATE = 64  # tokens that a chat template adds, at most
 LARGE = (2304, 4096)  # pixels of a frame that has as many tokens as there can be
@@ -81,9 +81,9 @@ def _visual_tokens(processor: Any, num_frames: int) -> Callable[[int, int, int],
         text = int(
             (~torch.isin(tensors[LAYOUT], ids)).sum()
         )  # all but what it shows of a blank clip
-        request = PlanRequest(num_frames=shown, width=width, height=height)
-        patches = math.prod(video_grid(processor.video_processor, request))
-        return text + patches // processor.video_processor.merge_size**2
+        video = processor.video_processor
+        patches = math.prod(video_grid(video, shown, height, width))
+        return text + patches // video.merge_size**2
 
     return visual
 
