@@ -394,10 +394,10 @@ def test_slots_that_hold_nothing_are_no_evidence(rows) -> None:
 
 
 def test_latents_that_steer_but_do_not_help_are_told_from_those_that_do(rows) -> None:
-    count = 60
+    count = 120  # of fewer than 100 clips the verdict says so first
     asked = [SimpleNamespace(video=str(i)) for i in range(count)]
-    own = [i < 40 for i in range(count)]
-    swapped = [i < 10 for i in range(count)]
+    own = [i < 80 for i in range(count)]
+    swapped = [i < 20 for i in range(count)]
     still = Movement(1.0, 0.9, 1.1, count, (1.0,))
 
     def told(**right: list[bool]) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,9 @@ def test_an_interrupt_ends_all_within_seconds(tmp_path: Path, number: int) -> No
         f"folder = Path({str(tmp_path)!r})\n"
         "run_side_by_side({'A': tasks, 'B': tasks}, folder, Console())"
     )
-    parent = subprocess.Popen(python(code), stderr=subprocess.PIPE)
+    # A run in the background ignores Ctrl-C, and what it starts does, too.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    parent = subprocess.Popen(python(code), stderr=subprocess.PIPE, preexec_fn=heard)
     while len(children := [int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()]) < 2:
         assert parent.poll() is None
         time.sleep(0.1)
