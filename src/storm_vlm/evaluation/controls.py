@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -44,7 +45,7 @@ class TextOnly(Control):
         return _about(question, None)
 
 
-class _FrameOrder(Control):
+class _FrameOrder(Control, ABC):
     """Other frames at the same times; their number stays."""
 
     def question(self, question: QuestionLike, frames: Frames, seed: str) -> QuestionLike:
@@ -54,9 +55,9 @@ class _FrameOrder(Control):
         order = self.order(len(clip.frames), seed)
         return _about(question, dataclasses.replace(clip, frames=clip.frames[order]))
 
+    @abstractmethod
     def order(self, count: int, seed: str) -> np.ndarray:
         """The index of the frame that is shown at each of `count` times."""
-        raise NotImplementedError
 
 
 @CONTROLS.register("one_frame")
