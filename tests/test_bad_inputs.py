@@ -15,9 +15,10 @@ from storm_vlm.evaluation.run_folder import read_records
 from storm_vlm.inference.client import Endpoint
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.model.device import torch_device
+from storm_vlm.training.arguments import training_arguments
 from storm_vlm.training.checkpoints import fault
 from storm_vlm.training.config import ConfigError, TrainConfig
-from storm_vlm.training.train import sound_rows, training_arguments
+from storm_vlm.training.train import sound_rows
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -124,6 +125,7 @@ def test_an_address_of_no_server(address: str, reasoning_file: Path, tmp_path: P
         {"deepspeed": "gone.json"},
         {"train_sampling_strategy": "longest"},
         {"load_best_model_at_end": True},
+        {"fp16": True, "use_cpu": True},
         {"dataloader_prefetch_factor": 0, "dataloader_num_workers": 1},
     ],
 )

@@ -20,9 +20,10 @@ from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.tokens import add_latent_tokens
+from storm_vlm.training.arguments import training_arguments
 from storm_vlm.training.config import Method, TrainConfig
 from storm_vlm.training.targets import alignment_targets
-from storm_vlm.training.train import train, training_arguments
+from storm_vlm.training.train import train
 from storm_vlm.training.trainer import StormTrainer, batch_counts
 
 K = 3

@@ -10,9 +10,10 @@ from tiny import tiny_run
 from storm_vlm.data.row import read_rows
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.training import train as train_module
+from storm_vlm.training.arguments import training_arguments
 from storm_vlm.training.config import ConfigError, Method, TrainConfig
 from storm_vlm.training.optimizer import muon_and_nadamw
-from storm_vlm.training.train import add_adapters, build_trainer, load_model, training_arguments
+from storm_vlm.training.train import add_adapters, build_trainer, load_model
 
 MUON = {"algo": "adamuon", "lr": 2e-3}
 

@@ -120,16 +120,23 @@ def test_three_seams_from_the_command_line(
         assert done.returncode == 1 and fault in done.stderr and "Traceback" not in done.stderr
 
 
-def test_no_package_takes_a_name_of_ours_away(
-    site: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_no_package_takes_a_name_away(
+    site: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    other = tmp_path / "other_plugin-1.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other-plugin\nVersion: 1.0\n")
+    (other / "entry_points.txt").write_text("[storm_vlm.generators]\nfade = other:Fade\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.syspath_prepend(str(site))
     registry: Registry[type] = Registry("generators", {"keyframes": "builtins:dict"})
     assert registry["keyframes"] is dict and list(registry) == ["keyframes", "fade"]
     assert registry["fade"].name == "fade"
     assert [record.getMessage() for record in caplog.records] == [
-        "generators: 'keyframes' of the package fade-plugin is not used, because storm has its own: "
-        "give it another name"
+        "generators: 'keyframes' of the package fade-plugin is not used, because builtins:dict has the name: "
+        "give it another",
+        "generators: 'fade' of the package other-plugin is not used, because fade_plugin:Fade has the name: "
+        "give it another",
     ]
 
 

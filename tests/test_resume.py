@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from storm_vlm.training.arguments import training_arguments
 from storm_vlm.training.checkpoints import SEAL, last_whole_checkpoint, seal
 from storm_vlm.training.config import ConfigError, Method, TrainConfig
-from storm_vlm.training.train import train, training_arguments
+from storm_vlm.training.train import train
 from storm_vlm.training.trainer import DivergedError, StormTrainer
 
 STEPS = 6

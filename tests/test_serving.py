@@ -36,6 +36,7 @@ from storm_vlm.serving import source
 from storm_vlm.serving.app import create_app
 from storm_vlm.serving.config import ServeConfig
 from storm_vlm.serving.engine import Engine, Event, Job
+from storm_vlm.serving.protocol import ChatRequest
 from storm_vlm.serving.reader import ClipReaders
 from storm_vlm.serving.serve import serve
 from storm_vlm.serving.source import SourceError, is_public, video_file
@@ -424,6 +425,13 @@ def test_a_full_server_refuses_and_a_client_that_leaves_makes_room(storm: StormP
 def _request(url: str) -> dict[str, Any]:
     parts = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": QUESTION}]
     return {"model": "storm", "messages": [{"role": "user", "content": parts}]}
+
+
+@pytest.mark.parametrize("roles", [["system", "user"], ["user", "assistant", "user"], ["tool"]])
+def test_a_conversation_is_refused_in_words(roles: list[str]) -> None:
+    messages = [{"role": role, "content": QUESTION} for role in roles]
+    with pytest.raises(ValueError, match=f"one message of the role user, not {len(roles)}"):
+        ChatRequest.model_validate({"model": "storm", "messages": messages})
 
 
 def test_time_is_up(storm: StormPipeline, reasoning_rows: list[Row]) -> None:

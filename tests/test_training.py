@@ -27,10 +27,11 @@ from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.rollout import rollout
 from storm_vlm.model.tokens import add_latent_tokens, latent_tokens
 from storm_vlm.training import targets as targets_module
+from storm_vlm.training.arguments import training_arguments
 from storm_vlm.training.config import ConfigError, Method, TargetSource, TrainConfig, load_config
 from storm_vlm.training.row_lengths import LengthSampler, row_lengths
 from storm_vlm.training.targets import Targets, alignment_targets
-from storm_vlm.training.train import train, training_arguments
+from storm_vlm.training.train import train
 from storm_vlm.training.trainer import RowDataset, StormTrainer, boundary_loss, storm_rollout
 
 K = 4

@@ -80,16 +80,15 @@ class Registry(Mapping[str, Part], Generic[Part]):
 
     @cached_property
     def _places(self) -> dict[str, str]:
-        """Ours count before those of others: no other package can take a name of ours away."""
+        """Ours count before those of others, and of others the first: no package takes a name from another."""
         places = dict(self._builtin)
         for point in entry_points(group=f"storm_vlm.{self.kind}"):
-            if point.name not in self._builtin:
-                places[point.name] = point.value
-            else:
+            if places.setdefault(point.name, point.value) != point.value:
                 log.warning(
-                    "%s: %r of the package %s is not used, because storm has its own: give it another name",
+                    "%s: %r of the package %s is not used, because %s has the name: give it another",
                     self.kind,
                     point.name,
                     point.dist.name if point.dist else point.value,
+                    places[point.name],
                 )
         return places

@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -62,11 +62,28 @@ class ResponseFormat(_Fields):
     type: Literal["text"]
 
 
+def _one_question(messages: Any) -> Any:
+    """Raises ValueError for what the model was never trained on."""
+    roles = (
+        [m.get("role") for m in messages if isinstance(m, dict)]
+        if isinstance(messages, list)
+        else []
+    )
+    if roles and roles != ["user"]:
+        raise ValueError(
+            f"send one message of the role user, not {len(roles)} ({', '.join(map(str, roles[:8]))}): "
+            "each question is answered by itself, without a system message or earlier turns"
+        )
+    return messages
+
+
 class ChatRequest(_Fields):
     """`POST /v1/chat/completions`. Answers are greedy unless a temperature is given."""
 
     model: str
-    messages: list[Message] = Field(min_length=1, max_length=1)
+    messages: Annotated[list[Message], BeforeValidator(_one_question)] = Field(
+        min_length=1, max_length=1
+    )
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)

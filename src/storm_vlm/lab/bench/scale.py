@@ -24,8 +24,9 @@ from storm_vlm.data.atomic_write import write_json
 from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world
+from storm_vlm.training.arguments import training_arguments
 from storm_vlm.training.config import TrainConfig
-from storm_vlm.training.train import build_trainer, load_model, training_arguments
+from storm_vlm.training.train import build_trainer, load_model
 from storm_vlm.versions import commit, versions
 
 CLIPS = 16
