@@ -1,8 +1,8 @@
 """What is compared on the micro world: arms, and the paper's tables that are made of them.
 
 An arm is a list of stages, and a stage is a shipped YAML file with what is different in this arm. All arms take the
-same number of optimizer steps with batches of the same size, whatever else they do; but for `stage1_first`, which is
-there to show what STORM's Stage II adds.
+same number of optimizer steps with batches of the same size, whatever else they do; but for those that are named `first`,
+which are there to show what a Stage II adds.
 """
 
 from __future__ import annotations
@@ -10,8 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Split = Literal["train", "train_continued", "train_plans"]
-Start = Literal["backbone", "deep", "storm"]
+Split = Literal[
+    "train",
+    "train_continued",
+    "train_plans",
+    "train_third",
+    "train_wrong_10",
+    "train_wrong_25",
+    "train_wrong_50",
+    "train_right_50",
+]
 
 
 @dataclass(frozen=True)
@@ -26,11 +34,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Arm:
-    """A system to compare: `name` is for people, `start` where its training begins, `rows` its share of the rows."""
+    """A system to compare: `name` is for people, `start` where its training begins, `rows` its share of the rows.
+
+    `start` is a shipped checkpoint (or `deep`, made of the backbone), or another arm, of the same seed.
+    """
 
     name: str
     stages: tuple[Stage, ...] = ()
-    start: Start = "backbone"
+    start: str = "backbone"
     rows: float = 1.0
     latent: bool = False  #: it has slots that hold states
 
@@ -48,10 +59,19 @@ def _storm(name: str, *overrides: str) -> Arm:
     return Arm(name, stages, latent=True)
 
 
+def _stage2(name: str, *overrides: str, rows: float = 1.0, data: Split = "train") -> Arm:
+    """What is left of the steps after `third_first`."""
+    stage = Stage("stage2", 0.2, overrides, data)
+    return Arm(name, (stage,), start="third_first", rows=rows, latent=True)
+
+
 SFT = Arm("SFT, same data and steps", (Stage("sft"),))
 STORM = _storm("STORM, Stage I then II")
 # The thought video's frames stay what they are for K = 8, whatever K is: two a step.
 _FRAMES = "method.target_frames=16"
+_FED = "method.slot_input=target"  # to the end of Stage I
+_ANCHOR = ("method.alignment_weight=0.1", "method.alignment_reduction=sum")  # as in Stage I
+_FAST = "training.learning_rate=1e-3"  # ten times that of Stage II
 
 ARMS: dict[str, Arm] = {
     "base": Arm("Backbone, perception only"),
@@ -93,13 +113,40 @@ ARMS: dict[str, Arm] = {
     ),
     "shuffled": _stage1("another row's thought video (control)", "method.target_source=shuffled"),
     # What slots are fed with in Stage I
-    "fed_targets": _stage1("targets, to the end", "method.slot_input=target"),
+    "fed_targets": _stage1("targets, to the end", _FED),
     "fed_states": _stage1("own states, from the start", "method.slot_input=rollout"),
     # How many rows it takes
     "sft_eighth": replace(SFT, name="SFT, an eighth of the rows", rows=1 / 8),
     "full_eighth": replace(STORM, name="STORM, an eighth of the rows", rows=1 / 8),
     "sft_third": replace(SFT, name="SFT, a third of the rows", rows=1 / 3),
     "full_third": replace(STORM, name="STORM, a third of the rows", rows=1 / 3),
+    # Studies beside the record: targets to the end of Stage I, and few rows
+    "third_first": Arm(
+        "Stage I on a third of the rows (80% of the steps)",
+        (Stage("stage1", 0.8, (_FED,)),),
+        rows=1 / 3,
+        latent=True,
+    ),
+    "third": _stage2("then Stage II on these rows", rows=1 / 3),
+    "third_stage1": replace(_stage1("Stage I alone on a third of the rows", _FED), rows=1 / 3),
+    "eighth_stage1": replace(_stage1("Stage I alone on an eighth of the rows", _FED), rows=1 / 8),
+    # Thought videos for a third of the rows, answers for all
+    "answers": _stage2("then Stage II on all rows"),
+    "answers_anchored": _stage2(
+        "then Stage II on all rows, aligned where there are targets", *_ANCHOR, data="train_third"
+    ),
+    "answers_fast": _stage2("then Stage II on all rows, learning rate 1e-3", _FAST),
+    "answers_anchored_fast": _stage2(
+        "then Stage II on all rows, aligned where there are targets, learning rate 1e-3",
+        *_ANCHOR,
+        _FAST,
+        data="train_third",
+    ),
+    # Wrong thought videos
+    "wrong_10": _stage1("10% of them wrong", _FED, data="train_wrong_10"),
+    "wrong_25": _stage1("25% of them wrong", _FED, data="train_wrong_25"),
+    "wrong_50": _stage1("50% of them wrong", _FED, data="train_wrong_50"),
+    "right_50": _stage1("50% wrong, and their rows dropped", _FED, data="train_right_50"),
 }
 
 
@@ -209,5 +256,43 @@ COMPARISONS: dict[str, Comparison] = {
         "full",
         names={"sft": "SFT, all rows", "full": "STORM, all rows"},
         rivals={"sft_eighth": "full_eighth", "sft_third": "full_third"},
+    ),
+}
+
+# Not of the paper's tables: `storm reproduce` makes them where they are asked for, in a record of their own.
+STUDIES: dict[str, Comparison] = {
+    "few_rows": Comparison(
+        "Few rows: targets to the end of Stage I",
+        "not in the paper",
+        "STORM's Stage I goes over from targets to own states on the way, which fails with one seed of three on a third "
+        "of the rows. Here targets are fed to its end.",
+        ("full_third", "third_first", "third", "third_stage1", "full_eighth", "eighth_stage1"),
+        "third_stage1",
+        rivals={"full_eighth": "eighth_stage1"},
+    ),
+    "answers": Comparison(
+        "Thought videos for a third of the rows, answers for all",
+        "the paper's setting",
+        "In the paper Stage II has more rows than Stage I, which have no thought videos. Stage I is the same for all "
+        "lines but the bold one, which spends the steps of Stage II on more of Stage I.",
+        (
+            "third_stage1",
+            "third_first",
+            "third",
+            "answers",
+            "answers_anchored",
+            "answers_fast",
+            "answers_anchored_fast",
+        ),
+        "third_stage1",
+    ),
+    "wrong_thoughts": Comparison(
+        "Wrong thought videos (Stage I alone, targets to the end)",
+        "the paper's first limitation",
+        "Of the training rows' thought videos a share is wrong, answers are right: a third of the wrong ones turn the "
+        "other way at one mirror and go on from there, a third leave out a step, a third are of another scene.",
+        ("fed_targets", "wrong_10", "wrong_25", "wrong_50", "right_50"),
+        "fed_targets",
+        names={"fed_targets": "all of them right"},
     ),
 }

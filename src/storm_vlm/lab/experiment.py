@@ -65,7 +65,8 @@ def recipe(arm: str, size: Size) -> dict[str, Any]:
         config = micro_config(stage.config, stage.overrides, max_steps=_steps(stage, size))
         settings = config.model_dump(exclude=of_this_machine, exclude_defaults=True)
         stages.append({**settings, "rows": stage.data})
-    return {"start": design.start, "share_of_rows": design.rows, "stages": stages}
+    start = recipe(design.start, size) if design.start in ARMS else design.start
+    return {"start": start, "share_of_rows": design.rows, "stages": stages}
 
 
 def _steps(stage: Stage, size: Size) -> int:
@@ -85,26 +86,8 @@ def run_arm(
     result_file = _result_file(outcomes, arm, seed)
     if result_file.exists():
         return _read_result(result_file, size)
-    began, here = time.process_time(), folder / f"{arm}-{seed}"
-    begun = here.exists()
-    design = ARMS[arm]
-    checkpoint = data["deep"] if design.start == "deep" else shipped(design.start)
-    for number, stage in enumerate(design.stages):
-        output, rows = here / f"{number}-{stage.config}", data[stage.data]
-        config = micro_config(
-            stage.config,
-            stage.overrides,
-            rows,
-            max_steps=_steps(stage, size),
-            seed=seed,
-            save_strategy="steps",
-            save_steps=SAVE_STEPS,
-            save_total_limit=1,
-        ).model_copy(update={"model": str(checkpoint), "output_dir": str(output)})
-        train(config, read_rows(rows)[: round(design.rows * size.train_rows)])
-        for finished in output.glob("checkpoint-*"):
-            shutil.rmtree(finished)
-        checkpoint = output
+    began, begun = time.process_time(), (folder / f"{arm}-{seed}").exists()
+    design, checkpoint = ARMS[arm], train_arm(folder, data, arm, seed, size)
     pipeline = StormPipeline.from_pretrained(str(checkpoint), device="cpu", cache_bytes=2**30)
     reasoner = Latent(pipeline, max_new_tokens=LONGEST_ANSWER)
     # Outcomes are for other machines, too: no path of this one.
@@ -126,6 +109,32 @@ def run_arm(
     with in_one_step(result_file) as unfinished:
         unfinished.write_bytes(gzip.compress(json.dumps(result).encode(), mtime=0))
     return result
+
+
+def train_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size) -> Path:
+    """The checkpoint after the arm's last stage; what is trained already is left as it is."""
+    design = ARMS[arm]
+    if design.start in ARMS:
+        checkpoint = train_arm(folder, data, design.start, seed, size)
+    else:
+        checkpoint = data["deep"] if design.start == "deep" else shipped(design.start)
+    for number, stage in enumerate(design.stages):
+        output, rows = folder / f"{arm}-{seed}" / f"{number}-{stage.config}", data[stage.data]
+        config = micro_config(
+            stage.config,
+            stage.overrides,
+            rows,
+            max_steps=_steps(stage, size),
+            seed=seed,
+            save_strategy="steps",
+            save_steps=SAVE_STEPS,
+            save_total_limit=1,
+        ).model_copy(update={"model": str(checkpoint), "output_dir": str(output)})
+        train(config, read_rows(rows)[: round(design.rows * size.train_rows)])
+        for finished in output.glob("checkpoint-*"):
+            shutil.rmtree(finished)
+        checkpoint = output
+    return checkpoint
 
 
 def read_results(outcomes: Path, size: Size) -> dict[str, list[Result]]:
