@@ -1,8 +1,8 @@
 """What is compared on the micro world: arms, and the paper's tables that are made of them.
 
 An arm is a list of stages, and a stage is a shipped YAML file with what is different in this arm. All arms take the
-same number of optimizer steps with batches of the same size, whatever else they do; but for those that are named `first`,
-which are there to show what a Stage II adds.
+same number of optimizer steps with batches of the same size, whatever else they do; but for those named
+`first`, which are there to show what a Stage II adds.
 """
 
 from __future__ import annotations
@@ -264,8 +264,8 @@ STUDIES: dict[str, Comparison] = {
     "few_rows": Comparison(
         "Few rows: targets to the end of Stage I",
         "not in the paper",
-        "STORM's Stage I goes over from targets to own states on the way, which fails with one seed of three on a third "
-        "of the rows. Here targets are fed to its end.",
+        "STORM's Stage I goes over from targets to own states on the way, which fails with one seed of three on a "
+        "third of the rows. Here targets are fed to its end.",
         ("full_third", "third_first", "third", "third_stage1", "full_eighth", "eighth_stage1"),
         "third_stage1",
         rivals={"full_eighth": "eighth_stage1"},
@@ -289,8 +289,8 @@ STUDIES: dict[str, Comparison] = {
     "wrong_thoughts": Comparison(
         "Wrong thought videos (Stage I alone, targets to the end)",
         "the paper's first limitation",
-        "Of the training rows' thought videos a share is wrong, answers are right: a third of the wrong ones turn the "
-        "other way at one mirror and go on from there, a third leave out a step, a third are of another scene.",
+        "Of the training rows' thought videos a share is wrong, answers are right: a third of the wrong ones turn "
+        "the other way at one mirror and go on from there, a third leave out a step, a third are of another scene.",
         ("fed_targets", "wrong_10", "wrong_25", "wrong_50", "right_50"),
         "fed_targets",
         names={"fed_targets": "all of them right"},

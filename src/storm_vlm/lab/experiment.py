@@ -10,9 +10,10 @@ import gzip
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 from storm_vlm.analysis.controls import chain
 from storm_vlm.analysis.reliance import tamper
 from storm_vlm.data.atomic_write import in_one_step
-from storm_vlm.data.row import read_rows, write_rows
+from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.errors import InputError
 from storm_vlm.evaluation.question_set import evaluate
 from storm_vlm.evaluation.records import Record
@@ -34,6 +35,8 @@ from storm_vlm.lab.micro_config import micro_config
 from storm_vlm.lab.worker_pool import worker_pool
 from storm_vlm.lab.world.backbone import deepen
 from storm_vlm.lab.world.clips import build_world
+from storm_vlm.lab.world.generator import with_wrong_thoughts
+from storm_vlm.lab.world.wrong import fault_of
 from storm_vlm.training.train import train
 from storm_vlm.versions import commit
 
@@ -179,6 +182,35 @@ def _outcome(record: Record) -> dict[str, Any]:
     }
 
 
+def _wrong(rows: list[Row], folder: Path, share: float) -> list[Row]:
+    return with_wrong_thoughts(rows, share, folder)
+
+
+def _without_wrong(rows: list[Row], folder: Path, share: float) -> list[Row]:
+    """As after a filter that finds all of the wrong ones, and nothing else."""
+    return [row for row in rows if fault_of(row.id, share) is None]
+
+
+def _thoughts_for(rows: list[Row], folder: Path, share: float) -> list[Row]:
+    """Only the first rows, a share of them, have thought videos."""
+    first = round(share * len(rows))
+    return [
+        *rows[:first],
+        *(row.model_copy(update={"thought_video": None}) for row in rows[first:]),
+    ]
+
+
+# Training rows that are made of those of `train`; the folder is for videos that are only theirs.
+DERIVED: dict[str, Callable[[list[Row], Path], list[Row]]] = {
+    "train_plans": lambda rows, folder: [chain(row) for row in rows],
+    "train_third": partial(_thoughts_for, share=1 / 3),
+    "train_wrong_10": partial(_wrong, share=0.1),
+    "train_wrong_25": partial(_wrong, share=0.25),
+    "train_wrong_50": partial(_wrong, share=0.5),
+    "train_right_50": partial(_without_wrong, share=0.5),
+}
+
+
 def build_data(folder: Path, size: Size, arms: Iterable[str] = ()) -> dict[str, Path]:
     """The rows of all splits, and what only some arms need: clips that go on, plans as answers, a deep backbone."""
     counts = {"train": size.train_rows, "test": size.test_rows, "ood": size.ood_rows}
@@ -186,15 +218,16 @@ def build_data(folder: Path, size: Size, arms: Iterable[str] = ()) -> dict[str, 
         split: build_world(folder, "reasoning", split, count)  # type: ignore[arg-type]
         for split, count in counts.items()
     }
-    wanted = {stage.data for arm in arms for stage in ARMS[arm].stages}
+    starts = [ARMS[arm].start for arm in arms if ARMS[arm].start in ARMS]
+    wanted = {stage.data for arm in (*arms, *starts) for stage in ARMS[arm].stages}
     if "train_continued" in wanted:
         data["train_continued"] = build_world(
             folder, "reasoning", "train", size.train_rows, continued=True
         )
-    if "train_plans" in wanted:
-        data["train_plans"] = data["train"].with_name("reasoning-train-0-plans.jsonl")
-        rows = read_rows(data["train"])
-        write_rows(data["train_plans"], [chain(row) for row in rows])
+    for split in wanted & DERIVED.keys():
+        name = split.removeprefix("train_").replace("_", "-")
+        data[split] = data["train"].with_name(f"reasoning-train-0-{name}.jsonl")
+        write_rows(data[split], DERIVED[split](read_rows(data["train"]), folder / "wrong"))
     if any(ARMS[arm].start == "deep" for arm in arms):
         data["deep"] = deepen(shipped("backbone"), folder / "deep", DEEP_LAYERS)
     return data
@@ -214,11 +247,14 @@ def run_arms(
     work = [(folder, outcomes, data, arm, seed, size) for seed in seeds for arm in arms]
     if jobs == 1 or not missing:
         return [run_arm(*job) for job in work]
+    # An arm that starts from another waits for that to be there.
+    first = [job for job in work if ARMS[job[3]].start not in ARMS]
     results = []
     with worker_pool(jobs) as pool:
-        futures = [pool.submit(run_arm, *job) for job in work]
-        for future in tqdm(as_completed(futures), "runs", total=len(futures)):
-            results.append(result := future.result())
+        for jobs_now in (first, [job for job in work if job not in first]):
+            futures = [pool.submit(run_arm, *job) for job in jobs_now]
+            for future in tqdm(as_completed(futures), "runs", total=len(futures)):
+                results.append(result := future.result())
             tqdm.write(
                 f"{result['arm']}, seed {result['seed']}: {np.mean(hits(result['test'])):.1%}"
             )
