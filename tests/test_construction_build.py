@@ -22,6 +22,8 @@ from storm_vlm.data.store import Store
 from storm_vlm.data.video import read_video
 from storm_vlm.errors import StormError
 from storm_vlm.lab.world.clips import build_world
+from storm_vlm.lab.world.generator import with_wrong_thoughts
+from storm_vlm.lab.world.wrong import FAULTS
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +338,28 @@ def test_the_world_s_oracle_is_simulated_again(tmp_path: Path) -> None:
     other = edited(rows, tmp_path / "other.jsonl", question="Where?")
     summary = run(other, tmp_path / "other", config(generator="world", replace=True))
     assert summary["rejected"] == {"no_scene": 6}
+
+
+def test_the_world_errs_as_often_as_it_is_told(tmp_path: Path) -> None:
+    """Every wrong video differs from the true one, and no other does; a share's are among a larger share's."""
+    rows = read_rows(build_world(tmp_path / "world", "reasoning", "train", 24))
+    kinds: dict[float, dict[str, str]] = {}
+    for share in (0.25, 0.75):
+        made = with_wrong_thoughts(rows, share, tmp_path / "wrong")
+        kinds[share] = {
+            row.id: row.thought_video.provenance["wrong"]
+            for row in made
+            if row.thought_video and "wrong" in row.thought_video.provenance
+        }
+        for row, true in zip(made, rows, strict=True):
+            assert row.thought_video and true.thought_video
+            pair = [read_video(v.path, 99).frames for v in (row.thought_video, true.thought_video)]
+            assert np.array_equal(*pair) == (row.id not in kinds[share]), row.id
+            # It sets out from what is seen, unless it is of another scene; the codec leaves its traces.
+            apart = abs(pair[0][:2].astype(int) - pair[1][:2]).mean()
+            assert (apart < 1) == (kinds[share].get(row.id) != "scene"), (row.id, apart)
+    assert kinds[0.25].items() < kinds[0.75].items() and len(kinds[0.75]) > 12
+    assert set(kinds[0.75].values()) == set(FAULTS)
 
 
 def test_kills_lose_and_repeat_nothing(source: Path, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 from command_line import run_storm
 
 from storm_vlm.analysis.reliance import KINDS
-from storm_vlm.lab.arms import ARMS, COMPARISONS
+from storm_vlm.lab.arms import ARMS, COMPARISONS, STUDIES
 from storm_vlm.lab.experiment import Size, read_results
 from storm_vlm.lab.reproduce.comparison_table import comparison_table
-from storm_vlm.lab.reproduce.evidence import FAST, FULL, Plan, _belongs, _cost, reproduce
+from storm_vlm.lab.reproduce.evidence import FAST, FULL, Plan, _belongs, _cost, reproduce, study
 from storm_vlm.lab.reproduce.evidence_page import markdown, table_rows
 from storm_vlm.lab.reproduce.evidence_page import verdicts as verdicts_of
 
@@ -188,6 +188,33 @@ def test_the_shipped_tables_are_made_of_the_shipped_outcomes() -> None:
         assert record["tables"][name] == json.loads(
             json.dumps(comparison_table(comparison, results), default=asdict)
         )
+
+
+def test_a_study_leaves_the_record_alone_and_takes_its_runs(
+    reproduced: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = reproduced[0], tmp_path / "docs"
+    shutil.copytree(folder / "docs", out)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    arms = ("stage1_only", "third_first", "answers_anchored")
+    comparison = replace(STUDIES["answers"], arms=arms, reference="stage1_only", rivals={})
+    monkeypatch.setitem(STUDIES, "answers", comparison)
+    monkeypatch.setattr("storm_vlm.lab.reproduce.evidence.STUDIES", {"answers": comparison})
+    found = study(tmp_path, out, TINY, ["answers"], 1, "storm reproduce --table answers")
+    assert all(line["seeds"] == [0] for line in found["tables"]["answers"]["lines"])
+    made = {file.name for file in (out / "results" / "method").glob("*.gz")}
+    assert made == {"third_first-0.json.gz", "answers_anchored-0.json.gz"}
+    assert before == {file: file.read_bytes() for file in before}
+    assert "(seed 0)" in (out / "results" / "method.md").read_text()
+    (run_made,) = read_results(out / "results" / "method", TINY.size)["answers_anchored"]
+    assert run_made["recipe"]["start"]["share_of_rows"] == 1 / 3  # of the arm that it starts from
+
+
+def test_an_arm_that_others_start_from_is_in_their_table() -> None:
+    """Or two of them would train it at the same time."""
+    for comparison in (COMPARISONS | STUDIES).values():
+        starts = {ARMS[arm].start for arm in comparison.arms} & ARMS.keys()
+        assert starts <= set(comparison.arms)
 
 
 def test_a_table_that_does_not_exist_is_named(tmp_path: Path) -> None:

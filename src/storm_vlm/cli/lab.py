@@ -89,7 +89,8 @@ def reproduce(
     Args:
         folder: For data, checkpoints and page; runs/reproduce, or -fast.
         out: For results.md, results/*.json and outcomes, which it goes on with; by default FOLDER.
-        table: main, stages, targets, slot_inputs, sizes, latent_sizes or rows; repeat; by default all.
+        table: main, stages, targets, slot_inputs, sizes, latent_sizes or rows; repeat; by default all. Or studies
+            beside them: few_rows, answers, wrong_thoughts.
         fast: A rehearsal: all of it, too short to learn.
         seeds: By default 3.
         steps: Of every run; by default 1200.
@@ -99,7 +100,8 @@ def reproduce(
     from dataclasses import replace
 
     from storm_vlm.data.output import exclusive
-    from storm_vlm.lab.reproduce.evidence import FAST, FULL
+    from storm_vlm.lab.arms import STUDIES
+    from storm_vlm.lab.reproduce.evidence import FAST, FULL, study
     from storm_vlm.lab.reproduce.evidence import reproduce as run
     from storm_vlm.lab.reproduce.evidence_page import verdicts
 
@@ -113,8 +115,10 @@ def reproduce(
     command += f" --seeds {plan.seeds} --steps {size.steps} --train-rows {size.train_rows}"
     command += "".join(f" --table {name}" for name in table)
     command += f" --out {out}" if out else ""
+    studied, out = bool(table) and STUDIES.keys() >= set(table), out or folder
     with exclusive(folder):
-        evidence = run(folder, out or folder, plan, table, jobs, command)
+        evidence = (study if studied else run)(folder, out, plan, table, jobs, command)
     for line in verdicts(evidence):
         show(line)
-    show(f"wrote {(out or folder) / 'results.md'} and {folder / 'report.html'}")
+    made = out / "results" / "method.md" if studied else out / "results.md"
+    show(f"wrote {made}" + ("" if studied else f" and {folder / 'report.html'}"))

@@ -14,12 +14,12 @@ from typing import Any
 from storm_vlm.analysis.validate import read_analysis, validate
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.errors import InputError
-from storm_vlm.lab.arms import ARMS, COMPARISONS
+from storm_vlm.lab.arms import ARMS, COMPARISONS, STUDIES
 from storm_vlm.lab.bench.latency import Lengths, bench_latency
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.experiment import Result, Size, read_results, run_arms
 from storm_vlm.lab.reproduce.comparison_table import comparison_table, reference_scores
-from storm_vlm.lab.reproduce.evidence_page import markdown, write_page
+from storm_vlm.lab.reproduce.evidence_page import markdown, studies_markdown, write_page
 from storm_vlm.lab.world.clips import build_world
 from storm_vlm.versions import commit, versions
 
@@ -65,7 +65,8 @@ def reproduce(
     """
     if unknown := set(chosen) - set(COMPARISONS):
         raise InputError(
-            f"no comparison is called {', '.join(sorted(unknown))}: choose from {', '.join(COMPARISONS)}"
+            f"no comparison is called {', '.join(sorted(unknown))}: choose from {', '.join(COMPARISONS)}; or, by "
+            f"themselves, from {', '.join(STUDIES)}"
         )
     outcomes = out / "results" / "outcomes"
     for place in (folder, outcomes):
@@ -103,6 +104,43 @@ def reproduce(
     write_text(out / "results.md", markdown(evidence))
     examples = json.loads((analysis / "examples.json").read_text())
     write_page(folder / "report.html", evidence, examples)
+    return evidence
+
+
+def study(
+    folder: Path, out: Path, plan: Plan, chosen: Sequence[str], jobs: int, command: str
+) -> dict[str, Any]:
+    """The STUDIES `chosen`, beside the record: outcomes in `results/method/`, tables of all studies in `method.md`.
+
+    Arms that the record in `out` has are taken from there, with its seeds.
+
+    Raises:
+        InputError: a folder holds runs of other settings.
+    """
+    results, outcomes = out / "results", out / "results" / "method"
+    for place in (folder, outcomes):
+        _belongs(place, plan)
+    recorded = read_results(results / "outcomes", plan.size)
+    arms = dict.fromkeys(a for name in chosen for a in STUDIES[name].arms if a not in recorded)
+    run_arms(folder, outcomes, list(arms), range(plan.seeds), plan.size, jobs)
+    made = read_results(outcomes, plan.size)
+    evidence: dict[str, Any] = {
+        "command": command,
+        "commit": commit(),
+        "versions": versions(),
+        "rehearsal": plan.size.steps <= FAST.size.steps,
+        "steps": plan.size.steps,
+        "train_rows": plan.size.train_rows,
+        "n_test": plan.size.test_rows,
+        "cost": _cost(made),
+    }
+    tables = {
+        name: comparison_table(c, made | recorded, evidence["rehearsal"])
+        for name, c in STUDIES.items()
+    }
+    evidence["tables"] = tables
+    write_json(results / "method.json", evidence)
+    write_text(results / "method.md", studies_markdown(evidence))
     return evidence
 
 

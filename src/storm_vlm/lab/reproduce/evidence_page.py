@@ -81,6 +81,31 @@ def markdown(evidence: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def studies_markdown(evidence: dict[str, Any]) -> str:
+    """The studies' tables in Markdown, with the accuracy of every seed."""
+    made_with = ", ".join(f"{name} {number}" for name, number in evidence["versions"].items())
+    parts = [
+        "# The method, looked into",
+        f"Written by `{evidence['command']}` (commit {evidence['commit']}; {made_with}); figures: "
+        "[method.json](method.json). Studies beside the [record](../results.md), by its rules.",
+        f"**{REHEARSAL}**" if evidence["rehearsal"] else "",
+        _reading(evidence),
+    ]
+    for table in evidence["tables"].values():
+        measured = [line for line in table["lines"] if line["accuracy"]]
+        seeds = "\n".join(
+            f"- {line['name']}: "
+            + ", ".join(
+                f"{share:.1%} (seed {seed})"
+                for seed, share in zip(line["seeds"], line["by_seed"], strict=True)
+            )
+            for line in measured
+        )
+        parts += [f"## {table['title']} ({table['paper']})", table["paragraph"], grid_of(table)]
+        parts += [seeds]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
 def verdicts(evidence: dict[str, Any]) -> list[str]:
     """For the terminal: each table's lines with what the paper says of them; of a rehearsal only that it is one."""
     if evidence["rehearsal"]:
