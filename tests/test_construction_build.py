@@ -354,7 +354,7 @@ def test_the_world_errs_as_often_as_it_is_told(tmp_path: Path) -> None:
         for row, true in zip(made, rows, strict=True):
             assert row.thought_video and true.thought_video
             pair = [read_video(v.path, 99).frames for v in (row.thought_video, true.thought_video)]
-            assert np.array_equal(*pair) == (row.id not in kinds[share]), row.id
+            assert np.array_equal(pair[0], pair[1]) == (row.id not in kinds[share]), row.id
             # It sets out from what is seen, unless it is of another scene; the codec leaves its traces.
             apart = abs(pair[0][:2].astype(int) - pair[1][:2]).mean()
             assert (apart < 1) == (kinds[share].get(row.id) != "scene"), (row.id, apart)

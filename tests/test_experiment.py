@@ -33,8 +33,8 @@ TINY = Size(train_rows=8, test_rows=6, ood_rows=4, steps=2)
 
 @pytest.mark.parametrize("arm", [arm for arm, what in ARMS.items() if what.trained])
 def test_every_arm_takes_the_same_number_of_steps_and_its_configs_are_valid(arm: str) -> None:
-    stages, start = ARMS[arm].stages, ARMS[arm].start
-    before = ARMS[start].stages if start in ARMS else ()
+    stages, after = ARMS[arm].stages, ARMS[arm].after
+    before = ARMS[after].stages if after else ()
     # But for a Stage I with nothing after it.
     steps = sum(stage.share for stage in (*before, *stages))
     assert steps == (0.8 if arm in ("stage1_first", "third_first") else 1)

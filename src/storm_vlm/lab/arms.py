@@ -20,6 +20,7 @@ Split = Literal[
     "train_wrong_50",
     "train_right_50",
 ]
+Start = Literal["backbone", "deep", "storm"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class Stage:
 class Arm:
     """A system to compare: `name` is for people, `start` where its training begins, `rows` its share of the rows.
 
-    `start` is a shipped checkpoint (or `deep`, made of the backbone), or another arm, of the same seed.
+    `after` is the arm, of the same seed, whose checkpoint it starts from instead.
     """
 
     name: str
     stages: tuple[Stage, ...] = ()
-    start: str = "backbone"
+    start: Start = "backbone"
+    after: str | None = None
     rows: float = 1.0
     latent: bool = False  #: it has slots that hold states
 
@@ -62,7 +64,7 @@ def _storm(name: str, *overrides: str) -> Arm:
 def _stage2(name: str, *overrides: str, rows: float = 1.0, data: Split = "train") -> Arm:
     """What is left of the steps after `third_first`."""
     stage = Stage("stage2", 0.2, overrides, data)
-    return Arm(name, (stage,), start="third_first", rows=rows, latent=True)
+    return Arm(name, (stage,), after="third_first", rows=rows, latent=True)
 
 
 SFT = Arm("SFT, same data and steps", (Stage("sft"),))

@@ -68,7 +68,7 @@ def recipe(arm: str, size: Size) -> dict[str, Any]:
         config = micro_config(stage.config, stage.overrides, max_steps=_steps(stage, size))
         settings = config.model_dump(exclude=of_this_machine, exclude_defaults=True)
         stages.append({**settings, "rows": stage.data})
-    start = recipe(design.start, size) if design.start in ARMS else design.start
+    start = recipe(design.after, size) if design.after else design.start
     return {"start": start, "share_of_rows": design.rows, "stages": stages}
 
 
@@ -117,8 +117,8 @@ def run_arm(
 def train_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Size) -> Path:
     """The checkpoint after the arm's last stage; what is trained already is left as it is."""
     design = ARMS[arm]
-    if design.start in ARMS:
-        checkpoint = train_arm(folder, data, design.start, seed, size)
+    if design.after:
+        checkpoint = train_arm(folder, data, design.after, seed, size)
     else:
         checkpoint = data["deep"] if design.start == "deep" else shipped(design.start)
     for number, stage in enumerate(design.stages):
@@ -218,8 +218,8 @@ def build_data(folder: Path, size: Size, arms: Iterable[str] = ()) -> dict[str, 
         split: build_world(folder, "reasoning", split, count)  # type: ignore[arg-type]
         for split, count in counts.items()
     }
-    starts = [ARMS[arm].start for arm in arms if ARMS[arm].start in ARMS]
-    wanted = {stage.data for arm in (*arms, *starts) for stage in ARMS[arm].stages}
+    before = [earlier for arm in arms if (earlier := ARMS[arm].after)]
+    wanted = {stage.data for arm in (*arms, *before) for stage in ARMS[arm].stages}
     if "train_continued" in wanted:
         data["train_continued"] = build_world(
             folder, "reasoning", "train", size.train_rows, continued=True
@@ -248,7 +248,7 @@ def run_arms(
     if jobs == 1 or not missing:
         return [run_arm(*job) for job in work]
     # An arm that starts from another waits for that to be there.
-    first = [job for job in work if ARMS[job[3]].start not in ARMS]
+    first = [job for job in work if ARMS[job[3]].after is None]
     results = []
     with worker_pool(jobs) as pool:
         for jobs_now in (first, [job for job in work if job not in first]):

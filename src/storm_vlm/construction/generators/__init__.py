@@ -18,5 +18,6 @@ GENERATORS: Registry[type[Generator]] = Registry(
         "future": f"{__name__}.future:Future",
         "keyframes": f"{__name__}.slides:Slides",
         "world": "storm_vlm.lab.world.generator:World",
+        "erring_world": "storm_vlm.lab.world.generator:ErringWorld",
     },
 )

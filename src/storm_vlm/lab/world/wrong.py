@@ -10,6 +10,7 @@ from storm_vlm.lab.world.questions import Question
 from storm_vlm.lab.world.simulator import Scene, opposite, simulate
 
 Fault = Literal["turn", "step", "scene"]
+Asked = tuple[Scene, Question]
 FAULTS: tuple[Fault, ...] = ("turn", "step", "scene")
 
 
@@ -23,9 +24,7 @@ def fault_of(row_id: str, share: float) -> Fault | None:
     return fault if drawn < share else None
 
 
-def spoiled(
-    scene: Scene, question: Question, fault: Fault, other: tuple[Scene, Question], row_id: str
-) -> tuple[Scene, Question]:
+def spoiled(scene: Scene, question: Question, fault: Fault, other: Asked, row_id: str) -> Asked:
     """What a wrong thought video shows.
 
     `turn`: at one of its turns the ball takes the opposite heading, and goes on from there by the rules. `step`: one
