@@ -44,10 +44,11 @@ def pretrain(
     *,
     data: Path = Path("runs/perception"),
     clips: PositiveInt = 4000,
-    steps: PositiveInt = 6450,
+    steps: PositiveInt = 800,
     seed: NonNegativeInt = 0,
+    model_type: Literal["qwen2_5_vl", "qwen3_vl"] = "qwen2_5_vl",
 ) -> None:
-    """Make the micro backbone again: Qwen2.5-VL in small, trained from scratch on perception questions.
+    """Make a micro backbone: a small model of a family, trained from scratch on perception questions.
 
     Args:
         out: Where to save the backbone.
@@ -55,10 +56,11 @@ def pretrain(
         clips: Of the micro world.
         steps: Of training.
         seed: Of weights and data.
+        model_type: The family, as config.json names it.
     """
     from storm_vlm.lab.pretrain import pretrain as run
 
-    run(out, data, clips, steps, seed)
+    run(out, data, clips, steps, seed, model_type)
 
 
 def quickstart(out: Path = Path("runs/quickstart"), /) -> None:

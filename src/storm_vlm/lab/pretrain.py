@@ -1,4 +1,4 @@
-"""Pretrain the micro backbone from scratch, on perception questions only.
+"""Pretrain a micro backbone from scratch, on perception questions only.
 
 Two things make it learn in minutes. Several questions about a clip are one conversation, so that each clip
 is supervised densely; and one of them asks what lies in many cells. First these are listed in order, which is
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments, set_seed
 
 from storm_vlm.data.collator import LAYOUT, VideoInputs, expand_video
 from storm_vlm.data.output import refuse_model
@@ -28,12 +28,13 @@ from storm_vlm.evaluation.question_set import evaluate
 from storm_vlm.evaluation.statistics import accuracy
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reasoners.latent import Latent
-from storm_vlm.lab.world.backbone import micro_config, micro_processor
+from storm_vlm.lab.world.backbone import ModelType, micro_config, micro_processor
 from storm_vlm.lab.world.clips import HORIZON, NUM_FRAMES, build_world, sample_perception
 from storm_vlm.lab.world.questions import plan, sample_reasoning
 from storm_vlm.lab.world.simulator import REASONING
 from storm_vlm.model.latent import IGNORE_INDEX
 from storm_vlm.model.modeling import enable_latents
+from storm_vlm.training.optimizer import muon_and_nadamw
 from storm_vlm.versions import versions
 
 
@@ -46,32 +47,35 @@ class Phase:
     share: float  # of all steps
 
 
-# As the shipped weights were made; each phase has a warm-up and a cosine decay of its own.
+# Each phase has a warm-up and a cosine decay of its own.
 PHASES = (
-    Phase(("board", "track"), 3, 0.2),
-    Phase(("cells", "track"), 4, 0.46),
-    Phase(("cells", "track"), 4, 0.34),
+    Phase(("board", "track"), 3, 0.4),
+    Phase(("cells", "track"), 4, 0.6),
 )
 TEST_CLIPS = 400
 HYPERPARAMETERS = {
     "per_device_train_batch_size": 10,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 100,
+    "warmup_steps": 0.1,
     "adam_beta2": 0.98,
     "weight_decay": 0.01,
     "max_grad_norm": 1.0,
 }
+MUON = {"algo": "adamuon", "lr": 8e-3}  # of matrices; the rest has the learning rate above
 
 
-def pretrain(out: Path, data: Path, clips: int, steps: int, seed: int) -> Path:
+def pretrain(
+    out: Path, data: Path, clips: int, steps: int, seed: int, model_type: ModelType
+) -> Path:
     """Train and save the backbone with a model card; returns `out`."""
     refuse_model(out)
     train_rows = read_rows(build_world(data, "perception", "train", clips, seed))
     test_rows = read_rows(build_world(data, "perception", "test", TEST_CLIPS, seed))
     set_seed(seed)
-    processor = micro_processor(vocabulary_texts())
-    model: Any = enable_latents(Qwen2_5_VLForConditionalGeneration(micro_config(processor)))
+    processor = micro_processor(vocabulary_texts(), model_type)
+    config = micro_config(processor, model_type)
+    model: Any = enable_latents(AutoModelForImageTextToText.from_config(config))
     model.config.num_frames = NUM_FRAMES
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
@@ -80,25 +84,27 @@ def pretrain(out: Path, data: Path, clips: int, steps: int, seed: int) -> Path:
         by_clip[row.video].append(row)
     videos = VideoInputs(processor, NUM_FRAMES, cache_bytes=4 * 2**30)
     for phase in PHASES:
+        arguments = TrainingArguments(
+            output_dir=str(data / "trainer"),
+            max_steps=round(phase.share * steps),
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=50,
+            remove_unused_columns=False,
+            **HYPERPARAMETERS,
+        )
         trainer = Trainer(
             model=model,
-            args=TrainingArguments(
-                output_dir=str(data / "trainer"),
-                max_steps=round(phase.share * steps),
-                seed=seed,
-                save_strategy="no",
-                report_to="none",
-                logging_steps=50,
-                remove_unused_columns=False,
-                **HYPERPARAMETERS,
-            ),
+            args=arguments,
             train_dataset=list(by_clip.values()),  # type: ignore[arg-type]  # a list is a dataset
             data_collator=ConversationCollator(processor, videos, phase),
+            optimizers=(muon_and_nadamw(model, arguments, MUON), None),
         )
         trainer.train()
     model.save_pretrained(out)
     processor.save_pretrained(out)
-    write_model_card(out, clips, steps, seed, perception(out, test_rows))
+    write_model_card(out, clips, steps, seed, model_type, perception(out, test_rows))
     return out
 
 
@@ -156,11 +162,11 @@ class ConversationCollator:
         messages: list[dict[str, Any]] = []
         ids: list[int] = []
         labels: list[int] = []
-        written = ""
+        written, shown = "", [layout]  # the clip is in the first turn
         for i, row in enumerate(turns):
             messages += build_messages(row.question, num_videos=0 if i else 1)
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-            asked = expand_video(self.processor, text[len(written) :], layout)
+            asked = expand_video(self.processor, text[len(written) :], *shown[i:])
             prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
             answered = row.answer + tokenizer.eos_token
             answer = tokenizer(answered, add_special_tokens=False)["input_ids"]
@@ -185,7 +191,12 @@ def vocabulary_texts() -> Iterator[str]:
 
 
 def write_model_card(
-    out: Path, clips: int, steps: int, seed: int, scores: dict[str, dict[str, float]]
+    out: Path,
+    clips: int,
+    steps: int,
+    seed: int,
+    model_type: ModelType,
+    scores: dict[str, dict[str, float]],
 ) -> None:
     """`README.md` and `perception.json` beside the weights."""
     table = perception_table(scores)
@@ -194,13 +205,14 @@ def write_model_card(
     (out / "README.md").write_text(
         f"""# Micro backbone
 
-Stock `Qwen2_5_VLForConditionalGeneration` with about a million parameters, trained from scratch on *perception*
+A stock model of type `{model_type}` with about a million parameters, trained from scratch on *perception*
 questions about clips of STORM's micro world. It has never been asked about anything that its frames do not show.
 
 - Data: {clips} clips (`storm world --kind perception --split train --seed {seed}`), up to
   {max(phase.others + len(phase.always) for phase in PHASES)} questions about a clip in one conversation
-- Training: {steps} steps; {", ".join(f"{k} {v}" for k, v in HYPERPARAMETERS.items())}; seed {seed}
-- Made again by `storm pretrain OUT --clips {clips} --steps {steps} --seed {seed}`
+- Training: {steps} steps; {", ".join(f"{k} {v}" for k, v in HYPERPARAMETERS.items())}; of matrices, by Muon:
+  {", ".join(f"{k} {v}" for k, v in MUON.items())}; seed {seed}
+- Made again by `storm pretrain OUT --clips {clips} --steps {steps} --seed {seed} --model-type {model_type}`
 - {made_with}
 - Licence: Apache-2.0, as the package
 

@@ -1,4 +1,4 @@
-"""Muon for the decoder's matrices and NAdamW for all else, in one optimizer (timm's)."""
+"""Muon for matrices and NAdamW for all else, in one optimizer (timm's)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 
 from storm_vlm.training.config import ConfigError
 
-# Tables of vectors, each of which moves by itself; and the vision tower, should it train.
-NOT_MATRICES = ("embed_tokens", "lm_head", "visual.")
+# Tables of vectors, each of which moves by itself.
+NOT_MATRICES = ("embed_tokens", "lm_head", "pos_embed")
 
 
 def muon_and_nadamw(

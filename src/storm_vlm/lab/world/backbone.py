@@ -1,11 +1,12 @@
-"""The micro backbone: stock Qwen2.5-VL classes, a tiny configuration and a tokenizer trained on the world's words."""
+"""The micro backbones: stock classes, a tiny configuration and a tokenizer trained on the world's words."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,10 +18,14 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 PATCH = 8  # pixels; merged 2 x 2 and over 2 frames, so a visual token is one cell for one step
 IMAGE_SIDE = 64  # pixels; what the processor scales a clip to
+AREA = {"shortest_edge": IMAGE_SIDE**2, "longest_edge": IMAGE_SIDE**2}
 VOCABULARY = 512  # rows of the embedding table; the tokenizer leaves some spare, as Qwen's does
 SPECIAL = (
     "<|endoftext|>",
@@ -47,9 +52,48 @@ CHAT_TEMPLATE = (
 )
 
 
-def micro_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
-    """A byte-level BPE tokenizer trained on `texts`, with Qwen's special tokens, and its video processor."""
-    tokenizer = Tokenizer(models.BPE())
+@dataclass(frozen=True)
+class MicroFamily:
+    """What differs from one family to the next."""
+
+    config: type
+    processor: type
+    video_processor: type
+    size: Mapping[str, Any]  #: of clips: every frame becomes IMAGE_SIDE squared (or that area)
+    rope: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    words: tuple[str, ...] = ()  #: that the processor writes into prompts
+
+
+ModelType = Literal["qwen2_5_vl", "qwen3_vl"]
+FAMILIES: dict[ModelType, MicroFamily] = {
+    "qwen2_5_vl": MicroFamily(
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLProcessor,
+        Qwen2VLVideoProcessor,
+        {"size": AREA},
+        {"mrope_section": [4, 6, 6]},
+        {"fullatt_block_indexes": [0, 1], "window_size": IMAGE_SIDE, "tokens_per_second": 2},
+    ),
+    "qwen3_vl": MicroFamily(
+        Qwen3VLConfig,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+        {
+            "size": {"shortest_edge": IMAGE_SIDE**2 // 2, "longest_edge": 64 * IMAGE_SIDE**2},
+            "cap_pixels_per_frame": True,
+            "max_video_tokens": (IMAGE_SIDE // PATCH // 2) ** 2,
+        },
+        {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        {"deepstack_visual_indexes": [0], "num_position_embeddings": (IMAGE_SIDE // PATCH) ** 2},
+        tuple(f"<{tenth / 10} seconds>" for tenth in range(30)),
+    ),
+}
+
+
+def micro_processor(texts: Iterable[str], model_type: ModelType = "qwen2_5_vl") -> Any:
+    """A byte-level BPE tokenizer trained on `texts`, with Qwen's special tokens, and the family's video processor."""
+    family, tokenizer = FAMILIES[model_type], Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -57,7 +101,7 @@ def micro_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator([*texts, *100 * family.words], trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -66,35 +110,31 @@ def micro_processor(texts: Iterable[str]) -> Qwen2_5_VLProcessor:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-    # The smallest and the largest size are one: every clip becomes IMAGE_SIDE squared (or that area).
-    size = {"shortest_edge": IMAGE_SIDE**2, "longest_edge": IMAGE_SIDE**2}
     vision: dict[str, Any] = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size, **vision),
+    return family.processor(
+        image_processor=Qwen2VLImageProcessor(size=AREA, **vision),
         tokenizer=fast,
-        video_processor=Qwen2VLVideoProcessor(size=size, **vision),
+        video_processor=family.video_processor(**family.size, **vision),
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def micro_config(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLConfig:
+def micro_config(processor: Any, model_type: ModelType = "qwen2_5_vl") -> Any:
     """About 1.3 M parameters."""
-    ids = processor.tokenizer.convert_tokens_to_ids
-    return Qwen2_5_VLConfig(
+    ids, family = processor.tokenizer.convert_tokens_to_ids, FAMILIES[model_type]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, **family.rope}
+    return family.config(
         text_config={
             "vocab_size": VOCABULARY,
             "initializer_range": 0.04,
             "hidden_size": 128,
+            "head_dim": 32,
             "intermediate_size": 384,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [4, 6, 6],
-                "rope_theta": 10000.0,
-            },
+            "rope_parameters": rope,
             "bos_token_id": ids("<|endoftext|>"),
             "eos_token_id": ids("<|im_end|>"),
             "pad_token_id": ids("<|endoftext|>"),
@@ -109,9 +149,7 @@ def micro_config(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLConfig:
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "out_hidden_size": 128,
-            "fullatt_block_indexes": [0, 1],
-            "window_size": IMAGE_SIDE,
-            "tokens_per_second": 2,
+            **family.vision,
         },
         image_token_id=ids("<|image_pad|>"),
         video_token_id=ids("<|video_pad|>"),
