@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from tiny_model import BUDGET, labels_for, left_pad, prompts, tiny_model
 
+from storm_vlm.lab.bench import read
 from storm_vlm.lab.bench.questions import bench_questions
 from storm_vlm.lab.bench.training_step import bench_train, naive_rollout, random_batch, shape_config
 from storm_vlm.model.rollout import rollout
@@ -49,3 +50,13 @@ def test_questions_about_one_clip_are_measured_with_and_without_what_they_share(
     assert json.loads(out.read_text()) == {"micro cpu": found}
     assert found["same_answers"] == found["items"] == 8
     assert found["ratio"]["median"] > 1
+
+
+def test_reading_is_measured_on_frames_that_are_known(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(read.SIZES, "tiny", read.Size(160, 96, repeats=2))
+    found = read.bench_read(["tiny"], 5, 2, tmp_path / "reading.json")
+    assert json.loads((tmp_path / "reading.json").read_text())["sizes"].keys() == {"tiny"}
+    assert found["sizes"]["tiny"]["same_frames"] and found["sizes"]["tiny"]["storm"].cpu_seconds > 0
+    read._write(tmp_path / "clip.mp4", read.SIZES["tiny"])
+    times, numbers = read._measure(str(tmp_path / "clip.mp4"), "storm", 5, 1, None)[1]
+    assert numbers == [round(time * read.RATE) % 300 for time in times] and times[-1] > 19.9

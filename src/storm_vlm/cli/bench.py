@@ -126,6 +126,26 @@ def scale(
 
 
 @app.command
+def read(
+    *,
+    sizes: Annotated[list[str] | None, Parameter("--size", negative="")] = None,
+    num_frames: PositiveInt = 32,
+    rounds: PositiveInt = 3,
+    results: Results = None,
+) -> None:
+    """CPU seconds and memory of reading frames, beside torchcodec and decord where they are installed.
+
+    Args:
+        sizes: 360p, 720p, 2160p or "1080p, 10 minutes"; repeat for more. Default: all.
+        num_frames: Of a clip.
+        rounds: Of each reader; the fastest counts.
+    """
+    from storm_vlm.lab.bench.read import SIZES, bench_read
+
+    show_json(bench_read(sizes or list(SIZES), num_frames, rounds, results))
+
+
+@app.command
 def serve(
     *,
     rounds: PositiveInt = 5,

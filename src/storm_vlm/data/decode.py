@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from fractions import Fraction
 from itertools import pairwise
 from typing import Self
@@ -21,6 +21,8 @@ from storm_vlm.errors import StormError
 # and follow play lists (m3u8, ffconcat) to other files of the machine.
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
 EPSILON = 1e-5  # seconds; absorbs rounding of time bases, far below any frame interval
+# Whose decoder leaves out, when told between two packets, a frame that no other one is made from.
+_LEAVES_OUT = {"h264", "mpeg4", "mpeg2video", "mpeg1video", "vp8"}
 
 
 class VideoError(StormError, ValueError):
@@ -121,20 +123,19 @@ class VideoSource:
         reading straight through or seeking, whichever is less work.
         """
         frames: Iterator[tuple[float, av.VideoFrame]] = iter(())
-        shown = ahead = None
+        shown, needed = None, set(wanted)
         for time in wanted:
             index = bisect_right(self.keyframes, time + EPSILON) - 1
-            passed = -1.0 if shown is None else (ahead or shown)[0]
-            if shown is None or (index >= 0 and self.keyframes[index] > passed + EPSILON):
+            if shown is None or (index >= 0 and self.keyframes[index] > shown[0] + EPSILON):
                 # An index by decoding time may lead past the frame: then start further back.
                 for start in [*reversed(self.keyframes[max(index - 1, 0) : index + 1]), None]:
-                    frames = self._decode(start)
-                    shown = ahead = next(frames, None)
+                    frames = self._decode(start, needed)
+                    shown = next(frames, None)
                     if shown is not None and shown[0] <= time + EPSILON:
                         break
-            while ahead is not None and ahead[0] <= time + EPSILON:
-                shown, ahead = ahead, next(frames, None)
-            if shown is None or abs(shown[0] - time) > EPSILON:
+            while shown is not None and shown[0] < time - EPSILON:
+                shown = next(frames, None)
+            if shown is None or shown[0] > time + EPSILON:
                 raise UntimedPackets(f"no frame comes from the packet at {time} s")
             yield shown[1]
 
@@ -211,11 +212,18 @@ class VideoSource:
         seconds = (packet.dts - decoded) * self.tick
         return seconds < 0 or (self.is_joinable and seconds > 10)
 
-    def _decode(self, start: float | None) -> Iterator[tuple[float, av.VideoFrame]]:
+    def _decode(
+        self, start: float | None, wanted: Container[float]
+    ) -> Iterator[tuple[float, av.VideoFrame]]:
+        """Frames and their times: at least those that start at the wanted times."""
         latest = float("-inf")
         clean = start is None
+        leaves_out = _leaves_out(self.stream.codec_context)
         for packet in self._packets(start):
             clean = clean or packet.is_keyframe  # some containers seek into the middle of a group
+            if leaves_out:
+                is_needed = not packet.size or self._time(packet) in wanted
+                self.stream.codec_context.skip_frame = "DEFAULT" if is_needed else "NONREF"
             for frame in packet.decode() if clean else ():
                 time = self._time(frame)
                 if time is None or time <= latest:
@@ -267,7 +275,9 @@ class PlayedSource(VideoSource):
             self._clock.append(expected if time is None else max(next(known), latest + 2 * EPSILON))
         return self._clock, self._clock[-1] + usual if times else 0.0
 
-    def _decode(self, start: float | None) -> Iterator[tuple[float, av.VideoFrame]]:
+    def _decode(
+        self, start: float | None, wanted: Container[float]
+    ) -> Iterator[tuple[float, av.VideoFrame]]:
         return zip(self._clock, self._frames(), strict=False)
 
     def _frames(self) -> Iterator[av.VideoFrame]:
@@ -288,6 +298,14 @@ class PlayedSource(VideoSource):
 def _descents(times: list[float | None]) -> float:
     known = [time for time in times if time is not None]
     return sum(after <= before for before, after in pairwise(known)) if known else float("inf")
+
+
+def _leaves_out(codec: av.CodecContext) -> bool:
+    if codec.name == "hevc":
+        # What its own temporal layer does not need, a higher one may: hvcC must tell of one alone (ISO/IEC 14496-15).
+        header = codec.extradata or b""
+        return len(header) > 22 and header[0] == 1 and header[21] >> 3 & 7 == 1
+    return codec.name in _LEAVES_OUT
 
 
 def _preference(stream: VideoStream) -> int:

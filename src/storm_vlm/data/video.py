@@ -13,12 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from errno import ENOSPC
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.sidedata.sidedata import SideData
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from storm_vlm.data.atomic_write import WriteError, in_one_step
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
 
 _DEFAULT_FPS = 24.0  # what transformers assumes for frames that come without metadata
-MAX_PIXELS = 4096 * 2304  # of a frame; larger ones are scaled down. Qwen2.5-VL sees at most 602,112
+MAX_PIXELS = 1920 * 1080  # of a frame; larger ones are scaled down. Qwen2.5-VL sees at most 602,112
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def read_video(
     Both ends of the window are instants (a single frame: its middle). Time is presentation time,
     so a frame held long in a variable-rate file may be taken more than once; where the window
     shows no more than ``num_frames`` frames, each is taken once. A window may reach past the end
-    of the video, not start there. ``max_side`` bounds the longer side in pixels; beyond 4096 x 2304
+    of the video, not start there. ``max_side`` bounds the longer side in pixels; beyond 1920 x 1080
     pixels a frame is scaled down in any case. Memory holds the sampled frames only. Raises :class:`VideoError`.
     """
     path = os.fspath(path)
@@ -198,26 +201,27 @@ def _read(
 def _sample(
     source: VideoSource, choose: Callable[[VideoSource], list[float]], max_side: int | None
 ) -> Clip:
-    pixels = np.empty(0)
     with source:
         times = choose(source)
-        for index, frame in enumerate(source.frames_at(times)):
-            if not index:
-                longest, area = max(frame.width, frame.height), frame.width * frame.height
-                scale = min(1.0, (max_side or longest) / longest, (MAX_PIXELS / area) ** 0.5)
-                width, height = (max(1, round(n * scale)) for n in (frame.width, frame.height))
-            shown = _upright(
-                frame, frame.to_ndarray(format="rgb24", width=width, height=height, threads=1)
+        frames = source.frames_at(times)
+        first = next(frames)
+        longest, area = max(first.width, first.height), first.width * first.height
+        scale = min(1.0, (max_side or longest) / longest, (MAX_PIXELS / area) ** 0.5)
+        width, height = (max(1, round(n * scale)) for n in (first.width, first.height))
+        # Asked once: a frame that was asked for its side data is not freed before the next garbage collection.
+        matrix, convert = first.side_data.get("DISPLAYMATRIX"), VideoReformatter().reformat
+        shape = _upright(np.empty((height, width, 3), np.uint8), matrix).shape
+        pixels = np.empty((len(times), *shape), np.uint8)
+        for place, frame in zip(pixels, chain([first], frames), strict=True):
+            # No name holds the converted frame, so that the next one takes its memory.
+            place[:] = _upright(
+                convert(frame, width, height, "rgb24", threads=1).to_ndarray(), matrix
             )
-            if not index:
-                pixels = np.empty((len(times), *shown.shape), np.uint8)
-            pixels[index] = shown
     return Clip(pixels, np.array(times), source.path)
 
 
-def _upright(frame: av.VideoFrame, pixels: np.ndarray) -> np.ndarray:
-    """Pixels (H, W, 3) turned and mirrored as the frame's display matrix has it: (x, y) -> (ax + cy, bx + dy)."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+def _upright(pixels: np.ndarray, matrix: SideData | None) -> np.ndarray:
+    """Pixels (H, W, 3) turned and mirrored as a display matrix has it: (x, y) -> (ax + cy, bx + dy)."""
     if matrix is None:
         return pixels
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(float)
