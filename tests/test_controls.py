@@ -114,7 +114,9 @@ def test_a_study_searches_chooses_and_goes_on(study: Study) -> None:
     assert found["cot"].gain and found["storm"].gain is None and len(found["storm"].verdicts) == 1
     said = (small.out / "controls.md").read_text()
     assert "against the best of them (text chain of thought" in said and "latents matter" in said
-    assert json.loads((small.out / "controls.json").read_text())["cot"]["seeds"] == 1
+    assert json.loads((small.out / "controls.json").read_text())["cot"]["tokens"] > 3
+    assert len(found["storm"].by_seed) == len(found["storm"].swapped) == 1
+    assert not found["cot"].swapped
     ran.clear()
     assert controls(small, launch) == found
     assert {command[0] for command in ran} == {"evaluate"}  # which finds its answers there

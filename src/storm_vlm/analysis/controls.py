@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
@@ -94,8 +95,10 @@ class ArmResult:
     validation: dict[float, float]  #: accuracy by factor
     factor: float
     accuracy: Estimate  #: over seeds and rows
-    seeds: int
+    by_seed: list[float]  #: accuracy
+    tokens: float  #: written for an answer
     gain: Gain | None  #: of STORM over this arm; None: it is STORM
+    swapped: list[float]  #: accuracy with another clip's latents, of another answer, by seed
     verdicts: list[str]  #: on its latents, by seed
 
 
@@ -268,26 +271,44 @@ def _result(
     arm: str, scores: dict[float, float], factor: float, runs: Mapping[str, Sequence[Run]]
 ) -> ArmResult:
     mine = runs[arm]
+    right = hits(mine, mine[0])
+    relied = [run.reliance for run in mine if run.reliance]
+    swaps = [one.interventions["swap_other_answer"].accuracy for one in relied]
+    tokens = [record.reply.tokens for run in mine for record in run.records if record.reply]
     return ArmResult(
         name=ARMS[arm].name,
         validation=scores,
         factor=factor,
-        accuracy=mean_over_seeds(hits(mine, mine[0])),
-        seeds=len(mine),
+        accuracy=mean_over_seeds(right),
+        by_seed=[float(seed) for seed in right.mean(1)],
+        tokens=fmean(tokens),
         gain=overall(runs[OURS], mine) if arm != OURS and OURS in runs else None,
-        verdicts=[verdict(run.reliance).text for run in mine if run.reliance],
+        swapped=[swap.mean for swap in swaps if swap],
+        verdicts=[verdict(one).text for one in relied],
     )
 
 
 def markdown(results: Mapping[str, ArmResult]) -> str:
     """Each arm with the factors that were tried; STORM against the best of the others."""
-    columns = ("arm", "validation, by factor of the rate", "chosen", "test", "STORM's gain, points")
+    columns = (
+        "arm",
+        "validation, by factor of the rate",
+        "chosen",
+        "test",
+        "by seed",
+        "STORM's gain, points",
+        "with another clip's latents",
+        "tokens",
+    )
     lines = [columns, ("---",) * len(columns)]
     for one in results.values():
         tried = ", ".join(f"x{factor:g} {right:.1%}" for factor, right in one.validation.items())
         right = f"{share(one.accuracy)} ({interval(one.accuracy)})"
+        seeds, swapped = (", ".join(map("{:.1%}".format, v)) for v in (one.by_seed, one.swapped))
         gain = _points(one.gain.difference) if one.gain else ""
-        lines.append((one.name, tried, f"x{one.factor:g}", right, gain))
+        lines.append(
+            (one.name, tried, f"x{one.factor:g}", right, seeds, gain, swapped, f"{one.tokens:.0f}")
+        )
     parts = ["# Control arms", "Intervals (95%) are over seeds and clips."]
     parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     rivals = [one for arm, one in results.items() if one.gain and arm != "bottleneck"]
