@@ -7,7 +7,7 @@ BIN := .venv/bin
 export MALLOC_TRIM_THRESHOLD_ ?= 1000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 1000000000
 
-.PHONY: install quickstart test test-extras test-matrix fuzz lint types docs clean
+.PHONY: install quickstart test test-extras test-matrix test-vllm fuzz lint types docs clean
 
 install: $(BIN)/.installed
 
@@ -48,6 +48,13 @@ test-extras:
 
 test-matrix:
 	dev/test_matrix.sh  # Python, transformers and torch, oldest and newest
+
+# The plugin in a real vLLM on a CPU, under both of its model runners; in an environment of its own (1.4 GB).
+test-vllm: install
+	test -d .matrix/vllm || dev/vllm_environment.sh .matrix/vllm
+	for runner in 1 2; do \
+		PYTHONPATH=tests OMP_NUM_THREADS=1 STORM_VLLM_RUNNER=$$runner \
+		.matrix/vllm/bin/python -m pytest -q -s -p vllm_on_cpu tests/test_vllm_engine.py || exit 1; done
 
 # Requests made from the server's own schema, and damaged videos: none may meet with a 500. In an environment of its own.
 fuzz: install

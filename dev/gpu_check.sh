@@ -2,9 +2,11 @@
 # Everything that the docs call "not measured" on a GPU, on one H100 or H200, in less than 10 minutes:
 #   dev/gpu_check.sh OUT                                  (writes OUT/gpu_check.json, and a log for each part)
 #   SHAPE=micro DEVICE=cpu LIMITS=5 dev/gpu_check.sh OUT  (a rehearsal on a CPU, with 5 times the time)
+#   PARTS=vllm dev/gpu_check.sh OUT                       (the plugin under CUDA graphs; needs vLLM; minutes more)
 # Every part has its own limit in seconds; one that fails, or lacks a package, does not end the others.
 set -u
 out=${1:?usage: $0 OUT}
+parts=${PARTS:-train latency graphs world fsdp2 flash qlora}
 shape=${SHAPE:-7b} device=${DEVICE:-cuda} limits=${LIMITS:-1} python=${PYTHON:-python}
 cd "$(dirname "$0")/.." && mkdir -p "$out" && out=$(cd "$out" && pwd)
 rm -f "$out"/*.json "$out"/*.log "$out/parts"
@@ -12,6 +14,7 @@ export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false 
 
 part() { # NAME LIMIT COMMAND...
     local name=$1 limit=$(($2 * limits)) began=$SECONDS code=0
+    [[ " $parts " == *" $name "* ]] || return 0
     shift 2
     timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
     echo "$name $code $((SECONDS - began))" >>"$out/parts"
@@ -45,6 +48,9 @@ part flash 50 "${storm[@]}" train stage1 "${run[@]}" "${half[@]}" attn_implement
     output_dir="$out/flash"
 part qlora 50 "${storm[@]}" train stage1 "${run[@]}" quantization.load_in_4bit=true lora.r=8 output_dir="$out/qlora" \
     muon=null
+
+# 7. vLLM's own graphs, attention and asynchronous scheduling around the latent slots.
+part vllm 400 env PYTHONPATH="$PYTHONPATH:tests" "$python" dev/vllm_on_gpu.py "$out/vllm.json"
 
 "$python" - "$out" "$shape" "$device" <<'PY'
 import json

@@ -1,6 +1,7 @@
 """A small data set of the micro world and the shipped backbone, made once for all tests."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 # Weights are compared to the bit, here and in processes that tests start: sums in one order.
@@ -12,6 +13,9 @@ from transformers import AutoProcessor
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world
+
+# `make test-vllm` runs it, where vLLM is.
+collect_ignore = [] if find_spec("vllm") else ["test_vllm_engine.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

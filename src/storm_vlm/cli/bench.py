@@ -161,3 +161,15 @@ def serve(
     from storm_vlm.lab.bench.serve import bench_serve
 
     show_json(bench_serve(rounds, soak, results))
+
+
+@app.command
+def vllm(*, rounds: PositiveInt = 3, results: Results = None) -> None:
+    """Items a second of vLLM with our plugin, with slots and without, beside the pipeline and stock `generate`.
+
+    Args:
+        rounds: Of 1, 8 and 32 questions at a time.
+    """
+    from storm_vlm.lab.bench.vllm_engine import bench_vllm
+
+    show_json(bench_vllm(rounds, results))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,19 +64,35 @@ def serve(
 
 
 def hand_over(checkpoint: str, config: ServeConfig) -> None:
-    """Become `vllm serve`, with our plugin. Does not return. Raises StormError where either is missing."""
-    program = shutil.which("vllm")
-    if program is None or find_spec("storm_vlm.serving.vllm") is None:
+    """Become vLLM's server, with our plugin. Does not return.
+
+    Raises StormError where vLLM is missing, or for a limit that it does not have.
+    """
+    if find_spec("vllm") is None:
         raise StormError(
-            "--engine vllm needs vLLM and a storm-vlm that has a plugin for it: install both in one environment "
-            "(pip install vllm), or leave the option out"
+            "--engine vllm needs vLLM in the environment of storm-vlm: install it (pip install vllm), or leave the "
+            "option out"
+        )
+    ours = {
+        name
+        for name, field in ServeConfig.model_fields.items()
+        if field.default != getattr(config, name)
+    }
+    if unknown := sorted(ours - {"host", "port", "name", "root", "private"}):
+        raise StormError(
+            f"vLLM has no --{unknown[0].replace('_', '-')}: leave it out, or start vllm serve with options of its own"
         )
     if key := _key(config):
         os.environ["VLLM_API_KEY"] = key
-    options = [f"--host={config.host}", f"--port={config.port}"]
-    options += [f"--served-model-name={config.name}"] if config.name else []
-    options += [f"--allowed-local-media-path={config.root.resolve()}"] if config.root else []
-    os.execv(program, [program, "serve", checkpoint, *options])
+    name = config.name or Path(checkpoint).expanduser().resolve().name
+    options = ["--model", checkpoint, "--served-model-name", name]
+    options += ["--host", config.host, "--port", str(config.port)]
+    if config.root is not None:
+        options += ["--allowed-local-media-path", str(config.root.resolve())]
+    if not config.private:  # vLLM does not look at addresses: then it fetches from none
+        options += ["--allowed-media-domains", "none.invalid"]
+    # as a module: what `vllm serve` runs, and surely of this environment
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options])
 
 
 def _key(config: ServeConfig) -> str | None:
