@@ -81,6 +81,7 @@ def check_engine(vllm_config: Any) -> None:
         "KV transfer (a block would leave its state behind)": vllm_config.kv_transfer_config
         is not None,
         "microbatches (--enable-dbo)": bool(getattr(parallel, "enable_dbo", False)),
+        "context parallelism": parallel.decode_context_parallel_size > 1,
         "CUDA graphs of mode FULL (use FULL_AND_PIECEWISE)": graphs == CUDAGraphMode.FULL,
         "video pruning": bool(model.multimodal_config.video_pruning_rate),
         "a checkpoint with a bottleneck": getattr(model.hf_config, "latent_bottleneck", None)

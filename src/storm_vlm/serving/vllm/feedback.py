@@ -40,6 +40,10 @@ class Feedback:
     """States (blocks + 1, D), one for each block of keys and values; the last row takes what is of no sequence."""
 
     def __init__(self, pad: int, blocks: int, like: Tensor) -> None:
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the states were to be made within a CUDA graph, which would clear them at each replay"
+            )
         self.pad, self.blocks = pad, blocks
         self.states = like.new_zeros(blocks + 1, like.shape[-1])
 

@@ -40,6 +40,7 @@ class StormQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.latent = has_latent_tokens(self.config)
+        self.feeds = self.latent and not getattr(self.config, "latent_pause", False)
         self.feedback: Feedback | None = None
         self.positions = TrainedPositions()
         self.positions.config = self.config
@@ -55,20 +56,14 @@ class StormQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         **kwargs: object,
     ) -> Any:
         stock = super().forward
-        batch = self._batch(input_ids) if self.latent and not self.config.latent_pause else None
+        batch = self._batch(input_ids) if self.feeds else None
         if batch is None or input_ids is None:
             return stock(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        if (
-            self.feedback is None
-            or self.feedback.blocks != self.vllm_config.cache_config.num_gpu_blocks
-        ):
+        blocks = self.vllm_config.cache_config.num_gpu_blocks
+        if self.feedback is None or self.feedback.blocks != blocks:
             # vLLM tries the model with few blocks before it knows how many there is room for.
-            blocks, pad = (
-                self.vllm_config.cache_config.num_gpu_blocks,
-                latent_tokens(self.config).pad,
-            )
-            self.feedback = Feedback(pad, blocks, embeds)
+            self.feedback = Feedback(latent_tokens(self.config).pad, blocks, embeds)
         return self.feedback.forward(
             batch, embeds, lambda changed: stock(None, positions, None, changed, **kwargs)
         )
