@@ -394,8 +394,6 @@ def test_bad_requests_leave_their_neighbours_alone(
     few = rows[:FEW]
     prompts = [prompt(pipeline, row) for row in few]
     asked = [params()] * FEW
-    for i in range(0, FEW, 6):
-        asked[i] = params(["on", None][i % 2])
     asked[0], asked[6], asked[12] = params("on"), params(budget=-1), params(max_tokens=1)
     prompts[18] = {**prompts[18], "prompt": prompts[18]["prompt"] + "word " * 2000}
     prompts[24] = {**prompts[24], "prompt": "<|latent_pad|>" * 9 + prompts[24]["prompt"]}
@@ -412,7 +410,7 @@ def test_the_end_under_sampling_comes_as_often_as_in_generate(
 ) -> None:
     """The model hardly ever ends early by itself, so its wish is made stronger, for both alike."""
     count = 300 if RUNNER == 1 else 100
-    options = {"temperature": 1.3, "top_p": 0.95}
+    options = {"temperature": 1.3, "top_k": 20}
     logits = {END: bias}
     both = {**options, "sequence_bias": [[[END], bias]]}
     found = ask(
