@@ -37,14 +37,14 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict  # into site/; warnings are errors
 	@echo "built site/index.html; to look at it: $(BIN)/mkdocs serve"
 
-# What `make test` skips: DeepSpeed, quantized models, lmms-eval. In environments of their own, some 7 GiB each.
+# What `make test` skips: Ray Serve, DeepSpeed, quantized models, lmms-eval. In environments of their own, some 7 GiB each.
 test-extras:
 	test -d .matrix/extras || { $(PYTHON) -m venv .matrix/extras && .matrix/extras/bin/pip install --quiet \
-		--disable-pip-version-check --constraint constraints.txt --editable ".[dev]" deepspeed bitsandbytes torchao; }
+		--disable-pip-version-check --constraint constraints.txt --editable ".[dev,replicas]" deepspeed bitsandbytes torchao; }
 	test -d .matrix/lmms || { $(PYTHON) -m venv .matrix/lmms && for package in lmms-eval==0.7.3 "--editable ." "filelock<4"; do \
 		.matrix/lmms/bin/pip install --quiet --disable-pip-version-check $$package; done; }  # apart: their pins of PyAV differ, and it needs an older filelock
 	OMP_NUM_THREADS=1 STORM_LMMS_PYTHON=.matrix/lmms/bin/python .matrix/extras/bin/pytest -q \
-		tests/test_lmms.py tests/test_quantized.py tests/test_adapters.py tests/test_distributed.py
+		tests/test_lmms.py tests/test_quantized.py tests/test_adapters.py tests/test_distributed.py tests/test_replicas.py
 
 test-matrix:
 	dev/test_matrix.sh  # Python, transformers and torch, oldest and newest

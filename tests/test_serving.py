@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -93,7 +93,8 @@ def serving(
     **fields: Any,
 ) -> Iterator[Running]:
     config = ServeConfig.model_validate({"readers": 1, **fields})
-    app = create_app(pipeline, "storm", config, key)
+    engine = Engine(pipeline, config.batch_size)
+    app = create_app(engine, "storm", config, key)
     add(app)
     settings = uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=10)
     server = uvicorn.Server(settings)
@@ -107,6 +108,7 @@ def serving(
     finally:
         server.should_exit = True
         thread.join()
+        engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -487,14 +489,19 @@ def test_one_bad_question_does_not_harm_its_neighbours(
 
 
 def test_a_row_whose_client_left_is_ended(storm: StormPipeline) -> None:
-    done: list[Answer] = []
-    engine = Engine(storm, 8, lambda answers: done.extend(answers))
+    told: list[Event] = []
+    engine = Engine(storm, 8)
     long = {"min_new_tokens": 300, "temperature": 1.0}
-    job = Job(Question(None, QUESTION), "off", 400, lambda _: job.abandon(), long)
+
+    def tell(event: Event) -> None:
+        told.append(event)
+        job.abandon()
+
+    job = Job(Question(None, QUESTION), "off", 400, tell, long)
     engine.submit(job)
     engine.submit(Job(Question(None, QUESTION), "off", 16, print, abandoned=True))
     engine.close()
-    assert len(done) == 1 and done[0].tokens < 50
+    assert isinstance(told[-1], Answer) and told[-1].tokens < 50
 
 
 def test_what_breaks_inside_is_not_told(storm: StormPipeline, monkeypatch) -> None:
@@ -525,6 +532,20 @@ def test_what_is_in_hand_is_answered_before_the_end(storm: StormPipeline, reason
 def test_the_other_engine_names_what_it_needs() -> None:
     result = run_storm("serve", "--engine", "vllm")
     assert result.exit_code == 1 and "pip install vllm" in result.stderr
+
+
+def test_replicas_name_what_they_need() -> None:
+    with suppress(ImportError):
+        import ray.serve
+
+        pytest.skip(f"{ray.serve.__name__} is installed")
+    result = run_storm("serve", "--ray")
+    assert result.exit_code == 1 and "pip install 'storm-vlm[replicas]'" in result.stderr
+
+
+def test_what_is_rays_alone_says_so() -> None:
+    assert "add --ray" in run_storm("serve", "--replicas", "2").stderr
+    assert "leave --engine" in run_storm("serve", "--ray", "--engine", "vllm").stderr
 
 
 def test_every_client_of_a_flood_is_answered_or_refused(reasoning_rows: list[Row]) -> None:

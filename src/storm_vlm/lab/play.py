@@ -26,6 +26,7 @@ from storm_vlm.model.backbones import input_device
 from storm_vlm.model.interventions import answers_when_fed, latent_states
 from storm_vlm.pages import render
 from storm_vlm.serving.app import Service
+from storm_vlm.serving.engine import Engine
 from storm_vlm.serving.protocol import Refusal
 
 EXAMPLES, TOKENS, SIDE = 6, 32, 240  # clips to choose from; of an answer; pixels of a frame
@@ -106,7 +107,9 @@ def add_playground(app: FastAPI) -> str:
     @app.post("/play/thought", include_in_schema=False)
     async def thought(asked: Asked, request: Request) -> Any:
         service: Service = request.app.state.service
-        pipeline = service.engine.pipelines.get("force")
+        engine = service.engine
+        assert isinstance(engine, Engine)
+        pipeline = engine.pipelines.get("force")
         if pipeline is None:
             raise Refusal(400, "this model has no latent slots to look into")
         await request.scope["storm.work"].enter_async_context(service.clips)
@@ -118,7 +121,7 @@ def add_playground(app: FastAPI) -> str:
         other = Clip(other.frames[every.long()], other.timestamps[every.long()], "an example")
 
         def look() -> Thought:
-            with service.engine.model:
+            with engine.model:
                 return think(pipeline, clip, asked.question, other)
 
         return await asyncio.to_thread(look)

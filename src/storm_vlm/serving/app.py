@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from storm_vlm.data.collator import Question
 from storm_vlm.data.prompt import question_text
 from storm_vlm.errors import StormError
-from storm_vlm.inference.pipeline import Answer, StormPipeline
+from storm_vlm.inference.pipeline import Answer
 from storm_vlm.serving.config import ServeConfig
 from storm_vlm.serving.engine import Engine, Event, Job
 from storm_vlm.serving.gate import Gate
@@ -36,6 +36,7 @@ from storm_vlm.serving.protocol import (
     error_response,
 )
 from storm_vlm.serving.reader import ClipReaders
+from storm_vlm.serving.replicas import Replicas
 
 BROKEN = "something broke in the server; its log says what"
 
@@ -44,11 +45,14 @@ class Service:
     """From a request to the events of its answer."""
 
     def __init__(
-        self, pipeline: StormPipeline, name: str, config: ServeConfig, metrics: CollectorRegistry
+        self,
+        engine: Engine | Replicas,
+        name: str,
+        config: ServeConfig,
+        metrics: CollectorRegistry,
     ) -> None:
-        self.name, self.config, self.metrics = name, config, metrics
-        self.engine = Engine(pipeline, config.batch_size, self._observe)
-        self.readers = ClipReaders(pipeline.collator.videos.num_frames, config)
+        self.engine, self.name, self.config, self.metrics = engine, name, config, metrics
+        self.readers = ClipReaders(engine.num_frames, config)
         # Frames take the most memory: few clips are held at a time, however many requests are.
         self.clips = asyncio.Semaphore(2 * config.batch_size)
         counters = {"answers": "Given.", "slots": "Latent ones, used.", "tokens": "Written."}
@@ -60,11 +64,11 @@ class Service:
             "storm_seconds", "Of the model, by phase.", ["phase"], registry=metrics
         )
 
-    def _observe(self, answers: Sequence[Answer]) -> None:
-        self.counters["answers"].inc(len(answers))
-        self.counters["slots"].inc(sum(answer.slots_used for answer in answers))
-        self.counters["tokens"].inc(sum(answer.tokens for answer in answers))
-        for phase, spent in answers[0].seconds.items():
+    def _count(self, answer: Answer) -> None:
+        self.counters["answers"].inc()
+        self.counters["slots"].inc(answer.slots_used)
+        self.counters["tokens"].inc(answer.tokens)
+        for phase, spent in answer.seconds.items():
             self.seconds.labels(phase).inc(spent)
 
     def check_name(self, name: str) -> None:
@@ -86,7 +90,7 @@ class Service:
             raise Refusal(400, "a question is about one video; send one video_url")
         if tokens > most:
             raise Refusal(400, f"an answer has at most {most} tokens here; lower max_tokens")
-        if mode not in self.engine.pipelines:
+        if mode not in self.engine.modes:
             raise Refusal(400, f"this model has no latent slots for latent_mode {mode!r}")
         question = Question(None, "\n".join(texts))
         question_text(question.question)
@@ -98,18 +102,23 @@ class Service:
         if urls:
             await work.enter_async_context(self.clips)
             question = Question(await self.readers.read(urls[0]), question.question)
+
+        def tell(event: Event) -> None:
+            if isinstance(event, Answer):
+                self._count(event)
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
         sampling = {"temperature": asked.temperature, "top_p": asked.top_p or 1.0, "top_k": 0}
         job = Job(
             question,
             mode,
             tokens,
-            lambda event: loop.call_soon_threadsafe(events.put_nowait, event),
+            tell,
             sampling if asked.temperature else {},
             asked.seed,
             bool(asked.stream),
         )
-        work.callback(job.abandon)
-        self.engine.submit(job)
+        work.callback(self.engine.submit(job))
         return job, events
 
 
@@ -128,7 +137,7 @@ async def complete(asked: ChatRequest, request: Request) -> Response | dict[str,
         return StreamingResponse(pieces, media_type="text/event-stream")
     if isinstance(event, Answer):
         return completion.whole(event, _reason(job))
-    raise event if isinstance(event, StormError) else Refusal(500, BROKEN)
+    raise event if isinstance(event, (StormError, Refusal)) else Refusal(500, BROKEN)
 
 
 @router.get("/v1/models")
@@ -144,7 +153,8 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 
 @router.get("/health")
 async def health(request: Request) -> dict[str, str]:
-    if not request.app.state.service.engine.is_alive:
+    engine = request.app.state.service.engine
+    if not await asyncio.to_thread(lambda: engine.is_alive):
         raise Refusal(503, "the engine has ended")
     return {"status": "ok"}
 
@@ -155,11 +165,13 @@ async def metrics(request: Request) -> Response:
     return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
-def create_app(pipeline: StormPipeline, name: str, config: ServeConfig, key: str | None) -> FastAPI:
+def create_app(
+    engine: Engine | Replicas, name: str, config: ServeConfig, key: str | None
+) -> FastAPI:
     """An ASGI application.
 
     Args:
-        pipeline: what answers.
+        engine: what answers; whoever made it closes it.
         name: the model's, for clients.
         key: that clients must bring; None: the server answers to its own machine alone.
     """
@@ -168,9 +180,8 @@ def create_app(pipeline: StormPipeline, name: str, config: ServeConfig, key: str
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.service = service = Service(pipeline, name, config, metrics)
+        app.state.service = service = Service(engine, name, config, metrics)
         yield
-        await asyncio.to_thread(service.engine.close)
         service.readers.close()
 
     app = FastAPI(title="storm", lifespan=lifespan, docs_url=None, redoc_url=None)

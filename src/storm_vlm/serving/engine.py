@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,12 @@ class Job:
             self.tell(text[len(self.written) :])
             self.written = text
 
+    def end(self, answer: Answer) -> None:
+        """The answer; of one that was told in pieces, what is left of its text before."""
+        if self.streamed and (rest := answer.text.removeprefix(self.written)):
+            self.tell(rest)
+        self.tell(answer)
+
     @property
     def company(self) -> object:
         """Equal for those that can be answered together; what is sampled is sampled alone, by its own seed."""
@@ -82,21 +88,14 @@ class _Watch(StoppingCriteria):
 class Engine:
     """Answers jobs in the order they come, up to `batch_size` at a time. `close` ends its thread."""
 
-    def __init__(
-        self,
-        pipeline: StormPipeline,
-        batch_size: int,
-        observe: Callable[[Sequence[Answer]], None] = lambda _: None,
-    ) -> None:
-        self.batch_size, self.observe = batch_size, observe
-        self.default = pipeline.latent_mode
-        modes: tuple[LatentMode, ...] = ("off",)
+    def __init__(self, pipeline: StormPipeline, batch_size: int) -> None:
+        self.batch_size, self.default = batch_size, pipeline.latent_mode
+        self.modes: tuple[LatentMode, ...] = ("off",)
         if pipeline.collator.latent_budget:
-            modes = LATENT_MODES
-        frames = pipeline.collator.videos.num_frames
-        self.pipelines: dict[LatentMode, StormPipeline] = {
-            mode: StormPipeline(pipeline.model, pipeline.processor, frames, mode) for mode in modes
-        }
+            self.modes = LATENT_MODES
+        self.num_frames = frames = pipeline.collator.videos.num_frames
+        model, processor = pipeline.model, pipeline.processor
+        self.pipelines = {m: StormPipeline(model, processor, frames, m) for m in self.modes}
         self.model = threading.Lock()  #: held while the model works
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -104,10 +103,12 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job) -> Callable[[], object]:
+        """Returns how to take the job back."""
         with self._changed:
             self._waiting.append(job)
             self._changed.notify()
+        return job.abandon
 
     @property
     def is_alive(self) -> bool:
@@ -159,7 +160,5 @@ class Engine:
             first.tell(error)
             return
         for job, answer in zip(batch, answers, strict=True):
-            if job.streamed and (rest := answer.text.removeprefix(job.written)):
-                job.tell(rest)
-            job.tell(answer)
-        self.observe(answers)
+            share = {phase: spent / len(batch) for phase, spent in answer.seconds.items()}
+            job.end(replace(answer, seconds=share))

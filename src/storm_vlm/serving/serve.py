@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,9 @@ from storm_vlm.serving.config import LOOPBACK, ServeConfig
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from storm_vlm.serving.engine import Engine
+    from storm_vlm.serving.replicas import Replicas
+
 KEY = "STORM_API_KEY"  # environment variable; an option could be read by everyone on the machine
 CONNECTIONS = 1000
 
@@ -25,17 +29,17 @@ def serve(
     config: ServeConfig,
     say: Callable[[str], None],
     add: Callable[[FastAPI], str] | None = None,
+    replicas: int = 0,
 ) -> None:
     """Serve until SIGINT or SIGTERM; what is in hand then is answered first.
 
-    `add` may add to the server; it returns the path to name to people.
+    `add` may add to the server; it returns the path to name to people. `replicas`: on Ray Serve; 0: in this process.
 
     Raises:
         StormError: an address needs a key or is taken, or the checkpoint cannot be loaded.
     """
     import uvicorn
 
-    from storm_vlm.inference.pipeline import StormPipeline
     from storm_vlm.serving.app import create_app
 
     key = _key(config)
@@ -48,19 +52,30 @@ def serve(
         ) from error
     with listener:
         name = config.name or Path(checkpoint).expanduser().resolve().name
-        app = create_app(StormPipeline.from_pretrained(checkpoint), name, config, key)
-        path = add(app) if add else "/v1"
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        say(f"{name} answers at http://{shown}:{port}{path}")
-        settings = uvicorn.Config(
-            app,
-            log_level="warning",
-            server_header=False,
-            limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=config.drain_seconds,
-        )
-        uvicorn.Server(settings).run(sockets=[listener])
+        with closing(_engine(checkpoint, name, config, replicas)) as engine:
+            app = create_app(engine, name, config, key)
+            path = add(app) if add else "/v1"
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            say(f"{name} answers at http://{shown}:{port}{path}")
+            settings = uvicorn.Config(
+                app,
+                log_level="warning",
+                server_header=False,
+                limit_concurrency=CONNECTIONS,
+                timeout_graceful_shutdown=config.drain_seconds,
+            )
+            uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _engine(checkpoint: str, name: str, config: ServeConfig, replicas: int) -> Engine | Replicas:
+    from storm_vlm.inference.pipeline import StormPipeline
+    from storm_vlm.serving.engine import Engine
+    from storm_vlm.serving.replicas import Replicas
+
+    if replicas:
+        return Replicas(checkpoint, name, config.batch_size, replicas)
+    return Engine(StormPipeline.from_pretrained(checkpoint), config.batch_size)
 
 
 def hand_over(checkpoint: str, config: ServeConfig) -> None:

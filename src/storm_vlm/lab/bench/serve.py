@@ -77,10 +77,11 @@ def bench_serve(rounds: int, soak: float, results: Path | None = None) -> dict[s
 
 
 class Server:
-    """`storm serve` with the shipped model, in processes of its own."""
+    """`storm serve` with the shipped model, in processes of its own. `options` are more of the command's."""
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
         command = [sys.executable, "-m", "storm_vlm", "serve", "--port", "0", "--max-mib", "1"]
+        command += options
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         said = self.process.stdout.readline()
@@ -120,8 +121,8 @@ class Server:
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
-    server = Server()
+def serving(*options: str) -> Iterator[Server]:
+    server = Server(*options)
     try:
         yield server
     finally:
