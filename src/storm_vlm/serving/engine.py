@@ -89,7 +89,8 @@ class Engine:
     """Answers jobs in the order they come, up to `batch_size` at a time. `close` ends its thread."""
 
     def __init__(self, pipeline: StormPipeline, batch_size: int) -> None:
-        self.batch_size, self.default = batch_size, pipeline.latent_mode
+        self.batch_size = batch_size
+        self.default: LatentMode = pipeline.latent_mode
         self.modes: tuple[LatentMode, ...] = ("off",)
         if pipeline.collator.latent_budget:
             self.modes = LATENT_MODES

@@ -88,7 +88,7 @@ class Replicas:
         ends = signal.getsignal(signal.SIGTERM)  # which Ray would take for itself
         try:
             ray.init(log_to_driver=False, include_dashboard=False)
-        except (ConnectionError, ValueError, RuntimeError, AssertionError) as error:
+        except Exception as error:  # of many classes
             raise StormError(f"Ray does not start ({error}): see RAY_ADDRESS") from error
         signal.signal(signal.SIGTERM, ends)
         self.name = name
@@ -138,10 +138,12 @@ class Replicas:
                         said += event
                         job.write(said)
                     elif not isinstance(event, tuple):
-                        return job.tell(event or RuntimeError("see the replica's log"))
+                        job.tell(event or RuntimeError("see the replica's log"))
+                        return
                     elif event[0].text.startswith(job.written):
                         job.stopped = event[1]
-                        return job.end(event[0])
+                        job.end(event[0])
+                        return
                     else:
                         break  # half of another answer has been told
             except RayError as error:
@@ -155,7 +157,8 @@ class Replicas:
         from ray import serve
 
         app = serve.status().applications[self.name]
-        return any(part.replica_states.get("RUNNING") for part in app.deployments.values())
+        states = [state for part in app.deployments.values() for state in part.replica_states]
+        return "RUNNING" in states
 
     def close(self) -> None:
         import ray
