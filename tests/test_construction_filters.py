@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from storm_vlm.construction import filters
-from storm_vlm.construction.build import apply_filters
+from storm_vlm.construction.build import Sieve
 from storm_vlm.construction.config import BuildConfig, FilterConfig
 from storm_vlm.construction.steps import Draft
 from storm_vlm.data.frame_hash import distances
@@ -108,8 +108,10 @@ def test_rejects_keep_reason_score_and_threshold(reasoning_rows: list[Row]) -> N
         Draft(row=row.model_copy(update={"start": 0.1}), scores={"blank": 0.5}, fingerprint="ff"),
         Draft(row=row, rejected="plan_refused", detail="why"),
     ]
-    kept, rejects = apply_filters(drafts, DEFAULT)
-    assert [(r["reason"], r["score"], r["threshold"]) for r in rejects] == [
+    sieve = Sieve(DEFAULT)
+    judged = [sieve.judge(draft) for draft in drafts]
+    kept = [row for row, why in judged if why is None]
+    assert [(why["reason"], why["score"], why["threshold"]) for _, why in judged if why] == [
         ("frozen", 0.001, 0.06),
         ("duplicate", 0.0, 0.05),
         ("plan_refused", None, None),
@@ -117,7 +119,8 @@ def test_rejects_keep_reason_score_and_threshold(reasoning_rows: list[Row]) -> N
     assert isinstance(kept[0].thought_video, ThoughtVideo) and len(kept) == 2
     assert kept[0].thought_video.provenance["scores"] == {"blank": 0.5, "duplicate": 1.0}
     off = FilterConfig.model_validate(dict.fromkeys(FilterConfig.model_fields))
-    assert len(apply_filters(drafts, off)[0]) == 4
+    sieve = Sieve(off)
+    assert sum(sieve.judge(draft)[1] is None for draft in drafts) == 4
 
 
 def test_thresholds_do_not_decide_what_is_stored() -> None:

@@ -110,6 +110,8 @@ def _report(summary: dict[str, Any], out: Path) -> int:
     """Print totals; the exit code says if rows are unfinished."""
     hidden = ("config", "versions", "source", "commit")
     console.print_json(data={name: value for name, value in summary.items() if name not in hidden})
+    if own := summary.get("own_thought_videos"):
+        show(f"{own} of {summary['kept']} kept rows have the thought video that they came with")
     show(f"wrote {out}")
     if why := summary.get("stopped"):
         told = {

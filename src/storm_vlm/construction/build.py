@@ -13,7 +13,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +25,13 @@ from storm_vlm.construction.filters import LOW_IS_BAD, Duplicates
 from storm_vlm.construction.steps import STEP_FUNCTIONS, Draft, Resources
 from storm_vlm.construction.teacher import BudgetReached
 from storm_vlm.construction.types import Rejected
-from storm_vlm.data.atomic_write import write_json, write_text
+from storm_vlm.data.atomic_write import in_one_step, write_json
 from storm_vlm.data.check import check_text, fault_lines, row_faults, tell_faults
 from storm_vlm.data.output import check_outputs, exclusive
 from storm_vlm.data.prompt import PromptError
-from storm_vlm.data.row import Row, RowError, portable, scan_rows, write_rows
+from storm_vlm.data.row import Row, RowError, portable, row_line, scan_rows
 from storm_vlm.data.store import Store, key_of
-from storm_vlm.data.thread_pool import proceed, thread_pool
+from storm_vlm.data.thread_pool import completed, proceed, thread_pool
 from storm_vlm.data.video import VideoError
 from storm_vlm.errors import StormError
 from storm_vlm.inference.client import UnansweredError
@@ -182,7 +181,16 @@ def run(
         _check_outputs(out, source)
         faults = {**malformed, **row_faults(rows)}
         tell_faults(faults, len(rows) + len(malformed), source, config.max_errors)
-        return _run(source, out, config, shard, store, work, rows)
+        builder = Builder(config, store or out / "store")
+        began = builder.spent()
+        mine = rows if shard is None else list(filter(shard.holds, rows))
+        states = (work or in_threads)(builder, mine)
+        account = _account(states, began, builder.spent())
+        if shard is None:
+            return _collect(builder, source, out, rows, malformed, account)
+        summary = {"rows": len(mine), **account}
+        write_json(out / f"summary-{shard.number}of{shard.count}.json", summary)
+        return summary
 
 
 def _check_outputs(out: Path, source: str | Path) -> None:
@@ -191,71 +199,78 @@ def _check_outputs(out: Path, source: str | Path) -> None:
     )
 
 
-def _run(
-    source: str | Path,
-    out: Path,
-    config: BuildConfig,
-    shard: Shard | None,
-    store: str | Path | None,
-    work: Work | None,
-    rows: list[Row],
-) -> dict[str, Any]:
-    builder = Builder(config, store or out / "store")
-    began = builder.spent()
-    mine = [row for row in rows if shard is None or shard.holds(row)]
-    states = (work or in_threads)(builder, mine)
-    account = _account(states, began, builder.spent())
-    if shard is None:
-        return collect(source, out, config, store, account)
-    summary = {"rows": len(mine), **account}
-    write_json(out / f"summary-{shard.number}of{shard.count}.json", summary)
-    return summary
-
-
 def in_threads(builder: Builder, rows: list[Row]) -> Counter[str]:
     """`workers` rows at a time: one waits for the teacher while another is decoded or imagined."""
-    states: Counter[str] = Counter()
     with thread_pool(builder.config.workers) as pool:
-        futures = [pool.submit(builder.build, row) for row in rows]
-        for future in tqdm(as_completed(futures), "rows", len(rows), leave=False):
-            states[future.result()] += 1
-    return states
+        outcomes = completed(pool, builder.build, rows)
+        return Counter(state for _, state in tqdm(outcomes, "rows", len(rows), leave=False))
 
 
 def collect(
-    source: str | Path,
-    out: str | Path,
-    config: BuildConfig,
-    store: str | Path | None = None,
-    account: dict[str, Any] | None = None,
+    source: str | Path, out: str | Path, config: BuildConfig, store: str | Path | None = None
 ) -> dict[str, Any]:
     """Write what the store holds of `source`'s rows; returns the summary. Asks and generates nothing."""
-    out = Path(out).absolute()
+    out = Path(out)
     _check_outputs(out, source)
     builder = Builder(config, store or out / "store")
     rows, malformed = load_rows(source, config)
-    drafts = [(row.id, builder.finished(row)) for row in rows]
-    done = [draft for _, draft in drafts if draft is not None]
-    if account is None and rows and not done:
+    if rows and not any(builder.finished(row) for row in rows):
         raise StormError(
             f"{builder.store.folder} holds no finished row of {source}, as these settings would make them: run storm "
             "build with the same source, settings and store first"
         )
-    kept, rejects = apply_filters(done, config.filters)
-    write_rows(out / "rows.jsonl", kept)
-    told = [{**r, "row": portable(r["row"], out).model_dump()} for r in rejects]
-    told += [{"id": p, "reason": "malformed", "detail": why} for p, why in malformed.items()]
-    lines = (json.dumps(reject, ensure_ascii=False) + "\n" for reject in told)
-    write_text(out / "rejects.jsonl", "".join(lines))
+    return _collect(builder, source, out, rows, malformed, {})
+
+
+def _collect(
+    builder: Builder,
+    source: str | Path,
+    out: Path,
+    rows: list[Row],
+    malformed: dict[str, str],
+    account: dict[str, Any],
+) -> dict[str, Any]:
+    """Row by row: what rows have become takes many times the memory of the rows."""
+    out, sieve = out.absolute(), Sieve(builder.config.filters)
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    first_unfinished = None
+    with (
+        in_one_step(out / "rows.jsonl") as kept_path,
+        in_one_step(out / "rejects.jsonl") as rejects_path,
+        kept_path.open("w", encoding="utf-8") as kept,
+        rejects_path.open("w", encoding="utf-8") as rejects,
+    ):
+
+        def reject(**why: Any) -> None:
+            reasons[why["reason"]] += 1
+            rejects.write(json.dumps(why, ensure_ascii=False) + "\n")
+
+        for row in tqdm(rows, "rows collected", leave=False):
+            if (draft := builder.finished(row)) is None:
+                counts["unfinished"] += 1
+                first_unfinished = first_unfinished or row.id
+                continue
+            counts["asked_again"] += not draft.final
+            made, why = sieve.judge(draft)
+            if why is None:
+                kept.write(row_line(made, out))
+                counts["kept"] += 1
+                counts["own"] += builder.resources.keeps_thought_video(row)
+            else:
+                reject(**why, row=portable(made, out).model_dump())
+        for place, fault in malformed.items():
+            reject(id=place, reason="malformed", detail=fault)
     summary = {
-        "rows": len(drafts) + len(malformed),
-        "kept": len(kept),
-        "rejected": dict(Counter(str(reject["reason"]) for reject in told)),
-        "unfinished": len(drafts) - len(done),
-        "asked_again": sum(not draft.final for draft in done),
-        "first_unfinished": next((id for id, draft in drafts if draft is None), None),
-        **(account or {}),
-        "config": config.model_dump(mode="json"),
+        "rows": len(rows) + len(malformed),
+        "kept": counts["kept"],
+        "own_thought_videos": counts["own"],
+        "rejected": dict(reasons),
+        "unfinished": counts["unfinished"],
+        "asked_again": counts["asked_again"],
+        "first_unfinished": first_unfinished,
+        **account,
+        "config": builder.config.model_dump(mode="json"),
         "source": builder.store.content(source),
         "versions": versions(),
         "commit": commit(),
@@ -264,36 +279,31 @@ def collect(
     return summary
 
 
-def apply_filters(
-    drafts: list[Draft], thresholds: FilterConfig
-) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Kept rows, with scores in their provenance, and rejects, both in the drafts' order.
+class Sieve:
+    """The thresholds, draft by draft. Of near-duplicates the first is kept."""
 
-    Of near-duplicates the first is kept.
-    """
-    kept: list[Row] = []
-    rejects: list[dict[str, Any]] = []
-    earlier = Duplicates(thresholds.duplicate or 0.0)
-    limits = thresholds.model_dump()
-    for draft in drafts:
+    def __init__(self, thresholds: FilterConfig) -> None:
+        self._limits = thresholds.model_dump()
+        self._earlier = Duplicates(thresholds.duplicate or 0.0)
+
+    def judge(self, draft: Draft) -> tuple[Row, dict[str, Any] | None]:
+        """The row, with scores in its provenance, and why it is rejected, if it is."""
         scores, clip = dict(draft.scores), (draft.row.video, draft.row.start, draft.row.end)
-        if draft.fingerprint and thresholds.duplicate is not None:
-            scores["duplicate"] = round(earlier.nearest(draft.fingerprint, clip), 6)
+        printed = bool(draft.fingerprint) and self._limits["duplicate"] is not None
+        if printed:
+            scores["duplicate"] = round(self._earlier.nearest(draft.fingerprint, clip), 6)
         reason, score = draft.rejected, None
         for name, value in scores.items() if reason is None else ():
-            limit = limits[name]
+            limit = self._limits[name]
             if limit is not None and (value < limit if name in LOW_IS_BAD else value > limit):
                 reason, score = name, value
                 break
         if reason is not None:
             told = {"id": draft.row.id, "reason": reason, "score": score, "detail": draft.detail}
-            told |= {"threshold": limits.get(reason), "scores": scores}
-            rejects.append({**told, "row": draft.row})
-            continue
-        if draft.fingerprint and thresholds.duplicate is not None:
-            earlier.add(draft.fingerprint, clip)
-        kept.append(_with_scores(draft.row, scores))
-    return kept, rejects
+            return draft.row, {**told, "threshold": self._limits.get(reason), "scores": scores}
+        if printed:
+            self._earlier.add(draft.fingerprint, clip)
+        return _with_scores(draft.row, scores), None
 
 
 def _with_scores(row: Row, scores: dict[str, float]) -> Row:

@@ -20,7 +20,7 @@ from storm_vlm.data.prompt import (
     question_text,
 )
 from storm_vlm.data.row import Row, RowError, scan_rows
-from storm_vlm.data.thread_pool import thread_pool
+from storm_vlm.data.thread_pool import completed, thread_pool
 from storm_vlm.data.video import VideoError, video_shape
 
 NAMED = 10  # faults that a message lists
@@ -75,8 +75,10 @@ def row_faults(
         return ""
 
     with thread_pool(workers) as pool:
-        reasons = list(tqdm(pool.map(fault, rows), "rows checked", len(rows), leave=False))
-    return {row.id: reason for row, reason in zip(rows, reasons, strict=True) if reason}
+        outcomes = completed(pool, fault, rows)
+        shown = tqdm(outcomes, "rows checked", len(rows), leave=False)
+        reasons = {row.id: reason for row, reason in shown if reason}
+    return {row.id: reasons[row.id] for row in rows if row.id in reasons}
 
 
 def fault_lines(faults: Mapping[str, str], source: str | Path) -> str:

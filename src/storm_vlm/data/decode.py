@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from typing import Self
@@ -89,6 +89,10 @@ class VideoSource:
         self.stream.codec_context.thread_count = 1
         self.tick = self.stream.time_base or Fraction(1, av.time_base)
         self.origin = Fraction(self.container.start_time or 0, av.time_base)
+        # tick and origin over one denominator: fractions of every packet would take as long as decoding small frames
+        self._step = self.tick.numerator * self.origin.denominator
+        self._start = self.origin.numerator * self.tick.denominator
+        self._second = self.tick.denominator * self.origin.denominator
         self.stores_decoding_times = self.container.format.name in ("avi", "asf")
         # Only in these may the clock jump, where recordings were joined.
         self.is_joinable = self.container.format.name in ("mpegts", "mpeg")
@@ -197,7 +201,7 @@ class VideoSource:
                 continue
             duration = float((packet.duration or 0) * self.tick or usual)
             shown_until = max(shown_until, time + duration)
-            if decoded is not None and decoded * self.tick - self.origin > high:
+            if (self._seconds(decoded) or 0) > high:
                 shown_until = float("inf")
                 break
         if not reordered:
@@ -213,7 +217,7 @@ class VideoSource:
         return seconds < 0 or (self.is_joinable and seconds > 10)
 
     def _decode(
-        self, start: float | None, wanted: Container[float]
+        self, start: float | None, wanted: set[float]
     ) -> Iterator[tuple[float, av.VideoFrame]]:
         """Frames and their times: at least those that start at the wanted times."""
         latest = float("-inf")
@@ -236,7 +240,7 @@ class VideoSource:
         return self._seconds(item.dts if self.stores_decoding_times else item.pts)
 
     def _seconds(self, ticks: int | None) -> float | None:
-        return None if ticks is None else float(ticks * self.tick - self.origin)
+        return None if ticks is None else (ticks * self._step - self._start) / self._second
 
     def promised_end(self) -> float:
         """Where the header says the pictures end, in seconds; 0 if it does not say."""
@@ -276,7 +280,7 @@ class PlayedSource(VideoSource):
         return self._clock, self._clock[-1] + usual if times else 0.0
 
     def _decode(
-        self, start: float | None, wanted: Container[float]
+        self, start: float | None, wanted: set[float]
     ) -> Iterator[tuple[float, av.VideoFrame]]:
         return zip(self._clock, self._frames(), strict=False)
 

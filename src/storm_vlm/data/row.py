@@ -211,10 +211,16 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     Absolute paths beneath the file's folder become relative to it; others are kept as they are.
     """
     path = Path(path).absolute()
-    dumped = (portable(row, path.parent).model_dump() for row in rows)
-    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in dumped)
+    lines = (row_line(row, path.parent) for row in rows)
     with in_one_step(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.writelines(lines)  # one at a time: a data set need not fit into memory
+
+
+def row_line(row: Row, folder: Path) -> str:
+    """The line of a row in a file in ``folder`` (absolute)."""
+    return (
+        json.dumps(portable(row, folder).model_dump(), ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def portable(row: Row, folder: Path) -> Row:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
+from queue import SimpleQueue
+from typing import TypeVar
 
+T, R = TypeVar("T"), TypeVar("R")
+WAITING = 1024  # items that a pool is given at a time: more than it has threads, and far fewer than a data set's
 GRACE = 3.0  # seconds that work in hand has to end, of the 5 that Ctrl-C may take
 _thread = threading.local()
 
@@ -33,6 +38,24 @@ def thread_pool(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
         waiting.join(GRACE)
         raise
     pool.shutdown()
+
+
+def completed(
+    pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]
+) -> Iterator[tuple[T, R]]:
+    """Items and what `work` made of them, as they come, `WAITING` in hand at a time. Raises what `work` raises."""
+    done: SimpleQueue[Future[R]] = SimpleQueue()
+    waiting: dict[Future[R], T] = {}
+    items = iter(items)
+    while True:
+        for item in islice(items, WAITING - len(waiting)):
+            future = pool.submit(work, item)
+            waiting[future] = item
+            future.add_done_callback(done.put)
+        if not waiting:
+            return
+        future = done.get()
+        yield waiting.pop(future), future.result()
 
 
 def proceed() -> None:

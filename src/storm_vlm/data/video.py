@@ -212,9 +212,9 @@ def _sample(
         matrix, convert = first.side_data.get("DISPLAYMATRIX"), VideoReformatter().reformat
         shape = _upright(np.empty((height, width, 3), np.uint8), matrix).shape
         pixels = np.empty((len(times), *shape), np.uint8)
-        for place, frame in zip(pixels, chain([first], frames), strict=True):
+        for index, frame in enumerate(chain([first], frames)):
             # No name holds the converted frame, so that the next one takes its memory.
-            place[:] = _upright(
+            pixels[index] = _upright(
                 convert(frame, width, height, "rgb24", threads=1).to_ndarray(), matrix
             )
     return Clip(pixels, np.array(times), source.path)
