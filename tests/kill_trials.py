@@ -68,7 +68,8 @@ def bench_build(
         "commit": commit(),
     }
     if results is not None:
-        write_json(results, found)
+        others = json.loads(results.read_text()) if results.exists() else {}
+        write_json(results, {**others, **found})
     return found
 
 

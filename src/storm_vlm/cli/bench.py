@@ -112,17 +112,24 @@ def questions(
 @app.command
 def scale(
     *,
-    sizes: Annotated[list[PositiveInt] | None, Parameter("--rows", negative="")] = None,
+    sizes: Annotated[list[PositiveInt], Parameter("--rows", negative="")] = [
+        10_000,
+        30_000,
+        100_000,
+    ],  # noqa: B006
+    built: Annotated[list[PositiveInt], Parameter("--built-rows", negative="")] = [1_000, 10_000],  # noqa: B006
     results: Results = None,
 ) -> None:
-    """Time and memory of a run's start by the number of its rows, which share a few tiny clips.
+    """CPU time and memory by the number of rows: a run's start, an import, leaks, the filter, a build.
 
     Args:
-        sizes: Numbers of rows; repeat for each. Default: 10000, 30000 and 100000.
+        sizes: Numbers of rows; repeat for each.
+        built: Those of a build, whose rows take longer.
+        results: JSON file for the record; what else it holds stays.
     """
     from storm_vlm.lab.bench.scale import bench_scale
 
-    show_json(bench_scale(sorted(sizes or [10_000, 30_000, 100_000]), results))
+    show_json(bench_scale(sizes, built, results))
 
 
 @app.command

@@ -1,16 +1,17 @@
-"""What more rows cost before the first step: time and memory of a run's start, and of the duplicate filter.
+"""What more rows cost: CPU time and memory of a run's start, an import, a search for leaks, the filter, and a build.
 
-Many rows share a few tiny clips, so that what is measured is the bookkeeping, not the decoding. Every size is
-measured in a process of its own, and less what the fixed part (imports, weights, the clips themselves) takes.
+Many rows share a few tiny clips, so that what is measured is the bookkeeping; a build decodes for every row, as it
+always does. Every size is measured in a process of its own, and less what the fixed part (imports, weights, the clips
+themselves) takes.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
-import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,63 +20,101 @@ from typing import Any
 
 import numpy as np
 
+from storm_vlm.construction.build import run
+from storm_vlm.construction.config import BuildConfig
 from storm_vlm.construction.filters import PRINTED, Duplicates
 from storm_vlm.data.atomic_write import write_json
-from storm_vlm.data.row import read_rows, write_rows
+from storm_vlm.data.row import Row, read_rows, write_rows
+from storm_vlm.datasets.leaks import find_leaks
+from storm_vlm.datasets.transfer import export_rows, import_rows
+from storm_vlm.lab.bench.peak import peak_mib
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world
-from storm_vlm.training.arguments import training_arguments
-from storm_vlm.training.config import TrainConfig
-from storm_vlm.training.train import build_trainer, load_model
 from storm_vlm.versions import commit, versions
 
 CLIPS = 16
+SHARED, BARE, FOREIGN, OTHER = "rows.jsonl", "bare.jsonl", "foreign.jsonl", "validation.jsonl"
 
 
 @dataclass(frozen=True)
 class ScaleCost:
-    """Of one number of rows: seconds, and MiB that the process took at most."""
+    """Of one number of rows: CPU seconds of all threads, and MiB that the process took at most."""
 
     rows: int
-    start_seconds: float
-    filter_seconds: float
+    cpu_seconds: float
     peak_mib: float
 
 
-def bench_scale(sizes: Sequence[int], results: Path | None = None) -> dict[str, Any]:
-    """A start and a filter at each size, and the exponents with which their costs grow (1: linear)."""
+def bench_scale(
+    sizes: Sequence[int], build_sizes: Sequence[int], results: Path | None = None
+) -> dict[str, Any]:
+    """`ScaleCost` of each verb at each size, and the exponents with which they grow (1: linear).
+
+    `results` is a record that may hold other figures: they stay, and these become its "scale".
+    """
+    found = {}
     with TemporaryDirectory() as name:
         folder = Path(name)
         scenes = read_rows(build_world(folder, "reasoning", "train", CLIPS))
-        costs = []
-        # The first fills the caches, the second is the fixed part.
-        for count in (CLIPS, CLIPS, *sizes):
-            rows = (scenes[i % CLIPS].model_copy(update={"id": f"row {i}"}) for i in range(count))
-            write_rows(folder / "rows.jsonl", rows)
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                costs.append(pool.submit(_measure, folder, count).result())
-    fixed, measured = costs[1], costs[2:]
-    exponents = {}
-    for field in ("start_seconds", "filter_seconds", "peak_mib"):
-        grown = [max(getattr(cost, field) - getattr(fixed, field), 1e-3) for cost in measured]
-        exponents[field] = math.log(grown[-1] / grown[0]) / math.log(sizes[-1] / sizes[0])
-    report = {
-        "commit": commit(),
-        "versions": versions(),
-        "fixed": asdict(fixed),
-        "sizes": [asdict(cost) for cost in measured],
-        "exponents": exponents,
-    }
+        write_rows(folder / OTHER, read_rows(build_world(folder, "reasoning", "validation", CLIPS)))
+        for verb in VERBS:
+            counts = sorted(build_sizes if verb == "build" else sizes)
+            costs = []
+            # The first fills the caches, the second is the fixed part.
+            for count in (CLIPS, CLIPS, *counts):
+                _prepare(folder, scenes, count)
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    costs.append(pool.submit(_measure, verb, folder, count).result())
+            fixed, *measured = costs[1:]
+            found[verb] = {
+                "fixed": asdict(fixed),
+                "sizes": [asdict(cost) for cost in measured],
+                "exponents": _exponents(fixed, measured[0], measured[-1]),
+            }
+    report = {"commit": commit(), "versions": versions(), **found}
     if results is not None:
-        write_json(results, report)
+        others = json.loads(results.read_text()) if results.exists() else {}
+        write_json(results, {**others, "scale": report})
     return report
 
 
-def _measure(folder: Path, count: int) -> ScaleCost:
-    began = time.perf_counter()
+def _exponents(fixed: ScaleCost, least: ScaleCost, most: ScaleCost) -> dict[str, float]:
+    if least.rows == most.rows:
+        return {}
+    grown = {
+        field: [max(getattr(c, field) - getattr(fixed, field), 1e-3) for c in (least, most)]
+        for field in ("cpu_seconds", "peak_mib")
+    }
+    times = math.log(most.rows / least.rows)
+    return {field: math.log(end / begin) / times for field, (begin, end) in grown.items()}
+
+
+def _prepare(folder: Path, scenes: list[Row], count: int) -> None:
+    def rows(**fields: Any) -> Iterator[Row]:
+        for number in range(count):
+            scene = scenes[number % CLIPS]
+            asked = f"Clip {number}: {scene.question}"
+            changes = {"id": f"row {number}", "question": asked, **fields}
+            yield scene.model_copy(update=changes)
+
+    write_rows(folder / SHARED, rows())
+    write_rows(folder / BARE, rows(keyframes=(), plan=None, thought_video=None))
+    export_rows("ms-swift", folder / SHARED, folder / FOREIGN)
+
+
+def _measure(verb: str, folder: Path, count: int) -> ScaleCost:
+    began = time.process_time()
+    VERBS[verb](folder, count)
+    return ScaleCost(count, time.process_time() - began, peak_mib())
+
+
+def _start(folder: Path, _: int) -> None:
+    from storm_vlm.training.config import TrainConfig
+    from storm_vlm.training.train import build_trainer, load_model, training_arguments
+
     fields = {
         "model": str(shipped("backbone")),
-        "data": str(folder / "rows.jsonl"),
+        "data": str(folder / SHARED),
         "output_dir": str(folder / "run"),
         "num_frames": 4,
         "vision_cache": str(folder / "features"),
@@ -86,12 +125,34 @@ def _measure(folder: Path, count: int) -> ScaleCost:
         config, training_arguments(config), *load_model(config), read_rows(config.data), []
     )
     next(iter(trainer.get_train_dataloader()))
-    started = time.perf_counter()
+
+
+def _import(folder: Path, _: int) -> None:
+    import_rows("ms-swift", folder / FOREIGN, folder / "imported.jsonl", folder)
+
+
+def _leaks(folder: Path, _: int) -> None:
+    find_leaks(read_rows(folder / SHARED), read_rows(folder / OTHER), folder / "hashes")
+
+
+def _filter(_: Path, count: int) -> None:
     random, earlier = np.random.default_rng(0), Duplicates(0.05)
     for clip in range(count):
         fingerprint = random.bytes(PRINTED * 64).hex()
         earlier.nearest(fingerprint, clip)
         earlier.add(fingerprint, clip)
-    ended = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return ScaleCost(count, started - began, ended - started, peak)
+
+
+def _build(folder: Path, _: int) -> None:
+    config = BuildConfig.model_validate({"generator": "keyframes", "workers": 4})
+    with TemporaryDirectory(dir=folder) as out:
+        run(folder / BARE, out, config)
+
+
+VERBS: dict[str, Callable[[Path, int], None]] = {
+    "start": _start,
+    "import": _import,
+    "leaks": _leaks,
+    "filter": _filter,
+    "build": _build,
+}
