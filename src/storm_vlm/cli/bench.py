@@ -112,24 +112,20 @@ def questions(
 @app.command
 def scale(
     *,
-    sizes: Annotated[list[PositiveInt], Parameter("--rows", negative="")] = [
-        10_000,
-        30_000,
-        100_000,
-    ],  # noqa: B006
-    built: Annotated[list[PositiveInt], Parameter("--built-rows", negative="")] = [1_000, 10_000],  # noqa: B006
+    sizes: Annotated[list[PositiveInt] | None, Parameter("--rows", negative="")] = None,
+    built: Annotated[list[PositiveInt] | None, Parameter("--built-rows", negative="")] = None,
     results: Results = None,
 ) -> None:
     """CPU time and memory by the number of rows: a run's start, an import, leaks, the filter, a build.
 
     Args:
-        sizes: Numbers of rows; repeat for each.
-        built: Those of a build, whose rows take longer.
+        sizes: Numbers of rows; repeat for each. Default: 10000, 30000 and 100000.
+        built: Those of a build, whose rows take longer. Default: 1000 and 10000.
         results: JSON file for the record; what else it holds stays.
     """
     from storm_vlm.lab.bench.scale import bench_scale
 
-    show_json(bench_scale(sizes, built, results))
+    show_json(bench_scale(sizes or [10_000, 30_000, 100_000], built or [1_000, 10_000], results))
 
 
 @app.command

@@ -52,29 +52,31 @@ def bench_scale(
 
     `results` is a record that may hold other figures: they stay, and these become its "scale".
     """
-    found = {}
+    costs: dict[str, list[ScaleCost]] = {verb: [] for verb in VERBS}
     with TemporaryDirectory() as name:
         folder = Path(name)
         scenes = read_rows(build_world(folder, "reasoning", "train", CLIPS))
-        write_rows(folder / OTHER, read_rows(build_world(folder, "reasoning", "validation", CLIPS)))
-        for verb in VERBS:
-            counts = sorted(build_sizes if verb == "build" else sizes)
-            costs = []
-            # The first fills the caches, the second is the fixed part.
-            for count in (CLIPS, CLIPS, *counts):
-                _prepare(folder, scenes, count)
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    costs.append(pool.submit(_measure, verb, folder, count).result())
-            fixed, *measured = costs[1:]
-            found[verb] = {
-                "fixed": asdict(fixed),
-                "sizes": [asdict(cost) for cost in measured],
-                "exponents": _exponents(fixed, measured[0], measured[-1]),
-            }
+        others = read_rows(build_world(folder, "reasoning", "validation", CLIPS))
+        write_rows(folder / OTHER, others)
+        # The first fills the caches, the second is the fixed part.
+        for count in (CLIPS, CLIPS, *sorted({*sizes, *build_sizes})):
+            _prepare(folder, scenes, count)
+            for verb in VERBS:
+                if count in (CLIPS, *(build_sizes if verb == "build" else sizes)):
+                    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                        costs[verb].append(pool.submit(_measure, verb, folder, count).result())
+    found = {
+        verb: {
+            "fixed": asdict(fixed),
+            "sizes": [asdict(cost) for cost in measured],
+            "exponents": _exponents(fixed, measured[0], measured[-1]),
+        }
+        for verb, (_, fixed, *measured) in costs.items()
+    }
     report = {"commit": commit(), "versions": versions(), **found}
     if results is not None:
-        others = json.loads(results.read_text()) if results.exists() else {}
-        write_json(results, {**others, "scale": report})
+        rest = json.loads(results.read_text()) if results.exists() else {}
+        write_json(results, {**rest, "scale": report})
     return report
 
 
