@@ -130,6 +130,7 @@ def test_what_a_row_has_is_kept_and_not_paid_for(
     finished = tmp_path / "out" / "rows.jsonl"
     again = run(finished, tmp_path / "again", config(teacher=told(teacher)))
     assert again["thought_videos_made"] == 0 and not teacher.calls
+    assert again["own_thought_videos"] == again["kept"] == len(kept)
     paths = [row.thought_video.path for row in kept if row.thought_video]
     for row in read_rows(tmp_path / "again" / "rows.jsonl"):
         assert row.thought_video and row.thought_video.path in paths

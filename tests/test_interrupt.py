@@ -16,7 +16,7 @@ from scripted_endpoint import serving
 
 from storm_vlm.data.atomic_write import discard_half_files, in_one_step
 from storm_vlm.data.row import read_rows, write_rows
-from storm_vlm.data.thread_pool import GRACE, Stopped, proceed, thread_pool
+from storm_vlm.data.thread_pool import GRACE, WAITING, Stopped, completed, proceed, thread_pool
 from storm_vlm.lab.worker_pool import worker_pool
 
 SECONDS = 5.0
@@ -175,3 +175,15 @@ def test_workers_leave_no_half_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert time.monotonic() - began < SECONDS
     assert not list(tmp_path.iterdir())
+
+
+def test_few_items_wait_for_a_pool() -> None:
+    items, squares = iter(range(5000)), {}
+    with thread_pool(4) as pool:
+        for item, square in completed(pool, lambda i: i * i, items):
+            squares[item] = square
+            if len(squares) == 1:
+                assert next(items) == WAITING  # and is not worked on
+    assert squares == {i: i * i for i in range(5000) if i != WAITING}
+    with pytest.raises(ZeroDivisionError), thread_pool(2) as pool:
+        list(completed(pool, lambda i: 1 // i, [1, 0]))

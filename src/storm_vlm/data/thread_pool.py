@@ -10,7 +10,8 @@ from itertools import islice
 from queue import SimpleQueue
 from typing import TypeVar
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 WAITING = 1024  # items that a pool is given at a time: more than it has threads, and far fewer than a data set's
 GRACE = 3.0  # seconds that work in hand has to end, of the 5 that Ctrl-C may take
 _thread = threading.local()
