@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from real_step import measure
 from tiny_backbones import TINY, save_tiny
 from torch import Tensor
 
@@ -26,23 +27,27 @@ from storm_vlm.analysis.states import Batches, extract
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.prompt import build_messages, render_prompt
 from storm_vlm.data.row import Row, write_rows
-from storm_vlm.data.video import read_video, video_metadata
+from storm_vlm.data.video import read_video, video_metadata, video_shape
 from storm_vlm.errors import StormError
 from storm_vlm.evaluation.question_set import evaluate
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reasoners.latent import Latent
+from storm_vlm.model.attention import SDPA_IN_PARTS
 from storm_vlm.model.backbones import BACKBONES, Backbone, backbone
 from storm_vlm.model.checkpoint import load_processor
 from storm_vlm.model.interventions import answers_when_fed
-from storm_vlm.model.latent import pool_targets
+from storm_vlm.model.latent import answer_loss, pool_targets
 from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.positions import TrainedPositions
 from storm_vlm.model.rollout import RolloutOutput, rollout
 from storm_vlm.model.tokens import add_latent_tokens
 from storm_vlm.training.config import Method, TrainConfig
 from storm_vlm.training.feature_cache import CachedVideoInputs, Excerpt, clip_features
+from storm_vlm.training.plan_request import PlanRequest
+from storm_vlm.training.planning import plan_config
 from storm_vlm.training.targets import alignment_targets
 from storm_vlm.training.train import add_adapters, train
+from storm_vlm.training.trainer import boundary_loss
 
 DOCS = Path(__file__).parents[1] / "docs/backbones.md"
 K, FRAMES = 2, 4
@@ -347,6 +352,41 @@ def test_states_for_validate(subject: Subject) -> None:
     with torch.no_grad():
         expected = rollout(subject.model, inputs, K).states
     torch.testing.assert_close(states.latents, expected, **CLOSE)
+
+
+def test_a_step_does_and_keeps_what_the_plan_says(subject: Subject) -> None:
+    """`storm plan`: FLOPs, weights and what autograd keeps, to 1%."""
+    net, row = subject.model.train(), subject.rows[0]
+    net.set_attn_implementation({"text_config": SDPA_IN_PARTS})
+    base = backbone(net)
+    base.vision_tower.requires_grad_(False)
+    for kind, budget in (("SFT", 0), ("Stage II", K)):
+        batch = subject.batch(budget, [row])
+        ids = batch["input_ids"]
+        visual = int((ids == base.video_token_id).sum())
+        _, height, width = video_shape(row.video)
+        request = PlanRequest(
+            num_frames=FRAMES,
+            height=height,
+            width=width,
+            question_tokens=ids.shape[1] - visual - bool(budget),
+            answer_tokens=batch["labels"].shape[1],
+            latent_budget=budget,
+            dtype="fp32",
+        )
+        costs = plan_config(net.config, subject.processor.video_processor, request)
+        step = costs.steps[kind]
+        flops, kept = measure(net, lambda batch=batch, budget=budget: step_loss(net, batch, budget))
+        assert costs.visual_tokens == visual
+        assert step.weights == sum(parameter.nbytes for parameter in net.parameters())
+        assert step.flops == pytest.approx(flops, rel=0.01)
+        assert step.activations + step.logits + step.kv_cache == pytest.approx(kept, rel=0.01)
+
+
+def step_loss(net: Any, batch: dict[str, Tensor], budget: int) -> Tensor:
+    output = rollout(net, batch, budget)
+    loss = answer_loss(output.logits, batch["labels"])
+    return loss + boundary_loss(net, output) if budget else loss
 
 
 def test_stage1_and_stage2_with_lora(subject: Subject, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import pytest
@@ -366,9 +367,12 @@ def test_a_plain_forward_refuses_ids_of_latent_slots() -> None:
     written = model.generate(**row, max_new_tokens=NEW)
     assert int((written == TOKENS.pad).sum()) == BUDGET
     text = {"mm_token_type_ids": torch.zeros_like(written)}
-    for call in (lambda: model(written, **text), lambda: model(input_ids=written, **text)):
+    calls: tuple[Any, ...] = (model, model.base_model)  # TRL's trainers call the latter
+    for call in [partial(call, **text) for call in calls]:
         with pytest.raises(ValueError, match=r"latent_pad.*rollout"):
-            call()
+            call(input_ids=written)
+        with pytest.raises(ValueError, match=r"latent_pad.*rollout"):
+            call(written)
     embeds = model.get_input_embeddings()(written)
     assert model(inputs_embeds=embeds).logits.shape[1] == written.shape[1]
     model.config.latent_pause = True  # slots hold the pad's own embedding

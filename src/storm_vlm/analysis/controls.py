@@ -186,7 +186,7 @@ def controls(
 def flops_ratio(file: Path, model: str) -> float:
     """FLOPs of a stage's step by those of SFT on the same rows, on `model`; encoding targets is counted each time.
 
-    Raises InputError for a backbone that `storm plan` does not know.
+    Raises LatentError for a backbone without an adapter.
     """
     config = load_config(file)
     _, height, width = video_shape(read_rows(config.data)[0].video)

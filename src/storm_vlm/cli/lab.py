@@ -44,7 +44,7 @@ def pretrain(
     *,
     data: Path = Path("runs/perception"),
     clips: PositiveInt = 4000,
-    steps: PositiveInt = 800,
+    steps: PositiveInt = 1100,
     seed: NonNegativeInt = 0,
     model_type: Literal["qwen2_5_vl", "qwen3_vl"] = "qwen2_5_vl",
 ) -> None:

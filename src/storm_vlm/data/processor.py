@@ -95,10 +95,10 @@ def least_frames(video: Any) -> int:
     return getattr(video, "temporal_patch_size", None) or 1
 
 
-def video_grid(
+def blank_clip(
     video: Any, num_frames: int, height: int, width: int, size: dict[str, int] | None = None
-) -> tuple[int, int, int]:
-    """Patches of a clip (time, height, width), by the processor, run on a clip without storage.
+) -> dict[str, torch.Tensor]:
+    """A video processor's tensors of a clip without storage (torch's ``meta``), numbers of patches among them.
 
     A processor that looks at pixels, to drop tokens that tell nothing new, is run on a black clip.
     """
@@ -119,5 +119,13 @@ def video_grid(
             outputs = processed("cpu")
     except ValueError as error:
         raise InputError(f"frames of {width} x {height} cannot be resized: {error}") from error
-    frames, height, width = outputs["video_grid_thw"][0].tolist()
+    return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def video_grid(
+    video: Any, num_frames: int, height: int, width: int, size: dict[str, int] | None = None
+) -> tuple[int, int, int]:
+    """Patches of a clip (time, height, width), of which `blank_clip` tells."""
+    grid = blank_clip(video, num_frames, height, width, size)["video_grid_thw"][0]
+    frames, height, width = grid.tolist()
     return frames, height, width

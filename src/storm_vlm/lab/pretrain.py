@@ -49,8 +49,9 @@ class Phase:
 
 # Each phase has a warm-up and a cosine decay of its own.
 PHASES = (
-    Phase(("board", "track"), 3, 0.4),
-    Phase(("cells", "track"), 4, 0.6),
+    Phase(("board", "track"), 3, 0.29),
+    Phase(("cells", "track"), 4, 0.44),
+    Phase(("cells", "track"), 4, 0.27),
 )
 TEST_CLIPS = 400
 HYPERPARAMETERS = {

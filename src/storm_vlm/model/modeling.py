@@ -169,10 +169,25 @@ def _enable(model: Any, method: type) -> Any:
     return model
 
 
+class SlotGuard:
+    """Mixed into a model's core, through which every forward goes, a trainer's own around its output layer, too.
+
+    It knows only the pad's embedding where ``generate`` had fed a state; whoever computed with it would get other
+    probabilities than the sequence was sampled with. So ids of latent slots are refused.
+    """
+
+    def forward(self: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("inputs_embeds") is None:
+            _refuse_slots(self.config, input_ids)
+        return super().forward(input_ids, *args, **kwargs)  # type: ignore[misc]
+
+
 def _extend_core(model: Any) -> None:
+    core, mixins = model.base_model, ()
     if model.config.model_type in BACKBONES:
-        adapter = backbone(model)
-        adapter.core.__class__ = _extended(type(adapter.core), *adapter.core_mixins)
+        core, mixins = backbone(model).core, backbone(model).core_mixins
+    if not isinstance(core, SlotGuard):
+        core.__class__ = _extended(type(core), SlotGuard, *mixins)
 
 
 def _restore_options(model: Any) -> None:
@@ -231,9 +246,6 @@ def _open(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     DDP, FSDP and PEFT make a model ready, and collect its gradients, around one call of its ``forward``. A rollout
     is several passes, and must lie within one such call. `inspect.signature`, by which ``generate`` learns what
     a model can do, still sees the stock one.
-
-    The stock one knows only the pad's embedding where ``generate`` had fed a state; whoever computed with it would
-    get other probabilities than the sequence was sampled with. So ids of latent slots are refused.
     """
 
     @functools.wraps(stock_forward)
@@ -242,7 +254,6 @@ def _open(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if compute is not None:
             return compute(self)
-        _refuse_slots(self.config, kw.get("input_ids", args[0] if args else None))
         return stock_forward(self, *args, **kw)
 
     return forward
