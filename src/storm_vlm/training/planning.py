@@ -102,7 +102,8 @@ def plan_config(config: Any, video_processor: Any, request: PlanRequest) -> Plan
         for kind in ("Stage I", "Stage II"):
             steps[kind] = counts.step(kind, length)
     grid = clip["video_grid_thw"][0].tolist() if "video_grid_thw" in clip else run.grid
-    return Plan(tuple(grid), len(run.features), counts.parameters, steps)
+    frames, height, width = grid
+    return Plan((frames, height, width), len(run.features), counts.parameters, steps)
 
 
 class _Memory:
