@@ -68,13 +68,14 @@ class _LatentRun:
     record: bool
     pause: bool = False  # slots hold the pad's own embedding
     bottleneck: int | None = None  # the token that is not attended to once the segment is closed
+    prompt_length: float = float("inf")
+    is_over: bool = False  # no row can have an open segment any more
     hidden: Tensor | None = None  # (B, 1, D) at the last position; None until the prompt is read
-    is_open: Tensor = field(init=False)  # (B,): is the segment open before the current forward?
-    used: Tensor = field(init=False)  # (B,): how many slots it has
-    states: Tensor | None = None  # (B, K + 1, D); the last column takes what belongs to no slot
-    wants_end: Tensor | None = None  # (B,): at the last open position, would it have ended itself?
+    states: list[Tensor] = field(default_factory=list)  # (B, 1, D), one of each forward
+    wants_end: list[Tensor] = field(default_factory=list)  # (B,): would it end the segment?
 
     def check_prompt(self, ids: Tensor) -> None:
+        self.prompt_length = ids.shape[1]
         is_open, _ = latent_segment(ids, self.tokens, self.budget)
         if self.forced and not bool(is_open.all()):
             raise LatentError(
@@ -83,16 +84,17 @@ class _LatentRun:
             )
 
     def embed(self, embeds: Tensor, ids: Tensor) -> Tensor:
-        """Replace the embeddings (B, 1, D) of latent pads by states."""
+        """Replace the embeddings (B, 1, D) of the last ids (B, T), where they are latent pads, by states."""
         fed = self.hidden
         if self.override is not None:
             rows = torch.arange(len(ids), device=ids.device)
             repeats = len(ids) // len(self.override)  # beams or sampled sequences per prompt
-            fed = self.override.to(embeds)[rows // repeats, (self.used - 1).clamp_min(0)][:, None]
+            _, used = latent_segment(ids, self.tokens, self.budget)
+            fed = self.override.to(embeds)[rows // repeats, (used - 1).clamp_min(0)][:, None]
         elif self.pause:
             return embeds
         assert fed is not None
-        return torch.where((ids == self.tokens.pad)[..., None], fed.to(embeds), embeds)
+        return torch.where(ids[:, -1:, None] == self.tokens.pad, fed.to(embeds), embeds)
 
     def narrow(self, mask: Any, ids: Tensor) -> Any:
         """An attention mask (B, T) without the video, where the segment of the ids (B, T) is closed."""
@@ -109,28 +111,29 @@ class _LatentRun:
     def read_outputs(self, outputs: Any) -> None:
         # clone: with CUDA graphs the next replay overwrites its outputs
         self.hidden = hidden = outputs.hidden_states[-1][:, -1:].clone()
-        if not self.record:
-            return
-        rows = torch.arange(len(hidden), device=hidden.device)
-        if self.states is None or self.wants_end is None:
-            self.states = hidden.new_zeros(len(rows), self.budget + 1, hidden.shape[-1])
-            self.wants_end = torch.zeros_like(rows, dtype=torch.bool)
-        slot = torch.where(self.is_open, self.used, self.budget)
-        self.states[rows, slot] = hidden[:, 0]  # type: ignore[index]
-        wants_end = outputs.logits[:, -1].argmax(-1) == self.tokens.end
-        self.wants_end = torch.where(self.is_open, wants_end, self.wants_end)
+        if self.record:
+            self.states.append(hidden)
+            self.wants_end.append(outputs.logits[:, -1].argmax(-1) == self.tokens.end)
 
     def report(self, output: Any, new_ids: Tensor) -> None:
-        """Add latent_states, latent_counts and forced_end to a generate output."""
-        counts = (new_ids == self.tokens.pad).sum(1)
-        states, wants_end = self.states, self.wants_end
-        if states is None or wants_end is None:  # off: nothing was recorded
-            states, wants_end = counts.new_zeros(len(counts), 1, 0, dtype=torch.float32), counts < 0
-        used = torch.arange(self.budget, device=counts.device) < counts[:, None]
-        output["latent_states"] = states[:, :-1] * used[..., None]
-        output["latent_counts"] = counts
-        closed = (new_ids == self.tokens.end).any(1)
-        output["forced_end"] = closed & (counts == self.budget) & ~wants_end
+        """Add latent_states, latent_counts and forced_end to a generate output. `new_ids`: (B, T), behind the prompt.
+
+        Forward t, the prompt's being the first, chose new token t: the state of a slot is that of its own forward.
+        """
+        pads, ends = new_ids == self.tokens.pad, new_ids == self.tokens.end
+        output["latent_counts"] = counts = pads.sum(1)
+        if not self.states:  # off: nothing was recorded
+            output["latent_states"] = counts.new_zeros(len(counts), 0, 0, dtype=torch.float32)
+            output["forced_end"] = ends.any(1)
+            return
+        states, wants_end = torch.cat(self.states, 1), torch.stack(self.wants_end, 1)
+        slots = torch.arange(self.budget, device=counts.device)
+        at = (pads.long().argmax(1)[:, None] + slots).clamp_max(states.shape[1] - 1)
+        states = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
+        output["latent_states"] = states * (slots < counts[:, None])[..., None]
+        at = ends.long().argmax(1, keepdim=True).clamp_max(states.shape[1] - 1)
+        wanted = wants_end.gather(1, at)[:, 0]
+        output["forced_end"] = ends.any(1) & (counts == self.budget) & ~wanted
 
 
 class LatentRolloutMixin(_Stock):
@@ -212,6 +215,7 @@ class LatentRolloutMixin(_Stock):
                     generation_config.latent_budget,
                     sampling=bool(generation_config.do_sample),
                     prompt_length=kwargs.get("input_ids_seq_length") or 0,
+                    forced=getattr(generation_config, "latent_mode", None) == "force",
                 )
             )
         return processors
@@ -239,13 +243,17 @@ class LatentRolloutMixin(_Stock):
             cache.latent_run = active
         if active is None:
             return inputs
-        inputs["output_hidden_states"] = inputs.get("output_hidden_states") or _LAST_STATE
-        active.is_open, active.used = latent_segment(input_ids, active.tokens, active.budget)
         ids = inputs["input_ids"]
         inputs["attention_mask"] = active.narrow(inputs.get("attention_mask"), input_ids)
+        if active.forced and not getattr(cache, "is_compileable", False):
+            # behind K slots and the end all is as in the stock model
+            active.is_over = input_ids.shape[1] > active.prompt_length + active.budget
+        if active.is_over:
+            return inputs
+        inputs["output_hidden_states"] = inputs.get("output_hidden_states") or _LAST_STATE
         if active.hidden is not None and ids.shape[1] == 1:  # behind the prompt, or its last chunk
             # always embeddings, so that a compiled forward sees one kind of input
-            embeds = active.embed(self.get_input_embeddings()(ids), ids)
+            embeds = active.embed(self.get_input_embeddings()(ids), input_ids)
             inputs["input_ids"], inputs["inputs_embeds"] = None, embeds
         return inputs
 
@@ -253,7 +261,7 @@ class LatentRolloutMixin(_Stock):
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         latent_run = model_kwargs.get("latent_run")
-        if latent_run is not None and latent_run.budget:
+        if latent_run is not None and latent_run.budget and not latent_run.is_over:
             latent_run.read_outputs(outputs)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 

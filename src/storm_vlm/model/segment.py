@@ -29,29 +29,42 @@ def latent_segment(input_ids: Tensor, tokens: LatentTokens, budget: int) -> tupl
 class LatentBudgetProcessor(LogitsProcessor):
     """Chooses the tokens of the latent segment and keeps them out of the text. Must run last."""
 
-    def __init__(self, tokens: LatentTokens, budget: int, sampling: bool, prompt_length: int):
+    def __init__(
+        self,
+        tokens: LatentTokens,
+        budget: int,
+        sampling: bool,
+        prompt_length: int,
+        forced: bool = False,  # the prompts have opened the segment
+    ) -> None:
         self.tokens, self.budget, self.sampling = tokens, budget, sampling
+        self.latent = torch.tensor(tokens)
+        self.once = forced or budget == 0  # no segment opens behind the prompt
         self.first = max(prompt_length - 1, 0)  # the prompt's last token may open the segment
+        self.last = (
+            prompt_length + budget
+        )  # ids that may leave it open, where the prompt has opened it
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V) in, scores out. Forced choices score 0, so they leave a beam's score alone."""
         start, pad, end = self.tokens
         never = float("-inf")
+        self.latent = self.latent.to(scores.device)
+        outside = scores.index_fill(1, self.latent, never)
+        if not self.once:
+            opened = (input_ids[:, self.first :] == start).any(1)
+            outside[:, start] = scores[:, start].masked_fill(opened, never)
+        elif input_ids.shape[1] > self.last:
+            return outside
         is_open, used = latent_segment(input_ids, self.tokens, self.budget)
         full = used >= self.budget
+        inside = torch.full_like(scores, never)
         if self.sampling:  # keep p(end); all other probability means "one more slot"
             others = scores.clone()
             others[:, end] = never
-            go_on, stop = others.logsumexp(-1), scores[:, end]
+            inside[:, pad] = others.logsumexp(-1).masked_fill_(full, never)
+            inside[:, end] = scores[:, end].masked_fill(full, 0.0)
         else:
-            ends = scores.argmax(-1) == end
-            zero = torch.zeros_like(scores[:, 0])
-            go_on, stop = zero.masked_fill(ends, never), zero.masked_fill(~ends, never)
-        inside = torch.full_like(scores, never)
-        inside[:, pad] = go_on.masked_fill(full, never)
-        inside[:, end] = stop.masked_fill(full, 0.0)
-        outside = scores.clone()
-        outside[:, pad] = outside[:, end] = never
-        barred = (input_ids[:, self.first :] == start).any(1) | (self.budget == 0)
-        outside[:, start] = outside[:, start].masked_fill(barred, never)
+            ends = full | (scores.argmax(-1) == end)
+            inside.scatter_(1, torch.where(ends, end, pad)[:, None], 0.0)
         return torch.where(is_open[:, None], inside, outside)
