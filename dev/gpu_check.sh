@@ -24,17 +24,17 @@ part() { # NAME LIMIT COMMAND...
 storm=("$python" -m storm_vlm) checkpoints=src/storm_vlm/lab/checkpoints
 if [ "$device" = cpu ]; then
     batches=(--batch 1) prefix=300 rounds=1 half=() cpu=(--cpu) trained=(training.use_cpu=true)
-    lengths=(--cot-tokens 8 --grounded-tokens 8 --tool-rounds 1 --tool-tokens 100)
+    lengths=(--thought 8 --cot-tokens 8 --grounded-tokens 8 --tool-rounds 1 --tool-tokens 100)
 else
     batches=(--batch 1 --batch 4) prefix=4000 rounds=3 half=(dtype=bfloat16) cpu=() trained=()
-    lengths=()
+    lengths=(--thought 64)
 fi
 
 # 1. Steps of Stage I and II against SFT: seconds, ratios, and the peak of memory beside the plan's.
 part train 140 "${storm[@]}" bench train --shape "$shape" --prefix "$prefix" "${batches[@]}" --rounds "$rounds" \
     --checkpointing --device "$device" --results "$out/train.json"
 # 2. Seconds an item of every way to reason.
-part latency 130 "${storm[@]}" bench latency --shape "$shape" --device "$device" --rows 1 --rounds "$rounds" \
+part infer 130 "${storm[@]}" bench infer --shape "$shape" --device "$device" --rows 1 --rounds "$rounds" --batch 1 \
     "${lengths[@]}" --results "$out/latency.json"
 # 3. A compiled decoding step: same tokens as without, and how long a token takes. CUDA graphs are in `reduce-overhead`.
 part graphs 100 "$python" dev/compiled_decoding.py "$shape" "$device" "$out/graphs.json"

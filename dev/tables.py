@@ -53,7 +53,7 @@ def latency(found: dict[str, Any]) -> str:
     run = found["micro cpu"]
     lines = [
         f"What does a way to reason cost? Micro model, {run['threads']} CPU thread, lengths fixed (answer {run['lengths']['answer']} tokens, chain of thought {run['lengths']['cot']}, "
-        f"grounded {run['lengths']['grounded_cot']}, {run['lengths']['tool_rounds']} tool rounds of {run['lengths']['tool_tokens']}); median of {run['rounds']} rounds and their range. At 7B on a GPU: {found['7b cuda']} ([figures](results/latency.json), `storm bench latency`; another run than the one in [Results](results.md), whose ratios differ by some 15%):",
+        f"grounded {run['lengths']['grounded_cot']}, {run['lengths']['tool_rounds']} tool rounds of {run['lengths']['tool_tokens']}); median of {run['rounds']} rounds and their range. At 7B on a GPU: {found['7b cuda']} ([figures](results/latency.json), `storm bench infer`; another run than the one in [Results](results.md), whose ratios differ by some 15%):",
         "",
         "| reasoner | seconds an item | times latent | times direct |",
         "|---|---|---|---|",

@@ -95,7 +95,7 @@ def test_a_device_that_is_not_there(name: str) -> None:
     if not name:
         assert torch_device(name).type in ("cpu", "cuda")
         return
-    for verb in ("train", "latency"):
+    for verb in ("train", "infer"):
         assert "device" in refused("bench", verb, "--device", name)
 
 

@@ -32,7 +32,7 @@ VERBS = [
     *("bench", "pretrain", "reproduce", "world"),
 ]
 PARTS = {
-    "bench": ("train", "latency", "scale"),
+    "bench": ("train", "infer", "scale"),
     "build": ("run", "keyframes", "plans", "prompts", "thoughts", "filter", "collect"),
 }
 ROWS = ["--source", "a.jsonl", "--out", "b"]

@@ -26,7 +26,7 @@ from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.inference.reasoners.single_turn import ChainOfThought, Direct
 from storm_vlm.inference.reasoners.tool_loop import ToolError, ToolLoop, crop_window
 from storm_vlm.inference.remote_chat import RemoteChat
-from storm_vlm.lab.bench.latency import Lengths, fixed_reasoners
+from storm_vlm.lab.bench.infer import Lengths, fixed_reasoners
 from storm_vlm.lab.checkpoints import shipped
 
 K, FRAMES = 8, Frames(6)

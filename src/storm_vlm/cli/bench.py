@@ -50,38 +50,43 @@ def train(
 
 
 @app.command
-def latency(
+def infer(
     *,
     shape: Shape = "micro",
     device: Device = "cpu",
     rows: PositiveInt = 8,
     rounds: PositiveInt = 5,
-    batch_size: PositiveInt = 1,
+    batches: Annotated[list[PositiveInt], Parameter("--batch", negative="")] = [1, 4, 16],  # noqa: B006
+    layers: PositiveInt | None = None,
     answer_tokens: PositiveInt = 4,
     cot_tokens: PositiveInt = 300,
     grounded_tokens: PositiveInt = 500,
     tool_rounds: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=5))] = 3,
     tool_tokens: Annotated[int, _at_least(50)] = 150,
+    thoughts: Annotated[list[PositiveInt], Parameter("--thought", negative="")] = [64, 256, 1024],  # noqa: B006
     results: Results = None,
 ) -> None:
-    """Seconds an item of each way to reason, at fixed lengths, on one model and the same rows.
+    """Seconds an item of each way to reason, at fixed lengths, on one model; and where they go.
 
     Args:
         shape: micro: the shipped model; else random weights and a synthetic clip.
-        rows: Asked in every round.
-        rounds: Each of all reasoners.
-        batch_size: Rows at a time.
+        rows: Asked in every round, one at a time.
+        rounds: Each of all ways.
+        batches: Rows at a time, for the model alone; repeat for each.
+        layers: Of a larger shape, where not all fit.
         answer_tokens: Of an answer.
         cot_tokens: Of a chain of thought.
         grounded_tokens: Of a grounded one.
         tool_rounds: Looks, then an answer.
         tool_tokens: Of the turn before a look.
+        thoughts: Tokens of chains of thought in the model alone; repeat for each.
     """
-    from storm_vlm.lab.bench.latency import Lengths, bench_latency, latency_tables
+    from storm_vlm.lab.bench.infer import Lengths, bench_infer, infer_tables
 
-    lengths = Lengths(answer_tokens, cot_tokens, grounded_tokens, tool_rounds, tool_tokens)
-    figures = bench_latency(shape, device, rows, rounds, batch_size, lengths, results)
-    console.print(*latency_tables(figures))
+    tokens = (answer_tokens, cot_tokens, grounded_tokens, tool_rounds, tool_tokens)
+    lengths = Lengths(*tokens, tuple(thoughts))
+    figures = bench_infer(shape, device, rows, rounds, 1, lengths, results, batches, layers)
+    console.print(*infer_tables(figures))
 
 
 @app.command

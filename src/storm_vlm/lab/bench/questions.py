@@ -18,7 +18,7 @@ from storm_vlm.data.collator import Question
 from storm_vlm.data.row import Row, read_rows
 from storm_vlm.inference.frames import Frames
 from storm_vlm.inference.pipeline import StormPipeline
-from storm_vlm.lab.bench.latency import random_pipeline, synthetic_row
+from storm_vlm.lab.bench.infer import random_pipeline, synthetic_row
 from storm_vlm.lab.bench.training_step import Shape, machine, shape_config, spread
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world

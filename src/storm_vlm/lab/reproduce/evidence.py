@@ -15,7 +15,7 @@ from storm_vlm.analysis.validate import read_analysis, validate
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.errors import InputError
 from storm_vlm.lab.arms import ARMS, COMPARISONS, STUDIES
-from storm_vlm.lab.bench.latency import Lengths, bench_latency
+from storm_vlm.lab.bench.infer import Lengths, bench_infer
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.experiment import Result, Size, read_results, run_arms
 from storm_vlm.lab.reproduce.comparison_table import comparison_table, reference_scores
@@ -176,9 +176,9 @@ def _cost(results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
 
 
 def _latency(file: Path, rounds: int) -> dict[str, Any]:
-    """Table 4: what each way to reason takes, by `storm bench latency` on the micro model."""
+    """Table 4: what each way to reason takes, by `storm bench infer` on the micro model."""
     if not file.exists():
-        bench_latency("micro", "cpu", 2, rounds, 1, Lengths(), file)
+        bench_infer("micro", "cpu", 2, rounds, 1, Lengths(), file)
     return json.loads(file.read_text())
 
 

@@ -2,22 +2,27 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
+from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reply import Reply
-from storm_vlm.lab.bench.latency import (
+from storm_vlm.lab.bench.infer import (
     Lengths,
-    bench_latency,
+    bench_infer,
     fixed_reasoners,
-    latency_tables,
+    infer_tables,
     measure,
     random_pipeline,
 )
+from storm_vlm.lab.bench.passes import floor, stock_twin, ways
 from storm_vlm.lab.bench.training_step import shape_config
+from storm_vlm.lab.checkpoints import shipped
 
-LENGTHS = Lengths(answer=2, cot=6, grounded_cot=8, tool_rounds=1, tool_tokens=90)
+LENGTHS = Lengths(answer=2, cot=6, grounded_cot=8, tool_rounds=1, tool_tokens=90, thoughts=(6,))
 
 
 class Slow:
@@ -42,7 +47,7 @@ def test_reasoners_take_turns_and_the_first_round_warms_up() -> None:
 
 def test_the_record_has_ratios_of_one_run_and_keeps_other_shapes(tmp_path: Path) -> None:
     results = tmp_path / "new" / "latency.json"
-    found = bench_latency("micro", "cpu", 1, 2, 1, LENGTHS, results)
+    found = bench_infer("micro", "cpu", 1, 2, 1, LENGTHS, results)
     kept = json.loads(results.read_text())
     assert kept["micro cpu"] == found and kept["7b cuda"] == "not measured"
     assert kept["paper"]["latent"] == 0.47
@@ -56,10 +61,44 @@ def test_the_record_has_ratios_of_one_run_and_keeps_other_shapes(tmp_path: Path)
     assert found["reasoners"]["direct"]["ratio_to_direct"] == dict.fromkeys(
         ("median", "low", "high"), 1.0
     )
-    assert len(latency_tables(found)) == 2
+    assert len(infer_tables(found)) == 3
     results.write_text(json.dumps({"7b cuda": {"reasoners": {}}}))
-    bench_latency("micro", "cpu", 1, 1, 1, LENGTHS, results)
+    found = bench_infer("micro", "cpu", 1, 1, 1, LENGTHS, results, (2,))
     assert json.loads(results.read_text())["7b cuda"] == {"reasoners": {}}
+
+    batch = found["batches"]["2"]
+    names = {"read", "preprocess", "latent", "stock", "direct", "naive", "cot_6", "tools"}
+    assert set(batch["ways"]) == names and infer_tables(found)[2].row_count == len(names)
+    for name, seconds in batch["floor_s"].items():
+        assert 0 < seconds < batch["ways"][name]["s_per_item"]["median"]
+    assert sum(batch["phases"].values()) == pytest.approx(1)
+
+
+@torch.inference_mode()
+def test_what_is_compared_writes_the_same(reasoning_rows) -> None:
+    """Without a cache the same tokens as with one; the stock twin those of the checkpoint in its own class."""
+    load: Any = AutoModelForImageTextToText.from_pretrained
+    pipeline = StormPipeline.from_pretrained(str(shipped("storm")))
+    opened, plain = (
+        dict(pipeline.collator.collate_prompts(reasoning_rows[:3], mode))
+        for mode in ("force", "off")
+    )
+    compared = ways(pipeline, opened, plain, 1, (5,))
+    length = opened["input_ids"].shape[1]
+    written = compared["latent"]().sequences[:, length:]
+    assert torch.equal(compared["naive"](), written[:, 8 + 1 :])
+    assert compared["stock"]().sequences[:, length:].shape == written.shape
+    twin, stock = stock_twin(pipeline.model), load(shipped("storm")).eval()
+    assert type(twin) is type(stock)
+    assert torch.equal(twin(**plain).logits, stock(**plain).logits)
+
+
+def test_the_floor_counts_products() -> None:
+    left, right = torch.randn(4, 8), torch.randn(8, 16)
+    rate = {"flops_per_s": 1.0, "bytes_per_s": 1e9}
+    assert floor(lambda: left @ right, rate) == 2 * 4 * 8 * 16
+    rate = {"flops_per_s": 1e12, "bytes_per_s": 1.0}
+    assert floor(lambda: left @ right, rate) == left.nbytes + right.nbytes
 
 
 def test_random_weights_take_the_same_path(reasoning_rows) -> None:

@@ -42,6 +42,7 @@ from storm_vlm.inference.reasoners.single_turn import (
 )
 from storm_vlm.inference.reasoners.tool_loop import ToolLoop
 from storm_vlm.inference.reply import Reply
+from storm_vlm.lab.bench.passes import bench_passes
 from storm_vlm.lab.bench.training_step import (
     Shape,
     machine,
@@ -73,6 +74,7 @@ class Lengths:
     grounded_cot: int = 500
     tool_rounds: int = 3  #: looks; an answer follows
     tool_tokens: int = 150  #: thought and call of each look
+    thoughts: tuple[int, ...] = (64, 256, 1024)  #: chains of thought in the model alone
 
 
 class Rehearsed:
@@ -186,7 +188,7 @@ def synthetic_row(folder: Path) -> Row:
     )
 
 
-def bench_latency(
+def bench_infer(
     shape: Shape,
     device: str,
     count: int,
@@ -194,43 +196,60 @@ def bench_latency(
     batch_size: int,
     lengths: Lengths,
     results: Path | None,
+    batches: Sequence[int] = (),
+    layers: int | None = None,
 ) -> dict[str, Any]:
-    """Seconds an item of each reasoner; a first round warms up.
+    """Seconds an item of each reasoner; a first round warms up. Then what each batch takes in the model alone.
 
     Args:
         shape: `micro`, the shipped model on clips of its world; else a published size with random weights (bf16) on
             a synthetic clip.
         count: items.
         results: JSON file for the record, which keeps what other shapes and devices have in it.
+        batches: sizes for `bench_passes`.
+        layers: of a published size's decoder and vision tower, where not all of them fit.
 
     Returns:
         ``reasoners[name]``: ``s_per_item``, ``items_per_s``, ``ratio_to_latent`` and ``ratio_to_direct`` as median,
         low and high over rounds; the phases' ``seconds`` an item; ``tokens`` written, ``slots``; of the last turn
-        ``prompt_tokens`` and ``visual_tokens``; ``frames`` shown and ``rounds`` an item.
+        ``prompt_tokens`` and ``visual_tokens``; ``frames`` shown and ``rounds`` an item. ``batches[size]``: of
+        `bench_passes`.
     """
     torch_device(device)
     check_outputs([results], [])
     with TemporaryDirectory() as folder:
         if shape == "micro":
             pipeline = StormPipeline.from_pretrained(str(shipped("storm")), device=device)
-            rows = read_rows(build_world(folder, "reasoning", "test", count))
+            asked = read_rows(build_world(folder, "reasoning", "test", max(count, *batches, 1)))
         else:
-            pipeline = random_pipeline(shape_config(shape), 8, device, torch.bfloat16)
-            rows = [synthetic_row(Path(folder))] * count
+            config = shape_config(shape)
+            if layers:
+                config.text_config.num_hidden_layers = config.vision_config.depth = layers
+            pipeline = random_pipeline(config, 8, device, torch.bfloat16)
+            asked = [synthetic_row(Path(folder))] * max(count, *batches, 1)
+        rows = asked[:count]
         clip = Frames(pipeline.collator.videos.num_frames).read(rows[0])
         assert clip is not None
         reasoners = fixed_reasoners(pipeline, lengths, float(clip.timestamps[-1]))
         spent, replies = measure(reasoners, rows, rounds, batch_size)
+        more = {"tools": reasoners["tools"]}
+        passes = {
+            str(size): bench_passes(
+                pipeline, asked[:size], rounds, lengths.answer, lengths.thoughts, more
+            )
+            for size in batches
+        }
     record = {
         "shape": shape,
         **machine(device),
         "items": count,
         "rounds": rounds,
         "batch_size": batch_size,
-        "lengths": asdict(lengths),
+        "lengths": {**asdict(lengths), "thoughts": list(lengths.thoughts)},
         "latent_budget": pipeline.collator.latent_budget,
         "note": NOTE,
         "reasoners": {name: figures(name, spent, replies[name]) for name in reasoners},
+        "batches": passes,
     }
     if results is not None:
         known = json.loads(results.read_text()) if results.exists() else {"7b cuda": "not measured"}
@@ -277,7 +296,7 @@ def figures(name: str, spent: dict[str, list[float]], replies: Sequence[Reply]) 
     }
 
 
-def latency_tables(record: dict[str, Any]) -> list[Table]:
+def infer_tables(record: dict[str, Any]) -> list[Table]:
     """For the terminal: medians with low and high over rounds; and where the time goes."""
     costs = Table("reasoner", "s/item", "items/s", "x latent", "x direct")
     split = Table("seconds", *PHASES, "tokens")
@@ -289,4 +308,13 @@ def latency_tables(record: dict[str, Any]) -> list[Table]:
         costs.add_row(name, *spreads)
         spent = (f"{line['seconds'].get(phase, 0.0):.3g}" for phase in PHASES)
         split.add_row(name, *spent, f"{line['tokens']:g}")
-    return [costs, split]
+    sizes = list(record["batches"])
+    model = Table("in the model, ms/item (x latent)", *(f"batch {size}" for size in sizes))
+    for name in record["batches"][sizes[0]]["ways"] if sizes else ():
+        lines = [record["batches"][size]["ways"][name] for size in sizes]
+        cells = [
+            f"{1000 * line['s_per_item']['median']:.3g} ({line['to_latent']['median']:.3g})"
+            for line in lines
+        ]
+        model.add_row(name, *cells)
+    return [costs, split, model]
