@@ -579,7 +579,7 @@ REFUSED = [
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
         "speculative decoding",
     ),
-    ({"hf_overrides": {"latent_bottleneck": 475}}, "bottleneck"),
+    ({"hf_overrides": {"latent_bottleneck": 475}}, "a bottleneck"),
     (
         {"hf_overrides": {"architectures": ["Qwen2VLForConditionalGeneration"]}},
         "has no latent slots",

@@ -14,12 +14,12 @@ from vllm.config import CUDAGraphMode
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
 from storm_vlm.errors import InputError
+from storm_vlm.inference.pipeline import DEFAULT_FRAMES
 from storm_vlm.model.backbones import BACKBONES
 from storm_vlm.model.generation import keep_latent_tokens
 from storm_vlm.model.tokens import has_latent_tokens
 from storm_vlm.serving.vllm import ARCHITECTURE, OLDEST, TOO_NEW
 
-DEFAULT_FRAMES = 32
 PROCESSORS = "storm_vlm.serving.vllm.processors"
 _folders: list[tempfile.TemporaryDirectory[str]] = []  # as long as this process
 
@@ -62,11 +62,13 @@ class LatentConfig(VerifyAndUpdateConfig):
         runner = "SegmentOfTensors" if vllm_config.use_v2_model_runner else "SegmentOfLists"
         model.logits_processors = [*(model.logits_processors or ()), f"{PROCESSORS}:{runner}"]
         if model.generation_config == "auto":
-            model.generation_config = _generation_config(model)
             model.override_generation_config.setdefault("temperature", 0.0)  # greedy, as everywhere
+        if model.generation_config in ("auto", "vllm"):
+            model.generation_config = _generation_config(model)
         video = model.multimodal_config.media_io_kwargs.setdefault("video", {})
         video.setdefault("video_backend", "storm")
-        video.setdefault("num_frames", getattr(model.hf_config, "num_frames", DEFAULT_FRAMES))
+        trained = getattr(model.hf_config, "num_frames", None)
+        video.setdefault("num_frames", trained or DEFAULT_FRAMES)
         structured = vllm_config.structured_outputs_config
         structured.reasoning_parser = structured.reasoning_parser or "storm"
 
@@ -78,14 +80,13 @@ def check_engine(vllm_config: Any) -> None:
     wrong = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "speculative decoding": vllm_config.speculative_config is not None,
-        "KV transfer (a block would leave its state behind)": vllm_config.kv_transfer_config
-        is not None,
+        "KV transfer": vllm_config.kv_transfer_config
+        is not None,  # blocks would leave states behind
         "microbatches (--enable-dbo)": bool(getattr(parallel, "enable_dbo", False)),
         "context parallelism": parallel.decode_context_parallel_size > 1,
         "CUDA graphs of mode FULL (use FULL_AND_PIECEWISE)": graphs == CUDAGraphMode.FULL,
         "video pruning": bool(model.multimodal_config.video_pruning_rate),
-        "a checkpoint with a bottleneck": getattr(model.hf_config, "latent_bottleneck", None)
-        is not None,
+        "a bottleneck": getattr(model.hf_config, "latent_bottleneck", None) is not None,
     }
     if named := [name for name, is_so in wrong.items() if is_so]:
         raise InputError(f"in vLLM latent slots do not go with {', '.join(named)}: leave that out")

@@ -46,6 +46,10 @@ class StormQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         self.positions.config = self.config
         if self.latent:
             check_engine(vllm_config)
+            if not vllm_config.model_config.logits_processors:
+                raise LatentError(
+                    "this vLLM did not ask the plugin for its rule: use a version that does"
+                )
 
     def forward(
         self,

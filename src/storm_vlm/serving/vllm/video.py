@@ -17,14 +17,14 @@ class StormVideoLoader(VideoLoader):
     """vLLM's ``video_backend`` named ``storm``. A window is ``start`` and ``end``, in seconds."""
 
     @classmethod
-    def load_bytes(cls, data: bytes, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    def load_bytes(
+        cls, data: bytes, num_frames: int, start: float | None = None, end: float | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         with tempfile.NamedTemporaryFile() as file:
             file.write(data)
             file.flush()
             try:
-                clip = read_video(
-                    file.name, kwargs["num_frames"], kwargs.get("start"), kwargs.get("end")
-                )
+                clip = read_video(file.name, num_frames, start, end)
                 require_proportions(file.name, *clip.frames.shape[1:3])
             except VideoError as error:  # it names the file, which is ours
                 raise VideoError(str(error).replace(file.name, "this video")) from None
