@@ -21,7 +21,7 @@ ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 
 
 def register() -> None:
-    """Entry point `vllm.general_plugins`: called in each of vLLM's processes, and cheap."""
+    """Entry point `vllm.general_plugins`: called in each of vLLM's processes."""
     from vllm import ModelRegistry
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
     from vllm.reasoning import ReasoningParserManager
