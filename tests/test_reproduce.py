@@ -181,13 +181,18 @@ def test_outcomes_are_enough_to_go_on_with_on_another_machine(
 def test_the_shipped_tables_are_made_of_the_shipped_outcomes() -> None:
     """Which the shipped configs gave: after a change of one, the runs that it concerns are to be done again."""
     docs = ROOT / "docs" / "results"
-    record = json.loads((docs / "reproduce.json").read_text())
-    results = read_results(docs / "outcomes", FULL.size)
-    assert record["cost"] == _cost(results)
-    for name, comparison in COMPARISONS.items():
-        assert record["tables"][name] == json.loads(
-            json.dumps(comparison_table(comparison, results), default=asdict)
-        )
+    recorded = read_results(docs / "outcomes", FULL.size)
+    studied = read_results(docs / "method", FULL.size)
+    for file, comparisons, made in (
+        ("reproduce.json", COMPARISONS, recorded),
+        ("method.json", STUDIES, studied),
+    ):
+        record = json.loads((docs / file).read_text())
+        assert record["cost"] == _cost(made) and set(record["tables"]) == set(comparisons)
+        for name, comparison in comparisons.items():
+            assert record["tables"][name] == json.loads(
+                json.dumps(comparison_table(comparison, studied | recorded), default=asdict)
+            )
 
 
 def test_a_study_leaves_the_record_alone_and_takes_its_runs(
@@ -196,17 +201,17 @@ def test_a_study_leaves_the_record_alone_and_takes_its_runs(
     folder, out = reproduced[0], tmp_path / "docs"
     shutil.copytree(folder / "docs", out)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    arms = ("stage1_only", "third_first", "answers_anchored")
+    arms = ("stage1_only", "third_first", "answers_anchored_fast")
     comparison = replace(STUDIES["answers"], arms=arms, reference="stage1_only", rivals={})
     monkeypatch.setitem(STUDIES, "answers", comparison)
     monkeypatch.setattr("storm_vlm.lab.reproduce.evidence.STUDIES", {"answers": comparison})
     found = study(tmp_path, out, TINY, ["answers"], 1, "storm reproduce --table answers")
     assert all(line["seeds"] == [0] for line in found["tables"]["answers"]["lines"])
     made = {file.name for file in (out / "results" / "method").glob("*.gz")}
-    assert made == {"third_first-0.json.gz", "answers_anchored-0.json.gz"}
+    assert made == {"third_first-0.json.gz", "answers_anchored_fast-0.json.gz"}
     assert before == {file: file.read_bytes() for file in before}
     assert "(seed 0)" in (out / "results" / "method.md").read_text()
-    (run_made,) = read_results(out / "results" / "method", TINY.size)["answers_anchored"]
+    (run_made,) = read_results(out / "results" / "method", TINY.size)["answers_anchored_fast"]
     assert run_made["recipe"]["start"]["share_of_rows"] == 1 / 3  # of the arm that it starts from
 
 

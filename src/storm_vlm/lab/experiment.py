@@ -36,7 +36,6 @@ from storm_vlm.lab.worker_pool import worker_pool
 from storm_vlm.lab.world.backbone import deepen
 from storm_vlm.lab.world.clips import build_world
 from storm_vlm.lab.world.generator import with_wrong_thoughts
-from storm_vlm.lab.world.wrong import fault_of
 from storm_vlm.training.train import train
 from storm_vlm.versions import commit
 
@@ -186,11 +185,6 @@ def _wrong(rows: list[Row], folder: Path, share: float) -> list[Row]:
     return with_wrong_thoughts(rows, share, folder)
 
 
-def _without_wrong(rows: list[Row], folder: Path, share: float) -> list[Row]:
-    """As after a filter that finds all of the wrong ones, and nothing else."""
-    return [row for row in rows if fault_of(row.id, share) is None]
-
-
 def _thoughts_for(rows: list[Row], folder: Path, share: float) -> list[Row]:
     """Only the first rows, a share of them, have thought videos."""
     first = round(share * len(rows))
@@ -207,7 +201,6 @@ DERIVED: dict[str, Callable[[list[Row], Path], list[Row]]] = {
     "train_wrong_10": partial(_wrong, share=0.1),
     "train_wrong_25": partial(_wrong, share=0.25),
     "train_wrong_50": partial(_wrong, share=0.5),
-    "train_right_50": partial(_without_wrong, share=0.5),
 }
 
 
@@ -251,13 +244,12 @@ def run_arms(
     first = [job for job in work if ARMS[job[3]].after is None]
     results = []
     with worker_pool(jobs) as pool:
-        for jobs_now in (first, [job for job in work if job not in first]):
-            futures = [pool.submit(run_arm, *job) for job in jobs_now]
+        for ready in (first, [job for job in work if job not in first]):
+            futures = [pool.submit(run_arm, *job) for job in ready]
             for future in tqdm(as_completed(futures), "runs", total=len(futures)):
                 results.append(result := future.result())
-            tqdm.write(
-                f"{result['arm']}, seed {result['seed']}: {np.mean(hits(result['test'])):.1%}"
-            )
+                right = np.mean(hits(result["test"]))
+                tqdm.write(f"{result['arm']}, seed {result['seed']}: {right:.1%}")
     return results
 
 

@@ -22,7 +22,7 @@ def micro_config(
     fields: dict[str, Any] = {"training": {**config.training, **training}}
     if rows is not None:
         caches = {
-            "target_cache": rows.with_suffix(".targets"),
+            "target_cache": rows.parent / "targets",
             "vision_cache": rows.parent / "features",
         }
         fields |= {key: str(path) for key, path in {"data": rows, **caches}.items()}

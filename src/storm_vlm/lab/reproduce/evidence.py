@@ -110,37 +110,40 @@ def reproduce(
 def study(
     folder: Path, out: Path, plan: Plan, chosen: Sequence[str], jobs: int, command: str
 ) -> dict[str, Any]:
-    """The STUDIES `chosen`, beside the record: outcomes in `results/method/`, tables of all studies in `method.md`.
+    """The STUDIES `chosen`, beside the record, with outcomes in `results/method/`; then the page of all of them.
 
     Arms that the record in `out` has are taken from there, with its seeds.
 
     Raises:
         InputError: a folder holds runs of other settings.
     """
-    results, outcomes = out / "results", out / "results" / "method"
+    outcomes = out / "results" / "method"
     for place in (folder, outcomes):
         _belongs(place, plan)
-    recorded = read_results(results / "outcomes", plan.size)
+    recorded = read_results(out / "results" / "outcomes", plan.size)
     arms = dict.fromkeys(a for name in chosen for a in STUDIES[name].arms if a not in recorded)
     run_arms(folder, outcomes, list(arms), range(plan.seeds), plan.size, jobs)
-    made = read_results(outcomes, plan.size)
+    return write_studies(out, plan, command)
+
+
+def write_studies(out: Path, plan: Plan, command: str) -> dict[str, Any]:
+    """The page of all studies, and its figures, from the outcomes that are there."""
+    made = read_results(out / "results" / "method", plan.size)
+    results = made | read_results(out / "results" / "outcomes", plan.size)
+    rehearsal = plan.size.steps <= FAST.size.steps
     evidence: dict[str, Any] = {
         "command": command,
         "commit": commit(),
         "versions": versions(),
-        "rehearsal": plan.size.steps <= FAST.size.steps,
+        "rehearsal": rehearsal,
         "steps": plan.size.steps,
         "train_rows": plan.size.train_rows,
         "n_test": plan.size.test_rows,
         "cost": _cost(made),
+        "tables": {n: comparison_table(c, results, rehearsal) for n, c in STUDIES.items()},
     }
-    tables = {
-        name: comparison_table(c, made | recorded, evidence["rehearsal"])
-        for name, c in STUDIES.items()
-    }
-    evidence["tables"] = tables
-    write_json(results / "method.json", evidence)
-    write_text(results / "method.md", studies_markdown(evidence))
+    write_json(out / "results" / "method.json", evidence)
+    write_text(out / "results" / "method.md", studies_markdown(evidence))
     return evidence
 
 
