@@ -407,7 +407,7 @@ def test_bad_requests_leave_their_neighbours_alone(
     assert [written([outputs[i]])[0] for i in good] == [expected[i] for i in good]
 
 
-@pytest.mark.parametrize("bias", [4.0])
+@pytest.mark.parametrize("bias", [8.0])
 def test_the_end_under_sampling_comes_as_often_as_in_generate(
     llm: LLM, pipeline: StormPipeline, rows: list[Row], bias: float
 ) -> None:
