@@ -311,10 +311,18 @@ def test_never_more_than_k_slots_and_always_closed(budget: int, sampling: bool) 
     assert output.latent_states.shape[1] == budget and output.forced_end.all()
 
 
-def test_tokens_of_the_segment_never_leak_into_text() -> None:
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"top_p": 0.5}, {"top_k": 1}, {"min_p": 0.5}],
+    ids=lambda how: "".join(how) or "greedy",
+)
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_tokens_of_the_segment_never_leak_into_text(how: dict[str, Any], mode: str) -> None:
+    """Nor are they all that top-p and its like leave of a model that wants nothing else."""
     model, batch = tiny_model(), left_pad(prompts(force=False))
     wish = Always([TOKENS.pad, TOKENS.end], 1e4)
-    new = generate(model, batch, wish).sequences[:, batch["input_ids"].shape[1] :]
+    output = generate(model, batch, wish, latent_mode=mode, do_sample=bool(how), **how)
+    new = output.sequences[:, batch["input_ids"].shape[1] :]
     assert not torch.isin(new, torch.tensor([TOKENS.pad, TOKENS.end])).any()
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import output_capturing
 
-from storm_vlm.model.segment import LatentBudgetProcessor, latent_segment
+from storm_vlm.model.segment import LatentBarProcessor, LatentBudgetProcessor, latent_segment
 from storm_vlm.model.tokens import LatentError, LatentTokens, has_latent_tokens, latent_tokens
 
 LATENT_MODES = ("auto", "force", "off")
@@ -209,15 +209,16 @@ class LatentRolloutMixin(_Stock):
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         if has_latent_tokens(self.config):
-            processors.append(
-                LatentBudgetProcessor(
-                    latent_tokens(self.config),
-                    generation_config.latent_budget,
-                    sampling=bool(generation_config.do_sample),
-                    prompt_length=kwargs.get("input_ids_seq_length") or 0,
-                    forced=getattr(generation_config, "latent_mode", None) == "force",
-                )
+            rule = LatentBudgetProcessor(
+                latent_tokens(self.config),
+                generation_config.latent_budget,
+                sampling=bool(generation_config.do_sample),
+                prompt_length=kwargs.get("input_ids_seq_length") or 0,
+                forced=getattr(generation_config, "latent_mode", None) == "force",
             )
+            if rule.sampling:
+                processors.insert(0, LatentBarProcessor(rule))
+            processors.append(rule)
         return processors
 
     def prepare_inputs_for_generation(

@@ -172,6 +172,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 
+NEVER = float("-inf")
+
 
 def latent_segment(input_ids: Tensor, tokens: LatentTokens, budget: int) -> tuple[Tensor, Tensor]:
     """Per row of ids (B, T): is the latent segment open (B,) bool, and how many slots has it (B,) long.
@@ -208,27 +210,56 @@ class LatentBudgetProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V) in, scores out. Forced choices score 0, so they leave a beam's score alone."""
-        start, pad, end = self.tokens
-        never = float("-inf")
-        self.latent = self.latent.to(scores.device)
-        outside = scores.index_fill(1, self.latent, never)
-        if not self.once:
-            opened = (input_ids[:, self.first :] == start).any(1)
-            outside[:, start] = scores[:, start].masked_fill(opened, never)
-        elif input_ids.shape[1] > self.last:
+        _, pad, end = self.tokens
+        outside = self._outside(input_ids, scores)
+        if self._is_over(input_ids):
             return outside
         is_open, used = latent_segment(input_ids, self.tokens, self.budget)
         full = used >= self.budget
-        inside = torch.full_like(scores, never)
+        inside = torch.full_like(scores, NEVER)
         if self.sampling:  # keep p(end); all other probability means "one more slot"
             others = scores.clone()
-            others[:, end] = never
-            inside[:, pad] = others.logsumexp(-1).masked_fill_(full, never)
+            others[:, end] = NEVER
+            inside[:, pad] = others.logsumexp(-1).masked_fill_(full, NEVER)
             inside[:, end] = scores[:, end].masked_fill(full, 0.0)
         else:
             ends = full | (scores.argmax(-1) == end)
             inside.scatter_(1, torch.where(ends, end, pad)[:, None], 0.0)
         return torch.where(is_open[:, None], inside, outside)
+
+    def bar(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) without the segment's tokens where they have no place, for top-p and its like to choose from.
+
+        Else these might leave nothing but such tokens, and so nothing at all.
+        """
+        outside = self._outside(input_ids, scores)
+        if self._is_over(input_ids):
+            return outside
+        is_open, _ = latent_segment(input_ids, self.tokens, self.budget)
+        return torch.where(is_open[:, None], scores, outside)
+
+    def _outside(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        start = self.tokens.start
+        self.latent = self.latent.to(scores.device)
+        outside = scores.index_fill(1, self.latent, NEVER)
+        if not self.once:
+            opened = (input_ids[:, self.first :] == start).any(1)
+            outside[:, start] = scores[:, start].masked_fill(opened, NEVER)
+        return outside
+
+    def _is_over(self, input_ids: Tensor) -> bool:
+        """Whether no segment can be open, known from the length alone."""
+        return self.once and input_ids.shape[1] > self.last
+
+
+class LatentBarProcessor(LogitsProcessor):
+    """`LatentBudgetProcessor.bar`, to run before the warpers of sampling."""
+
+    def __init__(self, rule: LatentBudgetProcessor) -> None:
+        self.rule = rule
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.rule.bar(input_ids, scores)
 
 
 """M-RoPE positions by the rule Qwen2-VL and Qwen2.5-VL were trained with.
@@ -540,15 +571,16 @@ class LatentRolloutMixin(_Stock):
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         if has_latent_tokens(self.config):
-            processors.append(
-                LatentBudgetProcessor(
-                    latent_tokens(self.config),
-                    generation_config.latent_budget,
-                    sampling=bool(generation_config.do_sample),
-                    prompt_length=kwargs.get("input_ids_seq_length") or 0,
-                    forced=getattr(generation_config, "latent_mode", None) == "force",
-                )
+            rule = LatentBudgetProcessor(
+                latent_tokens(self.config),
+                generation_config.latent_budget,
+                sampling=bool(generation_config.do_sample),
+                prompt_length=kwargs.get("input_ids_seq_length") or 0,
+                forced=getattr(generation_config, "latent_mode", None) == "force",
             )
+            if rule.sampling:
+                processors.insert(0, LatentBarProcessor(rule))
+            processors.append(rule)
         return processors
 
     def prepare_inputs_for_generation(
