@@ -19,7 +19,7 @@ from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.data.thread_pool import GRACE, WAITING, Stopped, completed, proceed, thread_pool
 from storm_vlm.lab.worker_pool import worker_pool
 
-SECONDS = 5.0
+SECONDS = 15.0  # a busy machine needs some; an answer that is not waited for would take 20
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

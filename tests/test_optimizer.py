@@ -9,7 +9,7 @@ from tiny import tiny_run
 
 from storm_vlm.data.row import read_rows
 from storm_vlm.model.modeling import StormForConditionalGeneration
-from storm_vlm.training import train as train_module
+from storm_vlm.training import arguments
 from storm_vlm.training.arguments import training_arguments
 from storm_vlm.training.config import ConfigError, Method, TrainConfig
 from storm_vlm.training.optimizer import muon_and_nadamw
@@ -60,7 +60,7 @@ def test_without_timm_it_is_said_what_to_do(backbone: str, monkeypatch) -> None:
 
 
 def test_without_tensorboard_there_are_no_curves_unless_they_are_asked_for(monkeypatch) -> None:
-    monkeypatch.setattr(train_module, "is_tensorboard_available", lambda: False)
+    monkeypatch.setattr(arguments, "is_tensorboard_available", lambda: False)
 
     def report_to(**settings: object) -> list[str]:
         fields = {"use_cpu": True, **settings}
