@@ -311,6 +311,26 @@ def test_never_more_than_k_slots_and_always_closed(budget: int, sampling: bool) 
     assert output.latent_states.shape[1] == budget and output.forced_end.all()
 
 
+@pytest.mark.parametrize("start", [0, BUDGET - 1, BUDGET])
+def test_an_end_that_the_model_wants_is_not_forced(start: int) -> None:
+    """Also where it wants it when all slots are used."""
+    model, batch = tiny_model(), left_pad(prompts())
+    head = model.get_output_embeddings()
+    steps = iter(range(1000))
+
+    def wish(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        wanted = 1e4 if next(steps) >= start else -1e4
+        return logits.index_add(
+            -1, torch.tensor([TOKENS.end]), torch.full_like(logits[..., :1], wanted)
+        )
+
+    hook = head.register_forward_hook(wish)
+    output = generate(model, batch, max_new_tokens=BUDGET + 4)
+    hook.remove()
+    assert output.latent_counts.tolist() == [start] * len(output.sequences)
+    assert not output.forced_end.any()
+
+
 @pytest.mark.parametrize(
     "how",
     [{}, {"top_p": 0.5}, {"top_k": 1}, {"min_p": 0.5}],

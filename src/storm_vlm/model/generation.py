@@ -131,7 +131,7 @@ class _LatentRun:
         at = (pads.long().argmax(1)[:, None] + slots).clamp_max(states.shape[1] - 1)
         states = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
         output["latent_states"] = states * (slots < counts[:, None])[..., None]
-        at = ends.long().argmax(1, keepdim=True).clamp_max(states.shape[1] - 1)
+        at = ends.long().argmax(1, keepdim=True).clamp_max(wants_end.shape[1] - 1)
         wanted = wants_end.gather(1, at)[:, 0]
         output["forced_end"] = ends.any(1) & (counts == self.budget) & ~wanted
 
