@@ -346,7 +346,7 @@ def test_the_world_errs_as_often_as_it_is_told(tmp_path: Path) -> None:
     rows = read_rows(build_world(tmp_path / "world", "reasoning", "train", 24))
     kinds: dict[float, dict[str, str]] = {}
     for share in (0.25, 0.75):
-        made = with_wrong_thoughts(rows, share, tmp_path / "wrong")
+        made = with_wrong_thoughts(rows, tmp_path / "wrong", share)
         kinds[share] = {
             row.id: row.thought_video.provenance["wrong"]
             for row in made

@@ -181,10 +181,6 @@ def _outcome(record: Record) -> dict[str, Any]:
     }
 
 
-def _wrong(rows: list[Row], folder: Path, share: float) -> list[Row]:
-    return with_wrong_thoughts(rows, share, folder)
-
-
 def _thoughts_for(rows: list[Row], folder: Path, share: float) -> list[Row]:
     """Only the first rows, a share of them, have thought videos."""
     first = round(share * len(rows))
@@ -198,9 +194,9 @@ def _thoughts_for(rows: list[Row], folder: Path, share: float) -> list[Row]:
 DERIVED: dict[str, Callable[[list[Row], Path], list[Row]]] = {
     "train_plans": lambda rows, folder: [chain(row) for row in rows],
     "train_third": partial(_thoughts_for, share=1 / 3),
-    "train_wrong_10": partial(_wrong, share=0.1),
-    "train_wrong_25": partial(_wrong, share=0.25),
-    "train_wrong_50": partial(_wrong, share=0.5),
+    "train_wrong_10": partial(with_wrong_thoughts, share=0.1),
+    "train_wrong_25": partial(with_wrong_thoughts, share=0.25),
+    "train_wrong_50": partial(with_wrong_thoughts, share=0.5),
 }
 
 

@@ -111,8 +111,9 @@ def _measure(verb: str, folder: Path, count: int) -> ScaleCost:
 
 
 def _start(folder: Path, _: int) -> None:
+    from storm_vlm.training.arguments import training_arguments
     from storm_vlm.training.config import TrainConfig
-    from storm_vlm.training.train import build_trainer, load_model, training_arguments
+    from storm_vlm.training.train import build_trainer, load_model
 
     fields = {
         "model": str(shipped("backbone")),

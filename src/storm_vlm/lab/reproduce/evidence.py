@@ -14,7 +14,7 @@ from typing import Any
 from storm_vlm.analysis.validate import read_analysis, validate
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.errors import InputError
-from storm_vlm.lab.arms import ARMS, COMPARISONS, STUDIES
+from storm_vlm.lab.arms import ARMS, COMPARISONS, STUDIES, Comparison
 from storm_vlm.lab.bench.infer import Lengths, bench_infer
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.experiment import Result, Size, read_results, run_arms
@@ -78,21 +78,11 @@ def reproduce(
     results = read_results(outcomes, plan.size)
     latency = _latency(folder / "latency.json", plan.rounds)
     analysis = _analysis(folder, plan)
-    rehearsal = plan.size.steps <= FAST.size.steps
-    tables = {name: comparison_table(c, results, rehearsal) for name, c in COMPARISONS.items()}
-    evidence: dict[str, Any] = {
-        "command": command,
-        "commit": commit(),
-        "versions": versions(),
-        "rehearsal": rehearsal,
-        "steps": plan.size.steps,
-        "train_rows": plan.size.train_rows,
-        "n_test": plan.size.test_rows,
-        "cost": _cost(results),
+    evidence = {
+        **_compared(COMPARISONS, results, results, plan, command),
         "references": reference_scores(
             plan.size.train_rows, plan.size.test_rows, results.get("sft", ())
         ),
-        "tables": tables,
         "latency": latency,
         "analysed": {"full-0": "STORM of seed 0", "shipped": "the shipped STORM"}[analysis.name],
         **vars(read_analysis(analysis)),
@@ -130,8 +120,22 @@ def write_studies(out: Path, plan: Plan, command: str) -> dict[str, Any]:
     """The page of all studies, and its figures, from the outcomes that are there."""
     made = read_results(out / "results" / "method", plan.size)
     results = made | read_results(out / "results" / "outcomes", plan.size)
+    evidence = _compared(STUDIES, results, made, plan, command)
+    write_json(out / "results" / "method.json", evidence)
+    write_text(out / "results" / "method.md", studies_markdown(evidence))
+    return evidence
+
+
+def _compared(
+    comparisons: Mapping[str, Comparison],
+    results: dict[str, list[Result]],
+    made: dict[str, list[Result]],
+    plan: Plan,
+    command: str,
+) -> dict[str, Any]:
+    """Tables, and how their runs came about; `made` are those of the results whose cost is told."""
     rehearsal = plan.size.steps <= FAST.size.steps
-    evidence: dict[str, Any] = {
+    return {
         "command": command,
         "commit": commit(),
         "versions": versions(),
@@ -140,11 +144,8 @@ def write_studies(out: Path, plan: Plan, command: str) -> dict[str, Any]:
         "train_rows": plan.size.train_rows,
         "n_test": plan.size.test_rows,
         "cost": _cost(made),
-        "tables": {n: comparison_table(c, results, rehearsal) for n, c in STUDIES.items()},
+        "tables": {n: comparison_table(c, results, rehearsal) for n, c in comparisons.items()},
     }
-    write_json(out / "results" / "method.json", evidence)
-    write_text(out / "results" / "method.md", studies_markdown(evidence))
-    return evidence
 
 
 RESULTS = ("*.json.gz", "*-*/*/checkpoint-*", "*-*/*/versions.json", "latency.json")

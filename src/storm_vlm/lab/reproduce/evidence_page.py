@@ -60,14 +60,8 @@ CAPTION = (
 
 def markdown(evidence: dict[str, Any]) -> str:
     """All tables in Markdown, with how to read them."""
-    made_with = ", ".join(f"{name} {number}" for name, number in evidence["versions"].items())
-    parts = [
-        "# Results",
-        f"Written by `{evidence['command']}` (commit {evidence['commit']}; {made_with}); figures: "
-        "[reproduce.json](results/reproduce.json). The command also writes a page with every picture.",
-        f"**{REHEARSAL}**" if evidence["rehearsal"] else "",
-        _reading(evidence),
-    ]
+    figures = "[reproduce.json](results/reproduce.json). The command also writes a page with every picture."
+    parts = _head("Results", evidence, figures)
     for table in evidence["tables"].values():
         parts += [f"## {table['title']} ({table['paper']})", table["paragraph"], grid_of(table)]
     parts += [
@@ -83,14 +77,10 @@ def markdown(evidence: dict[str, Any]) -> str:
 
 def studies_markdown(evidence: dict[str, Any]) -> str:
     """The studies' tables in Markdown, with the accuracy of every seed."""
-    made_with = ", ".join(f"{name} {number}" for name, number in evidence["versions"].items())
-    parts = [
-        "# The method, looked into",
-        f"Written by `{evidence['command']}` (commit {evidence['commit']}; {made_with}); figures: "
-        "[method.json](method.json). Studies beside the [record](../results.md), by its rules.",
-        f"**{REHEARSAL}**" if evidence["rehearsal"] else "",
-        _reading(evidence),
-    ]
+    figures = (
+        "[method.json](method.json). Studies beside the [record](../results.md), by its rules."
+    )
+    parts = _head("The method, looked into", evidence, figures)
     for table in evidence["tables"].values():
         measured = [line for line in table["lines"] if line["accuracy"]]
         seeds = "\n".join(
@@ -104,6 +94,16 @@ def studies_markdown(evidence: dict[str, Any]) -> str:
         parts += [f"## {table['title']} ({table['paper']})", table["paragraph"], grid_of(table)]
         parts += [seeds]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(title: str, evidence: dict[str, Any], figures: str) -> list[str]:
+    made_with = ", ".join(f"{name} {number}" for name, number in evidence["versions"].items())
+    return [
+        f"# {title}",
+        f"Written by `{evidence['command']}` (commit {evidence['commit']}; {made_with}); figures: {figures}",
+        f"**{REHEARSAL}**" if evidence["rehearsal"] else "",
+        _reading(evidence),
+    ]
 
 
 def verdicts(evidence: dict[str, Any]) -> list[str]:

@@ -32,8 +32,8 @@ class World(Generator):
     def shown(self, row: Row) -> Asked:
         """What the row's thought video shows. Raises Rejected if the row is not of this world."""
         try:
-            kind, split, seed, index, _ = row.id.split("-")
-            scene, question = _scenes(kind, split, int(row.meta["scenes"]), int(seed))[int(index)]
+            scenes, index = _drawn_with(row)
+            scene, question = scenes[index]
         except (KeyError, ValueError, IndexError) as error:
             raise Rejected("no_scene", f"{row.id!r} is no reasoning row of storm world") from error
         if (question.text, question.answer) != (row.question, row.answer):
@@ -56,9 +56,14 @@ class ErringWorld(World):
         asked = super().shown(row)
         if (fault := fault_of(row.id, self.config.wrong)) is None:
             return asked
-        kind, split, seed, index, _ = row.id.split("-")
-        scenes = _scenes(kind, split, int(row.meta["scenes"]), int(seed))
-        return spoiled(*asked, fault, scenes[(int(index) + 1) % len(scenes)], row.id)
+        scenes, index = _drawn_with(row)
+        return spoiled(*asked, fault, scenes[(index + 1) % len(scenes)], row.id)
+
+
+def _drawn_with(row: Row) -> tuple[list[Asked], int]:
+    """All scenes of the row's split, and which is its own."""
+    kind, split, seed, index, _ = row.id.split("-")
+    return _scenes(kind, split, int(row.meta["scenes"]), int(seed)), int(index)
 
 
 @cache
@@ -66,7 +71,7 @@ def _scenes(kind: Any, split: Any, count: int, seed: int) -> list[Asked]:
     return [(scene, question) for scene, (question,) in draw_scenes(kind, split, count, seed)]
 
 
-def with_wrong_thoughts(rows: Sequence[Row], share: float, folder: Path) -> list[Row]:
+def with_wrong_thoughts(rows: Sequence[Row], folder: Path, share: float) -> list[Row]:
     """Rows of `build_world`, with `share` of the thought videos wrong; their `provenance` says how (`wrong`)."""
     world, found = ErringWorld(ErringConfig(wrong=share), 0), []
     folder.mkdir(exist_ok=True)
