@@ -1,18 +1,24 @@
 """Answers that do not attend to the video: in training, decoding and the validity suite, against one plain pass."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_rollout import CLOSE, exact_model, gradients, naive, relative, training_batch
-from tiny_model import BUDGET, TOKENS, VIDEO, left_pad, prompts
+from tiny import tiny_run
+from tiny_model import BUDGET, TOKENS, VIDEO, left_pad, prompts, tiny_model
 from torch import Tensor
 
+from storm_vlm.data.row import write_rows
+from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.model.interventions import answers_when_fed, latent_states
 from storm_vlm.model.latent import answer_loss
+from storm_vlm.model.modeling import StormForConditionalGeneration
 from storm_vlm.model.rollout import rollout
-from storm_vlm.model.tokens import LatentError
+from storm_vlm.model.tokens import SETTINGS, LatentError
 from storm_vlm.training.config import Method
+from storm_vlm.training.train import train
 from storm_vlm.training.trainer import bottleneck_share, storm_rollout
 
 ROWS = torch.tensor([True, False, True])
@@ -113,6 +119,34 @@ def test_what_generate_writes_is_what_training_saw(beams: int) -> None:
         torch.testing.assert_close(
             output.sequences_scores * lengths, chosen.sum(1).float(), atol=1e-2, rtol=0
         )
+
+
+def test_what_training_writes_is_loaded_again(
+    reasoning_rows: list, backbone: str, tmp_path: Path
+) -> None:
+    """Every setting of the latents, full weights and adapters: stage after stage, and in the pipeline."""
+    write_rows(data := tmp_path / "rows.jsonl", reasoning_rows[:2])
+    method = Method(alignment_weight=0.0, bottleneck="answer")
+    first = tiny_run(tmp_path / "a", backbone, data, method, 1)
+    train(first)
+    second = tiny_run(tmp_path / "b", first.output_dir, data, method, 1)
+    for folder in (
+        first.output_dir,
+        train(second),
+        train(second.model_copy(update={"lora": {"r": 2}, "output_dir": str(tmp_path / "c")})),
+    ):
+        config = StormPipeline.from_pretrained(str(folder)).model.config
+        assert config.latent_bottleneck == config.video_token_id, folder
+    model = tiny_model()
+    model.config.latent_pause, model.config.latent_bottleneck, model.config.num_frames = (
+        True,
+        VIDEO,
+        4,
+    )
+    model.save_pretrained(tmp_path / "d")
+    loaded = StormForConditionalGeneration.from_pretrained(str(tmp_path / "d")).config
+    wanted = [getattr(model.config, name) for name in SETTINGS]
+    assert [getattr(loaded, name) for name in SETTINGS] == wanted and None not in wanted
 
 
 def test_what_cannot_hide_the_video_is_refused() -> None:

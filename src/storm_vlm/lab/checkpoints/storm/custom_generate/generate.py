@@ -83,7 +83,7 @@ def check_settings(config: Any) -> None:
     needed = [*_CONFIG_NAMES, "latent_budget"] if set(_CONFIG_NAMES) & set(known) else []
     most = getattr(text, "max_position_embeddings", None) or float("inf")
     ranges = {
-        **dict.fromkeys(_CONFIG_NAMES, (0, text.vocab_size - 1)),
+        **dict.fromkeys([*_CONFIG_NAMES, "latent_bottleneck"], (0, text.vocab_size - 1)),
         "latent_budget": (0, most),
         "num_frames": (1, float("inf")),
         "latent_pause": (False, True),
