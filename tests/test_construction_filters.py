@@ -98,14 +98,28 @@ def test_no_duplicate_is_overlooked_and_few_others_are_looked_at(
     assert sum(compared) < 0.05 * len(prints) ** 2 / 2
 
 
+def test_the_same_print_of_one_clip_is_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of many questions about it: looking for duplicates must not take longer with each."""
+    earlier, mine, compared = filters.Duplicates(0.05), "0f" * 320, []
+    for _ in range(3):
+        earlier.add(mine, "a")
+    earlier.add("00" * 320, "a")  # without structure: like none
+    monkeypatch.setattr(
+        filters, "distances", lambda a, b: compared.append(len(b)) or distances(a, b)
+    )
+    assert earlier.nearest(mine, "b") == 0 and compared == [1]
+    assert earlier.nearest("00" * 320, "b") == 1 == earlier.nearest(mine, "a")
+
+
 def test_rejects_keep_reason_score_and_threshold(reasoning_rows: list[Row]) -> None:
     scores = {"blank": 0.5, "frozen": 0.001, "flicker": 0.9}
     row = reasoning_rows[0]
+    dark, light = ("00" * 320, "ff" * 320)
     drafts = [
-        Draft(row=row, scores=scores, fingerprint="00"),
-        Draft(row=row, scores={"blank": 0.5}, fingerprint="ff"),
-        Draft(row=row, scores={"blank": 0.5}, fingerprint="ff"),  # about the same clip
-        Draft(row=row.model_copy(update={"start": 0.1}), scores={"blank": 0.5}, fingerprint="ff"),
+        Draft(row=row, scores=scores, fingerprint=dark),
+        Draft(row=row, scores={"blank": 0.5}, fingerprint=light),
+        Draft(row=row, scores={"blank": 0.5}, fingerprint=light),  # about the same clip
+        Draft(row=row.model_copy(update={"start": 0.1}), scores={"blank": 0.5}, fingerprint=light),
         Draft(row=row, rejected="plan_refused", detail="why"),
     ]
     sieve = Sieve(DEFAULT)

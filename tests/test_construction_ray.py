@@ -24,7 +24,7 @@ def kill_workers(store: Path, killed: list[str]) -> None:
             try:
                 name = " ".join(process.cmdline())
                 found = next((title for title in wanted if name.startswith(title)), None)
-                if found and len(Store(store).files("thoughts", ".mp4")) >= 1:
+                if found and any(Store(store).files("thoughts", ".mp4")):
                     os.kill(process.pid, signal.SIGKILL)
                     killed.append(name)
                     wanted.remove(found)

@@ -112,7 +112,7 @@ def test_lasting_trouble_leaves_the_row_for_later(fault: Fault, tmp_path: Path) 
     with BadTeacher(fault) as server:
         with pytest.raises(UnansweredError):
             ask(make(server, tmp_path, retries=1))
-        assert not Store(tmp_path).files("teacher")
+        assert not list(Store(tmp_path).files("teacher"))
         server.script = [GOOD]
         assert ask(make(server, tmp_path)).status == "ok"
 

@@ -57,7 +57,7 @@ def test_copies_are_found_and_other_clips_are_not(tmp_path, reasoning_rows, fram
     (leak,) = found.leaks
     assert leak.train_rows == (reasoning_rows[5].id,) and leak.why == ("frames",)
     assert leak.distance is not None and leak.distance <= ALIKE and leak.share >= 0.5
-    assert len(without_leaks(reasoning_rows, found)) == len(reasoning_rows) - 1
+    assert len(list(without_leaks(reasoning_rows, found))) == len(reasoning_rows) - 1
 
 
 def test_a_cut_and_a_joined_video_are_found(tmp_path, frames):

@@ -12,7 +12,7 @@ from scripted_endpoint import serving
 from stub_teacher import completion
 
 from storm_vlm.analysis.validate import validate
-from storm_vlm.data.check import fault_lines, row_faults
+from storm_vlm.data.check import RowFile, fault_lines, row_faults
 from storm_vlm.data.collator import StormCollator
 from storm_vlm.data.decode import VideoError
 from storm_vlm.data.row import Row, RowError, read_rows, write_rows
@@ -284,3 +284,17 @@ def test_what_a_power_cut_leaves_is_cut_off(reasoning_rows: list[Row], tmp_path:
     file.write_bytes(first + b"\0" * 40 + b"\n" + b"\0" * 9 + second[:50])
     _, asked = evaluated(lambda messages: "A", rows, tmp_path)
     assert asked == 1
+
+
+def test_a_file_of_rows_is_read_anew_and_may_not_change(odd: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(odd.read_bytes())
+    rows = RowFile(file)
+    every = [row.id for row in rows]
+    assert len(rows) == len(every) and [row.id for row in rows] == every
+    assert [row.id for row in RowFile(file, lambda row: row.id == every[1])] == every[1:2]
+    reading = iter(rows)
+    next(reading)
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(RowError, match="has changed since the work began"):
+        list(reading)

@@ -186,6 +186,7 @@ def test_a_second_process_gets_one_sentence_and_a_kill_leaves_no_lock(
             ("evaluate", shipped("storm"), rows_file, "--out", out),
             ("train", "sft", f"data={rows_file}", f"output_dir={out}"),
             ("build", "--source", rows_file, "--out", out),
+            ("build", "collect", "--source", rows_file, "--out", out),
             ("validate", shipped("storm"), rows_file, "--out", out),
             ("reproduce", out, "--fast"),
             ("quickstart", out),

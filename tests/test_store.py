@@ -97,8 +97,8 @@ def test_a_damaged_file_is_absent_and_can_be_written_again(tmp_path: Path, damag
     store.write("rows", "ab12", b'{"a": 1}')
     assert store.read("rows", "ab12", read_json) == {"a": 1}
     assert store.read("teacher", "ab12", read_json) is None
-    assert store.files("rows") == [tmp_path / "rows" / "ab" / "ab12.json"]
-    assert store.files("rows", ".mp4") == []
+    assert list(store.files("rows")) == [tmp_path / "rows" / "ab" / "ab12.json"]
+    assert not list(store.files("rows", ".mp4"))
     store.path("rows", "ab12").write_bytes(damage)
     assert store.read("rows", "ab12", read_json) is None
     store.write("rows", "ab12", b"2")
@@ -110,9 +110,11 @@ def test_a_file_is_in_the_store_whole_or_not_at_all(tmp_path: Path, durable: boo
     store = Store(tmp_path, durable)
     with pytest.raises(KeyboardInterrupt), store.place("thoughts", "ab", ".mp4") as unfinished:
         unfinished.write_bytes(b"half of")
-        assert not store.files("thoughts", ".mp4")
+        assert not list(store.files("thoughts", ".mp4"))
         raise KeyboardInterrupt
-    assert not store.files("thoughts", ".mp4") and not list((tmp_path / "unfinished").iterdir())
+    assert not list(store.files("thoughts", ".mp4")) and not list(
+        (tmp_path / "unfinished").iterdir()
+    )
     with store.place("thoughts", "ab", ".mp4") as unfinished:
         unfinished.write_bytes(b"whole")
     assert store.path("thoughts", "ab", ".mp4").read_bytes() == b"whole"
@@ -131,7 +133,9 @@ def test_processes_write_the_same_folder(tmp_path: Path) -> None:
     running = [subprocess.Popen(command) for _ in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]
     store = Store(tmp_path / "store")
-    assert len(store.files("rows")) == 40 and not list((tmp_path / "store/unfinished").iterdir())
+    assert len(list(store.files("rows"))) == 40 and not list(
+        (tmp_path / "store/unfinished").iterdir()
+    )
     for number in range(40):
         key = store.content(tmp_path / f"{number}.clip")
         assert store.read("rows", key, read_json) == number

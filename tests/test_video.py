@@ -186,6 +186,18 @@ def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path, matrix):
     assert frame.shape[:2] == ((width, height) if b else (height, width))
 
 
+def test_no_frame_waits_for_the_garbage_collector(tmp_path):
+    path = encode(tmp_path / "v.mp4", list(range(4)))
+    gc.collect()
+    gc.disable()
+    try:
+        read_video(path, 2)
+        left = [f.width for f in gc.get_objects() if type(f) is av.VideoFrame]
+    finally:
+        gc.enable()
+    assert max(left, default=0) <= 2
+
+
 def test_max_side_shrinks_only(tmp_path):
     path = encode(tmp_path / "v.mp4", list(range(4)), size=(64, 48))
     assert read_video(path, 2, max_side=32).frames.shape == (2, 24, 32, 3)

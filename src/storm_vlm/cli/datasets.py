@@ -114,16 +114,16 @@ def leaks(
     from dataclasses import asdict
 
     from storm_vlm.data.atomic_write import write_json
-    from storm_vlm.data.check import sound_rows
+    from storm_vlm.data.check import told_rows
     from storm_vlm.data.output import check_outputs
     from storm_vlm.data.row import write_rows
     from storm_vlm.datasets.leaks import find_leaks, without_leaks
 
     check_outputs([remove, out], [train, evaluation])
     # A clip that cannot be read is compared by its name.
-    rows, others = (sound_rows(file, None, max_errors) for file in (train, evaluation))
+    rows, others = (told_rows(file, max_errors) for file in (train, evaluation))
     found = find_leaks(rows, others, cache, num_frames)
-    kept = without_leaks(rows, found)
+    leaking = len({row for leak in found.leaks for row in leak.train_rows})
     clips = (Column(f"{kind} clip", overflow="fold") for kind in ("training", "evaluation"))
     heads = (Column(name, no_wrap=True) for name in ("rows", "rows", "why", "share", "distance"))
     table = Table(next(clips), next(heads), next(clips), *heads, box=None)
@@ -142,9 +142,7 @@ def leaks(
         console.print(table)
     if len(found.leaks) > 20:
         show(f"… and {len(found.leaks) - 20} pairs more: see them with --out FILE.json")
-    show(
-        f"{len(rows) - len(kept)} of {len(rows)} training rows leak, in {len(found.leaks)} pairs of clips"
-    )
+    show(f"{leaking} of {len(rows)} training rows leak, in {len(found.leaks)} pairs of clips")
     if found.look_alikes:
         show(
             f"{len(found.look_alikes)} pairs look alike, but what stands still in them differs, as in two puzzles on "
@@ -161,8 +159,8 @@ def leaks(
     if out:
         write_json(out, asdict(found))
     if remove:
-        write_rows(remove, kept)
-        show(f"wrote {len(kept)} rows to {remove}")
+        write_rows(remove, without_leaks(rows, found))
+        show(f"wrote {len(rows) - leaking} rows to {remove}")
 
 
 def gallery(source: Path, /, *, out: Path | None = None, limit: PositiveInt = 100) -> None:

@@ -26,10 +26,10 @@ from storm_vlm.construction.steps import STEP_FUNCTIONS, Draft, Resources
 from storm_vlm.construction.teacher import BudgetReached
 from storm_vlm.construction.types import Rejected
 from storm_vlm.data.atomic_write import in_one_step, write_json
-from storm_vlm.data.check import check_text, fault_lines, row_faults, tell_faults
+from storm_vlm.data.check import RowFile, check_text, row_faults, tell_faults
 from storm_vlm.data.output import check_outputs, exclusive
 from storm_vlm.data.prompt import PromptError
-from storm_vlm.data.row import Row, RowError, portable, row_line, scan_rows
+from storm_vlm.data.row import Row, portable, row_line
 from storm_vlm.data.store import Store, key_of
 from storm_vlm.data.thread_pool import completed, proceed, thread_pool
 from storm_vlm.data.video import VideoError
@@ -111,7 +111,7 @@ class Builder:
     def spent(self) -> dict[str, Any]:
         """Time, and what the store holds of what costs."""
         teacher = self.resources.teacher
-        videos = len(self.store.files("thoughts", ".mp4"))
+        videos = sum(1 for _ in self.store.files("thoughts", ".mp4"))
         totals = {"teacher": teacher.spent.totals(teacher.config)} if teacher else {}
         return {"time": time.perf_counter(), "thought_videos": videos, **totals}
 
@@ -139,21 +139,25 @@ class Builder:
         return draft.model_copy(update={"row": placed})
 
 
-def load_rows(source: str | Path, config: BuildConfig) -> tuple[list[Row], dict[str, str]]:
-    """As `scan_rows`. Raises StormError for rows of a split that must not be built from, before anybody is paid."""
-    rows, malformed = scan_rows(source)
-    if malformed and not rows:
-        raise RowError(f"{source} holds no row:\n{fault_lines(malformed, source)}")
-    refused = [row for row in rows if row.split not in config.splits]
+def load_rows(source: str | Path, config: BuildConfig, shard: Shard | None = None) -> RowFile:
+    """Raises StormError for rows of a split that must not be built from, before anybody is paid."""
+    refused: list[str] = []
+
+    def mine(row: Row) -> bool:
+        if row.split not in config.splits:
+            refused.append(f"{row.id!r}, {row.split}")
+        return shard is None or shard.holds(row)
+
+    rows = RowFile(source, mine)
     if refused:
         raise StormError(
             f"{source}: {len(refused)} rows are of another split than {'/'.join(config.splits)} (the first: "
-            f"{refused[0].id!r}, {refused[0].split}); the teacher is told answers, so leave them out"
+            f"{refused[0]}); the teacher is told answers, so leave them out"
         )
-    return rows, malformed
+    return rows
 
 
-Work = Callable[[Builder, list[Row]], Counter[str]]
+Work = Callable[[Builder, RowFile], Counter[str]]
 
 
 def run(
@@ -176,19 +180,18 @@ def run(
         StormError: rows of a test split, a missing key or package, an endpoint that refuses; an `out` that another
             process is at work on, or that would overwrite `source`.
     """
-    (rows, malformed), out = load_rows(source, config), Path(out)
+    rows, out = load_rows(source, config, shard), Path(out)
     with exclusive(out, f"{shard.number}of{shard.count}-" if shard else ""):
         _check_outputs(out, source)
-        faults = {**malformed, **row_faults(rows)}
-        tell_faults(faults, len(rows) + len(malformed), source, config.max_errors)
+        faults = {**rows.malformed, **row_faults(rows)}
+        tell_faults(faults, len(rows) + len(rows.malformed), source, config.max_errors)
         builder = Builder(config, store or out / "store")
         began = builder.spent()
-        mine = rows if shard is None else list(filter(shard.holds, rows))
-        states = (work or in_threads)(builder, mine)
+        states = (work or in_threads)(builder, rows)
         account = _account(states, began, builder.spent())
         if shard is None:
-            return _collect(builder, source, out, rows, malformed, account)
-        summary = {"rows": len(mine), **account}
+            return _collect(builder, rows, out, account)
+        summary = {"rows": len(rows), **account}
         write_json(out / f"summary-{shard.number}of{shard.count}.json", summary)
         return summary
 
@@ -199,7 +202,7 @@ def _check_outputs(out: Path, source: str | Path) -> None:
     )
 
 
-def in_threads(builder: Builder, rows: list[Row]) -> Counter[str]:
+def in_threads(builder: Builder, rows: RowFile) -> Counter[str]:
     """`workers` rows at a time: one waits for the teacher while another is decoded or imagined."""
     with thread_pool(builder.config.workers) as pool:
         outcomes = completed(pool, builder.build, rows)
@@ -210,27 +213,19 @@ def collect(
     source: str | Path, out: str | Path, config: BuildConfig, store: str | Path | None = None
 ) -> dict[str, Any]:
     """Write what the store holds of `source`'s rows; returns the summary. Asks and generates nothing."""
-    out = Path(out)
-    _check_outputs(out, source)
-    builder = Builder(config, store or out / "store")
-    rows, malformed = load_rows(source, config)
-    if rows and not any(builder.finished(row) for row in rows):
-        raise StormError(
-            f"{builder.store.folder} holds no finished row of {source}, as these settings would make them: run storm "
-            "build with the same source, settings and store first"
-        )
-    return _collect(builder, source, out, rows, malformed, {})
+    rows, out = load_rows(source, config), Path(out)
+    with exclusive(out):
+        _check_outputs(out, source)
+        builder = Builder(config, store or out / "store")
+        if len(rows) and not any(builder.finished(row) for row in rows):
+            raise StormError(
+                f"{builder.store.folder} holds no finished row of {source}, as these settings would make them: run "
+                "storm build with the same source, settings and store first"
+            )
+        return _collect(builder, rows, out, {})
 
 
-def _collect(
-    builder: Builder,
-    source: str | Path,
-    out: Path,
-    rows: list[Row],
-    malformed: dict[str, str],
-    account: dict[str, Any],
-) -> dict[str, Any]:
-    """Row by row: what rows have become takes many times the memory of the rows."""
+def _collect(builder: Builder, rows: RowFile, out: Path, account: dict[str, Any]) -> dict[str, Any]:
     out, sieve = out.absolute(), Sieve(builder.config.filters)
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -246,7 +241,7 @@ def _collect(
             reasons[why["reason"]] += 1
             rejects.write(json.dumps(why, ensure_ascii=False) + "\n")
 
-        for row in tqdm(rows, "rows collected", leave=False):
+        for row in tqdm(rows, "rows collected", len(rows), leave=False):
             if (draft := builder.finished(row)) is None:
                 counts["unfinished"] += 1
                 first_unfinished = first_unfinished or row.id
@@ -259,10 +254,10 @@ def _collect(
                 counts["own"] += builder.resources.keeps_thought_video(row)
             else:
                 reject(**why, row=portable(made, out).model_dump())
-        for place, fault in malformed.items():
+        for place, fault in rows.malformed.items():
             reject(id=place, reason="malformed", detail=fault)
     summary = {
-        "rows": len(rows) + len(malformed),
+        "rows": len(rows) + len(rows.malformed),
         "kept": counts["kept"],
         "own_thought_videos": counts["own"],
         "rejected": dict(reasons),
@@ -271,7 +266,7 @@ def _collect(
         "first_unfinished": first_unfinished,
         **account,
         "config": builder.config.model_dump(mode="json"),
-        "source": builder.store.content(source),
+        "source": builder.store.content(rows.file),
         "versions": versions(),
         "commit": commit(),
     }

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from storm_vlm.data.frame_hash import distances, frame_hashes
+from storm_vlm.data.frame_hash import BITS, distances, frame_hashes
 
 if TYPE_CHECKING:
     import torch
 
 LOW_IS_BAD = frozenset({"blank", "frozen", "duplicate"})
 PRINTED = 5  # frames of a video that its fingerprint looks at
+HASHED = BITS // 8  # bytes of a frame's hash
 BLOCKS = 32  # of a picture's side
 RULES = 2  # changes with what scores mean: stored ones of another number are made again
 
@@ -60,51 +61,70 @@ class Duplicates:
     """Fingerprints of thought videos, and how near one of another clip comes to them.
 
     Two questions about one clip may well have the same: such prints are not compared. Nor are those that share no
-    band of MinHashes, so that a look takes no longer the more there are. Of two prints closer than `limit`, one in
-    10^6 shares none.
+    band of MinHashes, so that a look takes hardly longer the more there are. Of two prints closer than `limit`, one
+    in 10^6 shares none. A print takes some 460 bytes.
     """
 
     BANDS = 32
+    BUCKETS = 1 << 17  # of a band
 
     def __init__(self, limit: float) -> None:
         # Two prints agree in a permutation as often as they share bits, which is 1 - distance.
-        self._rows = max(1, int(math.log(0.35) / math.log1p(-min(max(limit, 0.02), 0.9))))
-        random, count = np.random.default_rng(0), self.BANDS * self._rows
-        self._ranks = random.random((8 * PRINTED * 64, count), np.float32).argsort(0).astype("u2")
-        self._last: dict[int, int] = {}  # the last print that has a band's hashes …
-        self._before: list[np.ndarray] = []  # … and for each print and band, the one before it
-        self._prints: list[np.ndarray] = []
-        self._clips: list[Hashable] = []
+        rows = max(1, int(math.log(0.35) / math.log1p(-min(max(limit, 0.02), 0.9))))
+        random, bits = np.random.default_rng(0), 8 * PRINTED * HASHED
+        ranks = random.random((bits, self.BANDS * rows), np.float32).argsort(0)
+        self._ranks = ranks.astype(np.uint16)
+        self._factors = random.integers(1 << 63, size=rows, dtype=np.uint64) * 2 + 1
+        fields = [
+            ("print", np.uint8, PRINTED * HASHED),
+            ("clip", np.int64),
+            ("before", np.int32, self.BANDS),  # in the same bucket, by band; -1: none
+        ]
+        self._kept = np.zeros(1024, fields)
+        self._count = 0
+        self._last = np.full((self.BANDS, self.BUCKETS), -1, np.int32)  # of each bucket
 
     def nearest(self, fingerprint: str, clip: Hashable) -> float:
         """The distance (see `frame_hash.py`) to the nearest that may be a duplicate; 1 without any."""
         mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
-        near: set[int] = set()
-        for number, band in enumerate(self._signature(mine)):
-            place = self._last.get(band, -1)
-            while place >= 0:
-                if self._clips[place] != clip:
-                    near.add(place)
-                place = int(self._before[place][number])
-        if not near:
-            return 1.0
-        return float(distances(mine[None], np.stack([self._prints[i] for i in near])).min())
+        near = self._near(self._buckets(mine))
+        others = near[near["clip"] != hash(clip)]
+        return float(distances(mine[None], others["print"]).min()) if len(others) else 1.0
 
     def add(self, fingerprint: str, clip: Hashable) -> None:
+        """Keep a print, unless it is without structure, or the clip's already."""
         mine = np.frombuffer(bytes.fromhex(fingerprint), np.uint8)
-        bands = self._signature(mine)
-        self._before.append(np.array([self._last.get(band, -1) for band in bands], np.int32))
-        self._last.update(dict.fromkeys(bands, len(self._prints)))
-        self._prints.append(mine)
-        self._clips.append(clip)
+        buckets = self._buckets(mine)
+        near = self._near(buckets)
+        if (
+            not len(buckets)
+            or ((near["clip"] == hash(clip)) & (near["print"] == mine).all(1)).any()
+        ):
+            return
+        if self._count == len(self._kept):
+            self._kept = np.concatenate([self._kept, np.zeros_like(self._kept)])
+        places = np.arange(self.BANDS), buckets
+        self._kept[self._count] = mine, hash(clip), self._last[places]
+        self._last[places] = self._count
+        self._count += 1
 
-    def _signature(self, mine: np.ndarray) -> list[int]:
-        """For every band, its MinHashes as one number; none for a print without structure, which is like none."""
+    def _near(self, buckets: np.ndarray) -> np.ndarray:
+        """What is kept in any of the buckets, of each band one."""
+        bands = np.arange(len(buckets))
+        places, found = self._last[bands, buckets], [np.empty(0, np.int32)]
+        while len(places):
+            bands, places = bands[places >= 0], places[places >= 0]
+            found.append(places)
+            places = self._kept["before"][places, bands]
+        return self._kept[np.unique(np.concatenate(found))]
+
+    def _buckets(self, mine: np.ndarray) -> np.ndarray:
+        """For each band, where its MinHashes lead to; none for a print without structure, which is like none."""
         bits = np.unpackbits(mine).nonzero()[0]
         if not len(bits):
-            return []
+            return np.empty(0, np.int64)
         first = self._ranks[bits].min(0).reshape(self.BANDS, -1)
-        return [hash((number, part.tobytes())) for number, part in enumerate(first)]
+        return ((first * self._factors).sum(1) >> np.uint64(32)).astype(np.int64) % self.BUCKETS
 
 
 def off_topic(model: str) -> Callable[[np.ndarray, str], float]:

@@ -216,13 +216,9 @@ def _keyframes(
 ) -> tuple[np.ndarray, ...]:
     """The frames on screen at the row's keyframes."""
     times = row.keyframes[:1] if first else row.keyframes
-    *earlier, last = sorted(set(times))
-    # The last alone: it raises where the video has ended, while several times may reach past the end.
-    shown = {last: read_frames(row.video, [last], max_side).frames[0]}
-    if earlier:
-        frames = read_frames(row.video, earlier, max_side).frames
-        shown |= dict(zip(earlier, frames, strict=True))
-    return tuple(shown[time] for time in times)
+    ascending = sorted(set(times))
+    frames = read_frames(row.video, ascending, max_side).frames
+    return tuple(frames[ascending.index(time)] for time in times)
 
 
 def _even(frames: np.ndarray) -> np.ndarray:

@@ -6,8 +6,10 @@ Faults are reasons: of a row by its id, of a line that holds no row by its place
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,52 @@ from storm_vlm.data.prompt import (
     answer_text,
     question_text,
 )
-from storm_vlm.data.row import Row, RowError, scan_rows
+from storm_vlm.data.row import Row, RowError, iter_rows, scan_rows
 from storm_vlm.data.thread_pool import completed, thread_pool
 from storm_vlm.data.video import VideoError, video_shape
 
 NAMED = 10  # faults that a message lists
 log = logging.getLogger(__name__)
+
+
+class RowFile:
+    """The rows of a file, or those that `holds` takes, read anew each time: in memory is one, however many they are.
+
+    `malformed`: what is wrong with lines that hold no row, by "file:line".
+
+    Raises:
+        RowError: there are only such lines; later, that the file has changed.
+        JSONError, OSError: it cannot be read.
+    """
+
+    def __init__(self, file: str | Path, holds: Callable[[Row], bool] = lambda _: True) -> None:
+        self.file, self._holds = file, holds
+        self.malformed: dict[str, str] = {}
+        self._version = self._seen()
+        self._count = sum(map(holds, self._all()))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Row]:
+        yield from filter(self._holds, self._all())
+        if self._seen() != self._version:
+            raise RowError(f"{self.file} has changed since the work began: run it again")
+
+    def _all(self) -> Iterator[Row]:
+        empty = True
+        for place, found in iter_rows(self.file):
+            if isinstance(found, Row):
+                empty = False
+                yield found
+            else:
+                self.malformed[place] = found
+        if empty and self.malformed:
+            raise RowError(f"{self.file} holds no row:\n{fault_lines(self.malformed, self.file)}")
+
+    def _seen(self) -> tuple[int, int]:
+        state = os.stat(self.file)
+        return state.st_mtime_ns, state.st_size
 
 
 def check_text(row: Row) -> None:
@@ -57,28 +99,28 @@ def check_length(config: Any, tokens: int) -> None:
 
 
 def row_faults(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     check: Callable[[Row], object] = check_video,
     workers: int | None = None,
 ) -> dict[str, str]:
-    """Why rows cannot be worked on, by id: what `check` raises.
+    """Why rows cannot be worked on, by id, in their order: what `check` raises.
 
     A header is quickly read; damage behind it shows when the frames are decoded. `workers`: threads; a tokenizer
     stands only one.
     """
 
-    def fault(row: Row) -> str:
+    def fault(item: tuple[int, Row]) -> str:
         try:
-            check(row)
+            check(item[1])
         except (PromptError, VideoError) as error:
             return str(error)
         return ""
 
     with thread_pool(workers) as pool:
-        outcomes = completed(pool, fault, rows)
-        shown = tqdm(outcomes, "rows checked", len(rows), leave=False)
-        reasons = {row.id: reason for row, reason in shown if reason}
-    return {row.id: reasons[row.id] for row in rows if row.id in reasons}
+        outcomes = completed(pool, fault, enumerate(rows))
+        shown = tqdm(outcomes, "rows checked", length_hint(rows), leave=False)
+        found = sorted((number, row.id, reason) for (number, row), reason in shown if reason)
+    return {name: reason for _, name, reason in found}
 
 
 def fault_lines(faults: Mapping[str, str], source: str | Path) -> str:
@@ -123,6 +165,13 @@ def sound_rows(
         )
     tell_faults(faults, count, source, max_errors)
     return [row for row in rows if row.id not in faults]
+
+
+def told_rows(source: str | Path, max_errors: float = 1.0) -> RowFile:
+    """The rows of a file; lines that hold none are named. Raises as `RowFile`, and RowError if they are too many."""
+    rows = RowFile(source)
+    tell_faults(rows.malformed, len(rows) + len(rows.malformed), source, max_errors)
+    return rows
 
 
 def tell_faults(

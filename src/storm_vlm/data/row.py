@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Annotated, Any, Literal, Self
@@ -184,25 +184,34 @@ def scan_rows(path: str | os.PathLike[str]) -> tuple[list[Row], dict[str, str]]:
 
     Raises JSONError for a file that is neither lines nor a whole list, and ``OSError``.
     """
-    folder = Path(path).absolute().parent
     rows: list[Row] = []
     faults: dict[str, str] = {}
+    for place, found in iter_rows(path):
+        if isinstance(found, Row):
+            rows.append(found)
+        else:
+            faults[place] = found
+    return rows, faults
+
+
+def iter_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, Row | str]]:
+    """As `scan_rows`, one at a time in memory: each row, or what is wrong, with its place."""
+    folder = Path(path).absolute().parent
     places: dict[str, str] = {}
     for place, fields in scan_objects(path):
         if isinstance(fields, JSONError):
-            faults[place] = str(fields).removeprefix(f"{place}: ")
+            yield place, str(fields).removeprefix(f"{place}: ")
             continue
         try:
             row = Row.model_validate(fields)
         except ValidationError as error:
-            faults[place] = _explain(error)
+            yield place, _explain(error)
             continue
         if row.id in places:
-            faults[place] = f"id: {row.id!r} is taken by {places[row.id]}; rename one"
+            yield place, f"id: {row.id!r} is taken by {places[row.id]}; rename one"
             continue
         places[row.id] = place
-        rows.append(_with_paths(row, lambda name: absolute(name, folder)))
-    return rows, faults
+        yield place, _with_paths(row, lambda name: absolute(name, folder))
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:

@@ -131,8 +131,9 @@ class Store:
             os.replace(unfinished, path)
             self._sync(path.parent)
 
-    def files(self, kind: str, suffix: str = ".json") -> list[Path]:
-        return sorted((self.folder / kind).glob(f"*/*{suffix}"))
+    def files(self, kind: str, suffix: str = ".json") -> Iterator[Path]:
+        for part in sorted((self.folder / kind).glob("*")):
+            yield from sorted(part.glob(f"*{suffix}"))
 
     def content(self, file: str | Path) -> str:
         """SHA-256 of a file's bytes, which are read only if the file may have changed since the last time.

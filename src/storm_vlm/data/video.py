@@ -134,9 +134,14 @@ def read_future(
 def read_frames(
     path: str | os.PathLike[str], times: Sequence[float], max_side: int | None = None
 ) -> Clip:
-    """The frames on screen at the given ascending times, in seconds. Raises :class:`VideoError`."""
+    """The frames on screen at the given ascending times, in seconds.
+
+    Raises :class:`VideoError`, also where the video ends before the last of them.
+    """
 
     def shown(source: VideoSource) -> list[float]:
+        if times[0] < times[-1]:
+            source.times(times[-1], times[-1])  # raises; a window may reach past the end
         starts = source.times(times[0], times[-1])
         return [starts[max(bisect_right(starts, time + EPSILON) - 1, 0)] for time in times]
 
@@ -208,8 +213,10 @@ def _sample(
         longest, area = max(first.width, first.height), first.width * first.height
         scale = min(1.0, (max_side or longest) / longest, (MAX_PIXELS / area) ** 0.5)
         width, height = (max(1, round(n * scale)) for n in (first.width, first.height))
-        # Asked once: a frame that was asked for its side data is not freed before the next garbage collection.
-        matrix, convert = first.side_data.get("DISPLAYMATRIX"), VideoReformatter().reformat
+        convert = VideoReformatter().reformat
+        # A frame that was asked for its side data is not freed before the next garbage collection, so a tiny one is.
+        tiny = convert(first, 2, 2, "rgb24", interpolation="POINT", threads=1)
+        matrix = tiny.side_data.get("DISPLAYMATRIX")
         shape = _upright(np.empty((height, width, 3), np.uint8), matrix).shape
         pixels = np.empty((len(times), *shape), np.uint8)
         for index, frame in enumerate(chain([first], frames)):

@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, islice
@@ -85,7 +85,7 @@ def names(path: str) -> set[str]:
 
 
 def find_leaks(
-    train: Sequence[Row], evaluation: Sequence[Row], cache: Path, num_frames: int = 32
+    train: Iterable[Row], evaluation: Iterable[Row], cache: Path, num_frames: int = 32
 ) -> LeakReport:
     """Compare the clips of two sets of rows.
 
@@ -142,10 +142,10 @@ def _telling_names(clips: Iterable[Window]) -> dict[str, set[str]]:
     return {path: names(path) if len(files[Path(path).stem]) < 2 else set() for path, _, _ in clips}
 
 
-def without_leaks(train: Iterable[Row], comparison: LeakReport) -> list[Row]:
+def without_leaks(train: Iterable[Row], comparison: LeakReport) -> Iterator[Row]:
     """The training rows whose clips leak nowhere."""
     leaking = {row for leak in comparison.leaks for row in leak.train_rows}
-    return [row for row in train if row.id not in leaking]
+    return (row for row in train if row.id not in leaking)
 
 
 def _rows_by_clip(rows: Iterable[Row]) -> dict[Window, list[str]]:

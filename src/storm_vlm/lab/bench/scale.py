@@ -24,6 +24,7 @@ from storm_vlm.construction.build import run
 from storm_vlm.construction.config import BuildConfig
 from storm_vlm.construction.filters import PRINTED, Duplicates
 from storm_vlm.data.atomic_write import write_json
+from storm_vlm.data.check import RowFile
 from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.datasets.leaks import find_leaks
 from storm_vlm.datasets.transfer import export_rows, import_rows
@@ -50,7 +51,8 @@ def bench_scale(
 ) -> dict[str, Any]:
     """`ScaleCost` of each verb at each size, and the exponents with which they grow (1: linear).
 
-    `results` is a record that may hold other figures: they stay, and these become its "scale".
+    `results` is a record that may hold other figures: they stay, and these become its "scale", each as soon as it is
+    measured.
     """
     costs: dict[str, list[ScaleCost]] = {verb: [] for verb in VERBS}
     with TemporaryDirectory() as name:
@@ -65,19 +67,23 @@ def bench_scale(
                 if count in (CLIPS, *(build_sizes if verb == "build" else sizes)):
                     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                         costs[verb].append(pool.submit(_measure, verb, folder, count).result())
+                    if results is not None:
+                        rest = json.loads(results.read_text()) if results.exists() else {}
+                        write_json(results, {**rest, "scale": _report(costs)})
+    return _report(costs)
+
+
+def _report(costs: dict[str, list[ScaleCost]]) -> dict[str, Any]:
+    """Of what has been measured so far."""
     found = {
         verb: {
             "fixed": asdict(fixed),
-            "sizes": [asdict(cost) for cost in measured],
-            "exponents": _exponents(fixed, measured[0], measured[-1]),
+            "sizes": [asdict(cost) for cost in sizes],
+            "exponents": _exponents(fixed, sizes[0], sizes[-1]),
         }
-        for verb, (_, fixed, *measured) in costs.items()
+        for verb, (_, fixed, *sizes) in ((v, c) for v, c in costs.items() if c[2:])
     }
-    report = {"commit": commit(), "versions": versions(), **found}
-    if results is not None:
-        rest = json.loads(results.read_text()) if results.exists() else {}
-        write_json(results, {**rest, "scale": report})
-    return report
+    return {"commit": commit(), "versions": versions(), **found}
 
 
 def _exponents(fixed: ScaleCost, least: ScaleCost, most: ScaleCost) -> dict[str, float]:
@@ -135,7 +141,7 @@ def _import(folder: Path, _: int) -> None:
 
 
 def _leaks(folder: Path, _: int) -> None:
-    find_leaks(read_rows(folder / SHARED), read_rows(folder / OTHER), folder / "hashes")
+    find_leaks(RowFile(folder / SHARED), RowFile(folder / OTHER), folder / "hashes")
 
 
 def _filter(_: Path, count: int) -> None:
