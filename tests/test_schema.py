@@ -111,6 +111,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         ({"keyframes": [-0.5]}, r"keyframes\.0"),
         ({"split": "dev"}, "split"),
         ({"version": 2}, "version"),
+        ({"video": "a\0.mp4"}, "video: no file's name has a zero byte"),
         ({"vidoe": "a.mp4"}, "vidoe"),
         ({"id": None}, "id"),
         ({"start": "1.0"}, "start"),

@@ -1,9 +1,13 @@
 """VBVR's samples as their generators wrote them (see `vbvr/README.md`); others are made in their shape."""
 
+import gzip
 import json
 import random
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -166,6 +170,139 @@ def test_what_is_no_question_is_counted(whole: Path, tmp_path: Path) -> None:
         imported(tmp_path / "half.tar", tmp_path, videos=tmp_path)
     with pytest.raises(StormError, match="--videos"):
         imported(tmp_path / "half.tar", tmp_path)
+
+
+def copied(whole: Path, folder: Path, name: str = "domino_chain_gap_analysis_00000003") -> Path:
+    (sample,) = whole.rglob(name)
+    shutil.copytree(sample, folder)
+    return folder
+
+
+def test_odd_folders_are_read_and_broken_samples_counted(whole: Path, tmp_path: Path) -> None:
+    """Whatever is wrong with a sample, the others are rows; nothing ends the import."""
+    data = tmp_path / "data"
+    copied(whole, data / "deep" / "deeper" / "日本語 name" / "0")
+    filmed = copied(whole, data / "b", "domino_chain_gap_analysis_00000002")
+    for file in (filmed / "ground_truth.mp4", filmed / "video.mov"):
+        write_video(file, np.full((6, 16, 16, 3), 90, np.uint8), 10.0)
+    (filmed / "ground_truth.mp4").unlink()
+    for number, (name, content) in enumerate(
+        {
+            "metadata.json": b"",
+            "prompt.txt": b"\xff" + b"a" * 100_000,
+            "ground_truth.mp4": b"no video",
+            "unseen": b"",
+        }.items()
+    ):
+        folder = copied(
+            whole, data / f"c{number}", f"domino_chain_gap_analysis_0000000{number % 2}"
+        )
+        (folder / name).write_bytes(content)
+    (data / "c3" / "ground_truth.mp4").unlink()
+    about = json.loads((filmed / "metadata.json").read_text())
+    for number, change in enumerate(
+        ({"parameters": {"size": 3}}, {"parameters": [1]}, {"generator": "Multi-09_hanoi"})
+    ):
+        change |= {"param_hash": str(number)}
+        folder = copied(whole, data / f"d{number}")
+        (folder / "metadata.json").write_text(json.dumps(about | change))
+    copied(whole, data / "e")  # the same again
+    (data / "metadata.json").write_text('{"about": "all",\n "nan": NaN}')
+    (data / "._metadata.json").write_bytes(b"\0\5\x16\7")
+    (data / "around").symlink_to(data)
+    (data / "picture").mkdir()
+    (data / "picture" / "ground_truth.png").touch()
+    (data / "picture" / "metadata.json").write_text(json.dumps(about | {"param_hash": "picture"}))
+    rows, counts = imported(data, tmp_path)
+    assert {Path(row.video).parent.name for row in rows} == {"b", "c1", "0"}
+    (ten,) = (row for row in rows if Path(row.video).name == "video.mov")
+    assert ten.end == pytest.approx(0.15) and ten.keyframes == pytest.approx((0.1,))  # 10 a second
+    (long,) = (row for row in rows if "/c1/" in row.video)
+    assert len(long.meta["prompt"]) > 99_999
+    assert counts.skipped == {
+        "the same sample again": 1,
+        "sample without a video": 1,
+        "sample without metadata: nothing tells its answer": 1,
+        "no questions about the task hanoi": 1,
+    }, counts.skipped
+    assert counts.rejected == {
+        "part of the source that cannot be read": 1,
+        "parameters that domino_chain_gap_analysis is not known to have": 1,
+        "metadata without parameters": 1,
+        "a picture where a video should be": 1,
+        str(data / "c2" / "ground_truth.mp4"): 1,
+    }, counts.rejected
+
+
+@pytest.mark.parametrize("layout", ["list", "dict of lists", "dict by id", "lines"])
+def test_metadata_of_many_samples_in_one_file(layout: str, whole: Path, tmp_path: Path) -> None:
+    about = [
+        json.loads(file.read_text()) | {"video": f"clips/{file.parent.name}.mp4"}
+        for file in sorted(whole.rglob("domino*/metadata.json"))
+    ]
+    texts = {
+        "list": json.dumps(about, indent=1),
+        "dict of lists": json.dumps({"data": about}, indent=1),
+        "dict by id": json.dumps({sample["task_id"]: sample for sample in about}),
+        "lines": "\n".join(map(json.dumps, about)),
+    }
+    (tmp_path / "all.json").write_text(texts[layout])
+    rows, _ = imported(tmp_path / "all.json", tmp_path, videos=tmp_path)
+    assert [row.answer for row in rows] == [str(LAST_FALLEN[i]) for i in range(6)]
+
+
+def test_tars_that_must_not_be_trusted_or_are_not_whole(whole: Path, tmp_path: Path) -> None:
+    media = tmp_path / "media"
+    packed = [tmp_path / "data" / f"a_0000{i}.tar.gz" for i in range(2)]
+    packed[0].parent.mkdir()
+    for number, file in enumerate(packed):  # both hold the same folders, as the published chunks do
+        with tarfile.open(file, "w:gz") as tar:
+            folder = copied(
+                whole, tmp_path / str(number), f"domino_chain_gap_analysis_0000000{number}"
+            )
+            tar.add(folder, f"O-24_x_data-generator/x_task/x_{number}")
+            link = tarfile.TarInfo("O-24_x_data-generator/link")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+    rows, counts = imported(tmp_path / "data", tmp_path, videos=media)
+    assert [row.answer for row in rows] == ["3", "5"] and not counts.skipped
+    assert not (media / "O-24_x_data-generator" / "link").is_symlink()
+    whole_bytes = packed[0].read_bytes()
+    plain = gzip.decompress(whole_bytes)
+    for bad in (
+        whole_bytes[: len(whole_bytes) // 2],
+        b"",
+        whole_bytes[:400] + b"\1" * 400,
+        plain[:1124],
+        plain[:7000],
+    ):
+        packed[0].write_bytes(bad)
+        with pytest.raises(StormError, match=r"a_00000\.tar\.gz: not a whole tar"):
+            imported(packed[0], tmp_path, videos=tmp_path / "other")
+    with tarfile.open(packed[0], "w") as tar:
+        tar.add(whole / "README.md", "../outside.md")
+    with pytest.raises(StormError, match="do not trust it"):
+        imported(packed[0], tmp_path, videos=media)
+    assert not (tmp_path / "outside.md").exists()
+
+
+def test_two_imports_into_one_file_are_not_mixed(whole: Path, tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from storm_vlm.data.output import locked\n"
+    code += "with locked(Path(sys.argv[1]), 'rows.jsonl'): print(flush=True); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=pipe, stdout=pipe) as first:
+        assert first.stdout and first.stdout.readline()
+        with pytest.raises(StormError, match=r"another process is at work on rows\.jsonl"):
+            imported(whole, tmp_path)
+        first.communicate()
+    assert imported(whole, tmp_path)[0]
+
+
+def test_a_puzzle_of_many_moves_takes_no_long_search() -> None:
+    far = (*range(15, 0, -1), 0)
+    began = time.process_time()
+    assert shortest_ways(far, (*range(1, 16), 0), 4) == []
+    assert time.process_time() - began < 10
 
 
 def item(task: str, number: int, parameters: dict[str, Any]) -> dict[str, Any]:

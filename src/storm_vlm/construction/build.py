@@ -181,7 +181,7 @@ def run(
             process is at work on, or that would overwrite `source`.
     """
     rows, out = load_rows(source, config, shard), Path(out)
-    with exclusive(out, f"{shard.number}of{shard.count}-" if shard else ""):
+    with exclusive(out, f"{shard.number}of{shard.count}" if shard else ""):
         _check_outputs(out, source)
         faults = {**rows.malformed, **row_faults(rows)}
         tell_faults(faults, len(rows) + len(rows.malformed), source, config.max_errors)

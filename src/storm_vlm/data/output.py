@@ -78,7 +78,7 @@ def locked(folder: Path, part: str = "") -> Iterator[None]:
     if folder.is_file():
         raise OutputError(f"{folder} is a file: name a folder to write to")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.resolve() / f".{part}lock", is_singleton=True)
+    lock = FileLock(folder.resolve() / (f".{part}-lock" if part else ".lock"), is_singleton=True)
     try:
         lock.acquire(blocking=False)
     except Timeout:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -33,6 +34,15 @@ Split = Literal["train", "validation", "test", "ood"]
 Seconds = Annotated[float, Field(ge=0, strict=True)]
 ThoughtSource = Literal["oracle", "generated", "future", "keyframes"]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
+
+
+def _path(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("no file's name has a zero byte")
+    return value
+
+
+FilePath = Annotated[NonEmpty, AfterValidator(_path)]
 
 
 def _storable(value: Any) -> Any:
@@ -67,7 +77,7 @@ class ThoughtVideo(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: NonEmpty
+    path: FilePath
     start: Seconds | None = None
     end: Seconds | None = None
     source: ThoughtSource
@@ -100,7 +110,7 @@ class Row(BaseModel):
 
     version: Literal[1] = 1
     id: NonEmpty
-    video: NonEmpty
+    video: FilePath
     start: Seconds | None = None
     end: Seconds | None = None
     question: NonEmpty

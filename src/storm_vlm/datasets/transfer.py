@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from tqdm.auto import tqdm
 
 from storm_vlm.data.atomic_write import in_one_step
-from storm_vlm.data.output import check_outputs
+from storm_vlm.data.output import check_outputs, locked
 from storm_vlm.data.prompt import answer_text, question_text
 from storm_vlm.data.row import Row, RowError, Split, absolute, scan_rows, write_rows
 from storm_vlm.datasets import EXPORTERS, IMPORTERS
@@ -121,13 +121,16 @@ def import_rows(
         objects = tqdm(source_objects(source, videos), "objects", leave=False)
         for number, (_, item) in enumerate(objects):
             try:
+                if isinstance(item, StormError):
+                    raise InputError(f"part of the source that cannot be read: {item}")
                 yield from [finish(f, number, i) for i, f in enumerate(importer(item))]
             except Skipped as skipped:
                 counts.skipped[str(skipped)] += 1
-            except (ValueError, TypeError, AttributeError, KeyError) as error:
-                _reject(rejects, counts, error, item)
+            except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+                shown = None if isinstance(item, StormError) else item
+                _reject(rejects, counts, error, shown)
 
-    with ExitStack() as stack:
+    with locked(out.absolute().parent, out.name), ExitStack() as stack:
         rejects = _open_rejects(stack, source, out)
         if made := _unless_empty(_unique(rows(rejects), counts)):
             write_rows(out, made)
@@ -207,7 +210,8 @@ def _open_rejects(stack: ExitStack, source: Path, out: Path) -> TextIO:
         )
     check_outputs([out, rejects_file(out)], [source])
     unfinished = stack.enter_context(in_one_step(rejects_file(out)))
-    return stack.enter_context(unfinished.open("w", encoding="utf-8"))
+    # Half a character, as of an odd file name, becomes the escape that JSON has for it.
+    return stack.enter_context(unfinished.open("w", encoding="utf-8", errors="backslashreplace"))
 
 
 def _reject(rejects: TextIO, counts: Counts, error: Exception, item: Any) -> None:

@@ -8,6 +8,7 @@ tables of VBVR-Dataset; parameters: the generators named at each maker.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +18,13 @@ from itertools import combinations, pairwise, permutations
 from pathlib import Path
 from typing import Any
 
+from storm_vlm.data.video import frame_times
 from storm_vlm.datasets.parse import Fields, Skipped
 from storm_vlm.errors import InputError
 
 FPS = 16.0  # of all generators; Pro's metadata have their own
+FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
+_TREE = re.compile(r"(?:[A-Z]|Multi)-\d+_(.+?)_data-generator|([^/]+)_task/")
 SEEN = 1.5  # frames: the still stands for longer, and two frames are one temporal grid
 OPTIONS = 4
 POOL = 8  # that the wrong options are taken from, so that each is right as often as others
@@ -69,15 +73,26 @@ class Vbvr:
         self._asked: Counter[tuple[str, str]] = Counter()
         self._placed: Counter[tuple[str, int, int]] = Counter()
         self._due: Counter[tuple[str, str]] = Counter()  # how often an option was wrong too often
+        self._seen: set[str] = set()
 
     def __call__(self, item: Fields) -> list[Fields]:
         sample = _sample(item)
         maker = next((make for name, make in MAKERS.items() if name in sample.task), None)
         if maker is None:
             raise Skipped(f"no questions about the task {sample.task}")
+        if sample.id in self._seen:
+            raise Skipped("the same sample again")
         families: dict[str, list[Candidate]] = {}
-        for candidate in maker(sample.parameters):
-            families.setdefault(candidate.family, []).append(candidate)
+        try:
+            for candidate in maker(sample.parameters):
+                families.setdefault(candidate.family, []).append(candidate)
+        except InputError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            raise InputError(
+                f"parameters that {sample.task} is not known to have: {type(error).__name__}: {error}"
+            ) from error
+        self._seen.add(sample.id)
         chosen = [self._choose(candidates, sample) for candidates in families.values()]
         rows = [self._row(sample, candidate) for candidate in chosen if candidate]
         if not families:
@@ -116,18 +131,14 @@ class Vbvr:
         )
         self._placed[asked.family, count, place] += 1
         options = [*others[:place], asked.answer, *others[place:]]
-        end = SEEN / sample.fps
-        thought = {"path": sample.video, "start": end, "source": "oracle", "generator": sample.task}
         return {
             "id": f"{sample.id}-{asked.family}",
             "video": sample.video,
-            "end": end,
+            **sample.window(),
             "question": asked.text,
             "options": options,
             "answer": asked.answer,
-            "keyframes": [1 / sample.fps],
             "plan": asked.plan,
-            "thought_video": thought | {"provenance": sample.provenance},
             "meta": {
                 "source": "VBVR",
                 "task": sample.task,
@@ -154,26 +165,50 @@ class Sample:
     provenance: Fields
     fps: float
 
+    def window(self) -> Fields:
+        """Two frames are seen, by the file's own times if it lies there already; an empty one does not count.
+
+        Raises InputError for a video of a still alone, and VideoError.
+        """
+        seen, end = 1 / self.fps, SEEN / self.fps
+        if os.path.isabs(self.video) and os.path.isfile(self.video) and os.path.getsize(self.video):
+            times = frame_times(self.video)
+            if len(times) < 3:
+                raise InputError(f"a video in which nothing follows the still: {self.video}")
+            seen, end = times[1], (times[1] + times[2]) / 2
+        thought = {"path": self.video, "start": end, "source": "oracle", "generator": self.task}
+        thought |= {"provenance": self.provenance}
+        return {"end": end, "keyframes": [seen], "thought_video": thought}
+
 
 def _sample(item: Fields) -> Sample:
-    """Of a folder (see `sources.py`) or a line of VBVR-Dataset's table. Raises Skipped and ``ValueError``."""
+    """Of a folder (see `sources.py`), a line of VBVR-Dataset's table, or metadata that name their video.
+
+    Raises Skipped and ``ValueError``.
+    """
     metadata = item.get("metadata") or item.get("metadata_json")
+    if metadata is None and "parameters" in item:
+        metadata = item
     if isinstance(metadata, str):
         metadata = json.loads(metadata)
-    if "folder" in item:
-        found = [file for file in item["files"] if Path(file).stem == "ground_truth"]
-        video = str(Path(item["folder"], found[0])) if found else None
-    else:
-        video = item.get("ground_truth_video_path")
     if not metadata:
         raise Skipped("sample without metadata: nothing tells its answer")
-    if not video:
+    parameters = metadata.get("parameters") if isinstance(metadata, dict) else None
+    if not isinstance(parameters, dict):
+        raise InputError("metadata without parameters")
+    if not (video := _video(item)):
         raise Skipped("sample without a video")
-    tree = re.findall(r"(?:[A-Z]|Multi)-\d+_(.+?)_data-generator", f"{item.get('folder')}/{video}")
-    task = _bare(metadata.get("generator") or item.get("generator") or (tree or ["unknown"])[-1])
-    parameters, generation = metadata.get("parameters") or {}, metadata.get("generation") or {}
+    generation = metadata.get("generation") or {}
     git, digest = generation.get("git") or {}, metadata.get("param_hash")
     name = metadata.get("task_id") or item.get("sample_id") or Path(video).parent.name
+    tree = f"{item.get('folder')}/{video}"
+    named = [
+        metadata.get("generator"),
+        item.get("generator"),
+        *("".join(found) for found in _TREE.findall(tree)[::-1]),
+    ]
+    named += [metadata.get("task"), re.sub(r"_?\d+$", "", str(name)), "unknown"]
+    task = _bare(next(text for text in named if text and isinstance(text, str)))
     provenance = {
         "repository": git.get("repo"),
         "commit": git.get("commit"),
@@ -192,8 +227,19 @@ def _sample(item: Fields) -> Sample:
     )
 
 
+def _video(item: Fields) -> str | None:
+    """The file of that name, else the only video beside the metadata."""
+    if "folder" not in item:
+        named = (item.get(key) for key in ("ground_truth_video_path", "video_path", "video"))
+        return next((name for name in named if isinstance(name, str) and name), None)
+    files = [file for file in item["files"] if Path(file).stem == "ground_truth"]
+    films = [file for file in item["files"] if file.lower().endswith(FILMS)]
+    found = [file for file in files if file in films] or files or (films if not films[1:] else [])
+    return str(Path(item["folder"], found[0])) if found else None
+
+
 def _bare(name: str) -> str:
-    return re.sub(r"^(?:[A-Z]|Multi)-\d+_|_data-generator$|_task$", "", name)
+    return re.sub(r"^(?:[A-Z]|Multi)-\d+_|(?:_data-generator)?(?:_task)?$", "", name)
 
 
 def _chance(*parts: str) -> bytes:
@@ -202,6 +248,7 @@ def _chance(*parts: str) -> bytes:
 
 # ------------------------------------------------------------------------------------------ sliding puzzle (O-47)
 Board = tuple[int, ...]  #: tiles by cell, row by row; 0 is the empty square
+SEARCHED = 24  # moves; each costs twice the time and memory of the one before
 
 
 def sliding_puzzle(parameters: Fields) -> Iterator[Candidate]:
@@ -212,7 +259,9 @@ def sliding_puzzle(parameters: Fields) -> Iterator[Candidate]:
         cells = {(int(tile[when][0]), int(tile[when][1])): int(tile["value"]) for tile in tiles}
         boards.append(tuple(cells[divmod(i, size)] for i in range(size * size)))
     ways = shortest_ways(boards[0], boards[1], size)
-    if len(ways) != 1:
+    if not ways:
+        raise Skipped(f"sliding puzzle: more than {SEARCHED} moves, or no way at all")
+    if len(ways) > 1:
         raise Skipped("sliding puzzle: several ways are as short")
     (way,) = ways
     if len(way) != int(parameters.get("solution_length", len(way))):
@@ -265,11 +314,13 @@ def sliding_puzzle(parameters: Fields) -> Iterator[Candidate]:
         )
 
 
-def shortest_ways(start: Board, goal: Board, size: int, most: int = 40) -> list[tuple[int, ...]]:
+def shortest_ways(
+    start: Board, goal: Board, size: int, most: int = SEARCHED
+) -> list[tuple[int, ...]]:
     """The shortest sequences of tiles from a board to another, two at most; searched from both ends."""
     ways: list[dict[Board, list[tuple[int, ...]]]] = [{start: [()]}, {goal: [()]}]
     seen: list[set[Board]] = [{start}, {goal}]
-    for _ in range(most):
+    for _ in range(most + 1):
         met = set(ways[0]) & set(ways[1])
         if met:
             joined = [a + b[::-1] for m in met for a in ways[0][m] for b in ways[1][m]]
@@ -347,6 +398,8 @@ def bookshelf(parameters: Fields) -> Iterator[Candidate]:
         pairs = zip(order, fitting, strict=True)
         return sum(abs(float(b["height"]) - height) for b, height in pairs)
 
+    if len(gaps) > len(ORDINALS):
+        raise Skipped("bookshelf: too many books to compare all orders")
     orders = [order for order in permutations(gaps) if list(order) != gaps]
     if min(map(cost, orders)) < cost(gaps) + CLEAR:
         raise Skipped("bookshelf: another way to shelve the books fits nearly as well")
