@@ -6,7 +6,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 2
 tests=${TESTS:-tests/test_generation.py tests/test_modeling.py tests/test_positions.py tests/test_rollout.py
     tests/test_tokens.py tests/test_attention.py tests/test_tower.py tests/test_backbones.py tests/test_adapters.py
-    tests/test_custom_generate.py tests/test_pipeline.py tests/test_training.py}
+    tests/test_custom_generate.py tests/test_pipeline.py tests/test_training.py tests/test_planning.py}
 failed=""
 for corner in ${MATRIX:-3.11/5.17.*/2.11.* 3.12/newest/newest 3.13/5.17.*/newest 3.13/newest/newest}; do
     python=${corner%%/*} rest=${corner#*/}

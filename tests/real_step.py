@@ -8,12 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
 def grouped(rows: Any, weights: Any, *_: Any, **__: Any) -> int:
     """Of experts: (tokens, from) times (experts, from, to), or a gradient of `weights`."""
     return 2 * prod(rows) * weights[-1]
+
+
+def attended(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    """Queries (B, heads, n, size) with keys (B, key heads, T, size)."""
+    return 4 * prod(query) * key[-2]
+
+
+def attended_backward(gradient: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
+    return 10 * prod(query) * key[-2]
+
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+OURS = {torch.ops.aten._grouped_mm: grouped}
+if FLASH not in flop_registry:  # torch 2.11 does not count attention on a CPU
+    OURS |= {FLASH: attended, FLASH_BACKWARD: attended_backward}
 
 
 def measure(net: Any, loss_of: Callable[[], Tensor]) -> tuple[int, int]:
@@ -27,8 +43,7 @@ def measure(net: Any, loss_of: Callable[[], Tensor]) -> tuple[int, int]:
             kept[storage.data_ptr()] = storage  # held, so that no address is used twice
         return tensor
 
-    experts = {torch.ops.aten._grouped_mm: grouped}
-    with FlopCounterMode(display=False, custom_mapping=experts) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OURS) as counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = loss_of()
         size = sum(storage.nbytes() for storage in kept.values())

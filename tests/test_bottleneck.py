@@ -98,6 +98,11 @@ def test_what_generate_writes_is_what_training_saw(beams: int) -> None:
     open_video = model.generate(**batch, **options).sequences
     model.config.latent_bottleneck = VIDEO
     output = model.generate(**batch, **options, output_scores=True)
+    for row, written in zip(
+        prompts(), output.sequences, strict=True
+    ):  # nothing is padded, so there is no mask
+        alone = model.generate(**row, **options).sequences[0]
+        assert alone.tolist() == written[-len(alone) :].tolist()
     new = output.sequences[:, batch["input_ids"].shape[1] + BUDGET + 1 :]
     assert new.tolist() != open_video[:, batch["input_ids"].shape[1] + BUDGET + 1 :].tolist()
     trained = rollout(model, {**batch, "labels": new}, BUDGET, bottleneck=torch.ones(3).bool())
@@ -152,8 +157,10 @@ def test_what_training_writes_is_loaded_again(
 def test_what_cannot_hide_the_video_is_refused() -> None:
     model, row = exact_model(), prompts()[0]
     model.config.latent_bottleneck = VIDEO
-    with pytest.raises(LatentError, match="bottleneck"):
-        model.generate(**row, max_new_tokens=BUDGET + 2, cache_implementation="static")
+    embeds = model.get_input_embeddings()(row["input_ids"])
+    for odd in ({"cache_implementation": "static"}, {"inputs_embeds": embeds}):
+        with pytest.raises(LatentError, match="bottleneck"):
+            model.generate(**{**row, **odd}, max_new_tokens=BUDGET + 2)
     with pytest.raises(ValueError, match="bottleneck needs slots"):
         Method(latent_budget=0, bottleneck="answer")
 

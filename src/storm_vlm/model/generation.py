@@ -96,11 +96,15 @@ class _LatentRun:
         assert fed is not None
         return torch.where(ids[:, -1:, None] == self.tokens.pad, fed.to(embeds), embeds)
 
-    def narrow(self, mask: Any, ids: Tensor) -> Any:
-        """An attention mask (B, T) without the video, where the segment of the ids (B, T) is closed."""
+    def narrow(self, mask: Any, ids: Tensor, grows: bool) -> Any:
+        """An attention mask (B, T) without the video, where the segment of the ids (B, T) is closed.
+
+        No mask: all is attended to, as transformers drops a mask of ones. `grows`: the cache does, from ids alone.
+        """
         if self.bottleneck is None:
             return mask
-        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        mask = torch.ones_like(ids) if mask is None else mask
+        if not grows or mask.shape != ids.shape:
             raise LatentError(
                 "this checkpoint has a bottleneck, which needs a prompt of ids and a cache that grows: leave out "
                 "inputs_embeds and cache_implementation"
@@ -245,8 +249,11 @@ class LatentRolloutMixin(_Stock):
         if active is None:
             return inputs
         ids = inputs["input_ids"]
-        inputs["attention_mask"] = active.narrow(inputs.get("attention_mask"), input_ids)
-        if active.forced and not getattr(cache, "is_compileable", False):
+        grows = not getattr(cache, "is_compileable", False)
+        inputs["attention_mask"] = active.narrow(
+            inputs.get("attention_mask"), input_ids, grows and inputs_embeds is None
+        )
+        if active.forced and grows:
             # behind K slots and the end all is as in the stock model
             active.is_over = input_ids.shape[1] > active.prompt_length + active.budget
         if active.is_over:

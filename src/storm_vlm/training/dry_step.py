@@ -221,6 +221,16 @@ def _grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * a.numel() * b.shape[-1]
 
 
+def _attended(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of two products, each of every query with every key. torch 2.11 has no count of its own on a CPU."""
+    return 4 * query.numel() * key.shape[-2]
+
+
+def _attended_backward(gradient: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
+    """Five products: the scores once more, and one for each gradient of the forward's two."""
+    return 10 * query.numel() * key.shape[-2]
+
+
 def _places(index: Tensor | None) -> tuple[Tensor | None, ...]:
     """A real mask as the numbers of its places: how many these are is a shape."""
     if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
@@ -229,4 +239,9 @@ def _places(index: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
-FLOPS = {**flop_registry, torch.ops.aten._grouped_mm: _grouped}
+FLOPS = {
+    **flop_registry,
+    torch.ops.aten._grouped_mm: _grouped,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attended,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attended_backward,
+}
