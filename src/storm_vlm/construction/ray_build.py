@@ -25,9 +25,8 @@ from storm_vlm.inference.client import UnansweredError
 
 PREPARING = ("keyframes", "plans", "prompts")
 BLOCKS = 1000  # of rows, at most: Ray keeps some kilobytes for each
-Item = dict[
-    str, Any
-]  # place of the row, then row and draft as JSON and state: "going", or how it ended
+# First the row's place; then row and draft as JSON, and state: "going", or how it ended.
+Item = dict[str, Any]
 
 
 def on_ray(address: str) -> Callable[[Builder, RowFile], Counter[str]]:

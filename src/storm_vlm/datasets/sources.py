@@ -26,12 +26,8 @@ from storm_vlm.errors import InputError
 log = logging.getLogger(__name__)
 METADATA = ("metadata.json", "question_metadata.json")  # the second is the older name
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-LISTS = (
-    "data",
-    "samples",
-    "items",
-    "annotations",
-)  # what one object that holds all others calls them
+# What one object that holds all others calls them.
+LISTS = ("data", "samples", "items", "annotations")
 FILES = (".json", ".jsonl", ".parquet", *TARS)
 PARTS = ("video", "image")  # folders within a sample
 
@@ -159,8 +155,10 @@ def _unpacked(tar: Path, folder: Path) -> set[Path]:
                     continue
                 target = folder / tarfile.data_filter(member, str(folder)).name
                 if not (target.is_file() and target.stat().st_size == member.size):
+                    content = archive.extractfile(member)
+                    assert content is not None  # it is a file
                     with in_one_step(target) as unfinished, unfinished.open("wb") as file:
-                        shutil.copyfileobj(archive.extractfile(member) or file, file)
+                        shutil.copyfileobj(content, file)
                 found |= {target, *target.parents}
             stream: Any = archive.fileobj
             stream.seek(archive.offset)
