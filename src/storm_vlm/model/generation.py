@@ -72,12 +72,12 @@ class _LatentRun:
     is_over: bool = False  # no row can have an open segment any more
     hidden: Tensor | None = None  # (B, 1, D) at the last position; None until the prompt is read
     states: list[Tensor] = field(default_factory=list)  # (B, 1, D), one of each forward
-    wants_end: list[Tensor] = field(default_factory=list)  # (B,): would it end the segment?
+    choices: list[Tensor] = field(default_factory=list)  # (B,), the model's own, of each forward
 
     def check_prompt(self, ids: Tensor) -> None:
         self.prompt_length = ids.shape[1]
-        is_open, _ = latent_segment(ids, self.tokens, self.budget)
-        if self.forced and not bool(is_open.all()):
+        is_open, used = latent_segment(ids, self.tokens, self.budget)
+        if self.forced and not bool((is_open & (used == 0)).all()):
             raise LatentError(
                 "latent_mode='force' needs prompts that end in <|latent_start|>: "
                 "append it, or use latent_mode='auto'"
@@ -117,7 +117,7 @@ class _LatentRun:
         self.hidden = hidden = outputs.hidden_states[-1][:, -1:].clone()
         if self.record:
             self.states.append(hidden)
-            self.wants_end.append(outputs.logits[:, -1].argmax(-1) == self.tokens.end)
+            self.choices.append(outputs.logits[:, -1].argmax(-1))
 
     def report(self, output: Any, new_ids: Tensor) -> None:
         """Add latent_states, latent_counts and forced_end to a generate output. `new_ids`: (B, T), behind the prompt.
@@ -130,7 +130,8 @@ class _LatentRun:
             output["latent_states"] = counts.new_zeros(len(counts), 0, 0, dtype=torch.float32)
             output["forced_end"] = ends.any(1)
             return
-        states, wants_end = torch.cat(self.states, 1), torch.stack(self.wants_end, 1)
+        states = torch.cat(self.states, 1)
+        wants_end = torch.stack(self.choices, 1) == self.tokens.end
         slots = torch.arange(self.budget, device=counts.device)
         at = (pads.long().argmax(1)[:, None] + slots).clamp_max(states.shape[1] - 1)
         states = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))

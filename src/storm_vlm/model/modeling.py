@@ -173,13 +173,19 @@ class SlotGuard:
     """Mixed into a model's core, through which every forward goes, a trainer's own around its output layer, too.
 
     It knows only the pad's embedding where ``generate`` had fed a state; whoever computed with it would get other
-    probabilities than the sequence was sampled with. So ids of latent slots are refused.
+    probabilities than the sequence was sampled with. So ids of latent slots are refused. And where ``generate`` asks
+    for the last state alone, it is the core's output: transformers would have hooks in every layer look for it.
     """
 
     def forward(self: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("inputs_embeds") is None:
             _refuse_slots(self.config, input_ids)
-        return super().forward(input_ids, *args, **kwargs)  # type: ignore[misc]
+        if is_last := kwargs.get("output_hidden_states") == [-1]:
+            kwargs["output_hidden_states"] = False
+        output = super().forward(input_ids, *args, **kwargs)  # type: ignore[misc]
+        if is_last:
+            output.hidden_states = (output.last_hidden_state,)
+        return output
 
 
 def _extend_core(model: Any) -> None:

@@ -41,6 +41,7 @@ class LatentBudgetProcessor(LogitsProcessor):
     ) -> None:
         self.tokens, self.budget, self.sampling = tokens, budget, sampling
         self.latent = torch.tensor(tokens)
+        self.forced = forced
         self.once = forced or budget == 0  # no segment opens behind the prompt
         self.first = max(prompt_length - 1, 0)  # the prompt's last token may open the segment
         self.last = (
@@ -53,7 +54,7 @@ class LatentBudgetProcessor(LogitsProcessor):
         outside = self._outside(input_ids, scores)
         if self._is_over(input_ids):
             return outside
-        is_open, used = latent_segment(input_ids, self.tokens, self.budget)
+        is_open, used = self._segment(input_ids)
         full = used >= self.budget
         inside = torch.full_like(scores, NEVER)
         if self.sampling:  # keep p(end); all other probability means "one more slot"
@@ -74,7 +75,7 @@ class LatentBudgetProcessor(LogitsProcessor):
         outside = self._outside(input_ids, scores)
         if self._is_over(input_ids):
             return outside
-        is_open, _ = latent_segment(input_ids, self.tokens, self.budget)
+        is_open, _ = self._segment(input_ids)
         return torch.where(is_open[:, None], scores, outside)
 
     def _outside(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -85,6 +86,14 @@ class LatentBudgetProcessor(LogitsProcessor):
             opened = (input_ids[:, self.first :] == start).any(1)
             outside[:, start] = scores[:, start].masked_fill(opened, NEVER)
         return outside
+
+    def _segment(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`latent_segment`, with less to count where all prompts opened it: what is open has a slot for each step."""
+        if not self.forced:
+            return latent_segment(input_ids, self.tokens, self.budget)
+        steps = input_ids.shape[1] - 1 - self.first
+        is_open = input_ids[:, -1] == (self.tokens.pad if steps else self.tokens.start)
+        return is_open, is_open * steps
 
     def _is_over(self, input_ids: Tensor) -> bool:
         """Whether no segment can be open, known from the length alone."""

@@ -202,6 +202,7 @@ class LatentBudgetProcessor(LogitsProcessor):
     ) -> None:
         self.tokens, self.budget, self.sampling = tokens, budget, sampling
         self.latent = torch.tensor(tokens)
+        self.forced = forced
         self.once = forced or budget == 0  # no segment opens behind the prompt
         self.first = max(prompt_length - 1, 0)  # the prompt's last token may open the segment
         self.last = (
@@ -214,7 +215,7 @@ class LatentBudgetProcessor(LogitsProcessor):
         outside = self._outside(input_ids, scores)
         if self._is_over(input_ids):
             return outside
-        is_open, used = latent_segment(input_ids, self.tokens, self.budget)
+        is_open, used = self._segment(input_ids)
         full = used >= self.budget
         inside = torch.full_like(scores, NEVER)
         if self.sampling:  # keep p(end); all other probability means "one more slot"
@@ -235,7 +236,7 @@ class LatentBudgetProcessor(LogitsProcessor):
         outside = self._outside(input_ids, scores)
         if self._is_over(input_ids):
             return outside
-        is_open, _ = latent_segment(input_ids, self.tokens, self.budget)
+        is_open, _ = self._segment(input_ids)
         return torch.where(is_open[:, None], scores, outside)
 
     def _outside(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -246,6 +247,14 @@ class LatentBudgetProcessor(LogitsProcessor):
             opened = (input_ids[:, self.first :] == start).any(1)
             outside[:, start] = scores[:, start].masked_fill(opened, NEVER)
         return outside
+
+    def _segment(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`latent_segment`, with less to count where all prompts opened it: what is open has a slot for each step."""
+        if not self.forced:
+            return latent_segment(input_ids, self.tokens, self.budget)
+        steps = input_ids.shape[1] - 1 - self.first
+        is_open = input_ids[:, -1] == (self.tokens.pad if steps else self.tokens.start)
+        return is_open, is_open * steps
 
     def _is_over(self, input_ids: Tensor) -> bool:
         """Whether no segment can be open, known from the length alone."""
@@ -434,12 +443,12 @@ class _LatentRun:
     is_over: bool = False  # no row can have an open segment any more
     hidden: Tensor | None = None  # (B, 1, D) at the last position; None until the prompt is read
     states: list[Tensor] = field(default_factory=list)  # (B, 1, D), one of each forward
-    wants_end: list[Tensor] = field(default_factory=list)  # (B,): would it end the segment?
+    choices: list[Tensor] = field(default_factory=list)  # (B,), the model's own, of each forward
 
     def check_prompt(self, ids: Tensor) -> None:
         self.prompt_length = ids.shape[1]
-        is_open, _ = latent_segment(ids, self.tokens, self.budget)
-        if self.forced and not bool(is_open.all()):
+        is_open, used = latent_segment(ids, self.tokens, self.budget)
+        if self.forced and not bool((is_open & (used == 0)).all()):
             raise LatentError(
                 "latent_mode='force' needs prompts that end in <|latent_start|>: "
                 "append it, or use latent_mode='auto'"
@@ -479,7 +488,7 @@ class _LatentRun:
         self.hidden = hidden = outputs.hidden_states[-1][:, -1:].clone()
         if self.record:
             self.states.append(hidden)
-            self.wants_end.append(outputs.logits[:, -1].argmax(-1) == self.tokens.end)
+            self.choices.append(outputs.logits[:, -1].argmax(-1))
 
     def report(self, output: Any, new_ids: Tensor) -> None:
         """Add latent_states, latent_counts and forced_end to a generate output. `new_ids`: (B, T), behind the prompt.
@@ -492,7 +501,8 @@ class _LatentRun:
             output["latent_states"] = counts.new_zeros(len(counts), 0, 0, dtype=torch.float32)
             output["forced_end"] = ends.any(1)
             return
-        states, wants_end = torch.cat(self.states, 1), torch.stack(self.wants_end, 1)
+        states = torch.cat(self.states, 1)
+        wants_end = torch.stack(self.choices, 1) == self.tokens.end
         slots = torch.arange(self.budget, device=counts.device)
         at = (pads.long().argmax(1)[:, None] + slots).clamp_max(states.shape[1] - 1)
         states = states.gather(1, at[..., None].expand(-1, -1, states.shape[-1]))
