@@ -50,11 +50,13 @@ test-matrix:
 	dev/test_matrix.sh  # Python, transformers and torch, oldest and newest
 
 # The plugin in a real vLLM on a CPU, under both of its model runners; in an environment of its own (1.4 GB).
+test-vllm: export PYTHONPATH = tests
+test-vllm: export OMP_NUM_THREADS = 1
 test-vllm: install
 	test -d .matrix/vllm || dev/vllm_environment.sh .matrix/vllm
-	for runner in 1 2; do \
-		PYTHONPATH=tests OMP_NUM_THREADS=1 STORM_VLLM_RUNNER=$$runner \
+	for runner in 1 2; do STORM_VLLM_RUNNER=$$runner \
 		.matrix/vllm/bin/python -m pytest -q -s -p vllm_on_cpu tests/test_vllm_engine.py || exit 1; done
+	.matrix/vllm/bin/python -m pytest -q -s -p vllm_on_cpu tests/test_vllm_server.py
 
 # Requests made from the server's own schema, and damaged videos: none may meet with a 500. In an environment of its own.
 fuzz: install

@@ -14,8 +14,8 @@ from storm_vlm.data.row import Row, read_rows
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.world.clips import build_world
 
-# `make test-vllm` runs it, where vLLM is.
-collect_ignore = [] if find_spec("vllm") else ["test_vllm_engine.py"]
+# `make test-vllm` runs them, where vLLM is.
+collect_ignore = [] if find_spec("vllm") else ["test_vllm_engine.py", "test_vllm_server.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

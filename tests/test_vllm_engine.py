@@ -9,17 +9,14 @@ import base64
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import openai
 import pytest
 import torch
 from transformers import set_seed
@@ -412,7 +409,8 @@ def test_the_end_under_sampling_comes_as_often_as_in_generate(
 ) -> None:
     """The model hardly ever ends early by itself, so its wish is made stronger, for both alike."""
     count = 300 if RUNNER == 1 else 100
-    options = {"temperature": 1.3, "top_k": 20}
+    # Triton's interpreter cannot run vLLM's top-k.
+    options = {"temperature": 1.3} | ({"top_k": 20} if RUNNER == 1 else {})
     logits = {END: bias}
     both = {**options, "sequence_bias": [[[END], bias]]}
     found = ask(
@@ -425,7 +423,7 @@ def test_the_end_under_sampling_comes_as_often_as_in_generate(
     set_seed(0)
     output = pipeline.model.generate(
         **pipeline.collator.collate_prompts([rows[0]], "force"),
-        **{**GREEDY, "do_sample": True, "num_return_sequences": count, **both},
+        **{**GREEDY, "do_sample": True, "top_k": 0, "num_return_sequences": count, **both},
         latent_mode="force",
         max_new_tokens=BUDGET + 2,
     )
@@ -598,81 +596,6 @@ def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storm_vlm.serving.vllm.config.__version__", "0.30.2")
     with pytest.raises(Exception, match=r"vLLM 0\.31 or later"), engine():
         pass
-
-
-@pytest.fixture(scope="module")
-def client(rows: list[Row]) -> Iterator[openai.OpenAI]:
-    """Of `storm serve --engine vllm`, in processes of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    root = str(Path(str(rows[0].video)).parent)
-    command = ["-m", "storm_vlm", "serve", "--engine", "vllm", "--port", str(port), "--root", root]
-    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "STORM_API_KEY": "secret"}
-    more |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    server = subprocess.Popen([sys.executable, *command], env={**os.environ, **more})
-    try:
-        made = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0
-        )
-        for _ in range(900):
-            try:
-                made.models.list()
-                break
-            except openai.APIConnectionError:
-                assert server.poll() is None
-                time.sleep(1)
-        yield made
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def question(row: Row, url: str | None = None) -> Any:
-    video = {"type": "video_url", "video_url": {"url": url or Path(str(row.video)).as_uri()}}
-    text = build_messages(row.question, row.options)[0]["content"][1]
-    return [{"role": "user", "content": [video, text]}]
-
-
-@first_runner
-def test_openais_client_is_answered(
-    client: openai.OpenAI, pipeline: StormPipeline, rows: list[Row]
-) -> None:
-    """In bfloat16, to which vLLM turns float32 models unless it is told otherwise: then most answers are the same."""
-    assert [model.id for model in client.models.list()] == ["storm"]
-    few, same = rows[:32], 0
-    wanted = pipeline.answer_batch(few)
-    for row, answer in zip(few, wanted, strict=True):
-        reply = client.chat.completions.create(model="storm", messages=question(row))
-        same += reply.choices[0].message.content == answer.text
-        details = reply.usage.completion_tokens_details  # type: ignore[union-attr]
-        assert details.reasoning_tokens == answer.slots_used  # type: ignore[union-attr]
-    say(f"over HTTP, in bfloat16: {same} of {len(few)} answers equal")
-    assert same >= 0.8 * len(few)
-    asked: Any = {"model": "storm", "messages": question(few[0])}
-    less = client.chat.completions.create(**asked, extra_body={"vllm_xargs": {"latent_budget": 2}})
-    assert less.usage.completion_tokens_details.reasoning_tokens == 2  # type: ignore[union-attr]
-    off = client.chat.completions.create(**asked, extra_body={"vllm_xargs": {"latent_mode": "off"}})
-    assert off.usage.completion_tokens_details.reasoning_tokens == 0  # type: ignore[union-attr]
-    pieces = client.chat.completions.create(**asked, stream=True)
-    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
-    assert text == client.chat.completions.create(**asked).choices[0].message.content
-
-
-@first_runner
-def test_the_server_refuses_what_it_should(client: openai.OpenAI, rows: list[Row]) -> None:
-    broken = "data:video/mp4;base64," + base64.b64encode(b"no video").decode()
-    for url in (broken, "file:///etc/passwd", "http://127.0.0.1:9/clip.mp4"):
-        with pytest.raises(openai.BadRequestError) as refused:
-            client.chat.completions.create(model="storm", messages=question(rows[0], url))
-        assert "/tmp" not in str(refused.value)
-    with pytest.raises(openai.BadRequestError, match="latent_mode must be one of"):
-        client.chat.completions.create(
-            model="storm",
-            messages=question(rows[0]),
-            extra_body={"vllm_xargs": {"latent_mode": "on"}},
-        )
-    with pytest.raises(openai.AuthenticationError):
-        client.with_options(api_key="other").models.list()
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ def bench_serve(rounds: int, soak: float, results: Path | None = None) -> dict[s
             if soak:
                 report["soak"] = asdict(asyncio.run(soaked(server, rows, soak)))
     if results is not None:
-        write_json(results, report)
+        known = json.loads(results.read_text()) if results.exists() else {}
+        write_json(results, {**known, **report})
     return report
 
 

@@ -13,10 +13,7 @@ A checkpoint without latent tokens is vLLM's own model.
 
 from __future__ import annotations
 
-OLDEST, TOO_NEW = (
-    "0.31",
-    "0.34",
-)  # 0.30 hands on no video metadata: every clip would count as 24 fps
+OLDEST, TOO_NEW = "0.31", "0.34"  # 0.30 hands no timestamps on: every clip would count as 24 fps
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 
 

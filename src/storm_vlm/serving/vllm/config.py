@@ -26,34 +26,26 @@ _folders: list[tempfile.TemporaryDirectory[str]] = []  # as long as this process
 
 def register_configs() -> None:
     """Let vLLM call us with the configuration of every architecture that a checkpoint of ours may have."""
-    MODELS_CONFIG_MAP[ARCHITECTURE] = LatentConfig
     for model_type in BACKBONES:
         name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type, ARCHITECTURE)
         stock = MODELS_CONFIG_MAP.get(name, VerifyAndUpdateConfig)
-        if not issubclass(stock, LatentConfig | _Refusal):
-            MODELS_CONFIG_MAP[name] = type(name, (_Refusal, stock), {})
-
-
-class _Refusal(VerifyAndUpdateConfig):
-    """Of another architecture: vLLM's own model, if it has no latent slots."""
-
-    @classmethod
-    def verify_and_update_config(cls, vllm_config: Any) -> None:
-        if has_latent_tokens(vllm_config.model_config.hf_config):
-            raise InputError(
-                f"vLLM's {cls.__name__} has no latent slots, only {ARCHITECTURE} has: use storm serve"
-            )
-        super().verify_and_update_config(vllm_config)
+        if not issubclass(stock, LatentConfig):
+            MODELS_CONFIG_MAP[name] = type(name, (LatentConfig, stock), {})
 
 
 class LatentConfig(VerifyAndUpdateConfig):
-    """Called by vLLM with the configuration of a Qwen2.5-VL, before it starts."""
+    """Named after an architecture, in front of what vLLM has for it; called before vLLM starts."""
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: Any) -> None:
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: Any) -> None:
         model = vllm_config.model_config
+        super().verify_and_update_config(vllm_config)
         if not has_latent_tokens(model.hf_config):
             return
+        if cls.__name__ != ARCHITECTURE:
+            raise InputError(
+                f"vLLM's {cls.__name__} has no latent slots, only {ARCHITECTURE} has: use storm serve"
+            )
         if not Version(OLDEST) <= Version(__version__) < Version(TOO_NEW):
             raise InputError(
                 f"latent slots need vLLM {OLDEST} or later and below {TOO_NEW}, not {__version__}: install another"
@@ -67,8 +59,7 @@ class LatentConfig(VerifyAndUpdateConfig):
             model.generation_config = _generation_config(model)
         video = model.multimodal_config.media_io_kwargs.setdefault("video", {})
         video.setdefault("video_backend", "storm")
-        trained = getattr(model.hf_config, "num_frames", None)
-        video.setdefault("num_frames", trained or DEFAULT_FRAMES)
+        video.setdefault("num_frames", getattr(model.hf_config, "num_frames", 0) or DEFAULT_FRAMES)
         structured = vllm_config.structured_outputs_config
         structured.reasoning_parser = structured.reasoning_parser or "storm"
 
@@ -77,11 +68,11 @@ def check_engine(vllm_config: Any) -> None:
     """Raises InputError for what the rollout cannot be combined with."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     graphs = vllm_config.compilation_config.cudagraph_mode
+    moved = vllm_config.kv_transfer_config is not None  # blocks would leave their states behind
     wrong = {
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "speculative decoding": vllm_config.speculative_config is not None,
-        "KV transfer": vllm_config.kv_transfer_config
-        is not None,  # blocks would leave states behind
+        "KV transfer": moved,
         "microbatches (--enable-dbo)": bool(getattr(parallel, "enable_dbo", False)),
         "context parallelism": parallel.decode_context_parallel_size > 1,
         "CUDA graphs of mode FULL (use FULL_AND_PIECEWISE)": graphs == CUDAGraphMode.FULL,

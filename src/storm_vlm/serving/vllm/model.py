@@ -60,8 +60,8 @@ class StormQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         **kwargs: object,
     ) -> Any:
         stock = super().forward
-        batch = self._batch(input_ids) if self.feeds else None
-        if batch is None or input_ids is None:
+        batch = self._batch(input_ids) if self.feeds and input_ids is not None else None
+        if batch is None:
             return stock(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         blocks = self.vllm_config.cache_config.num_gpu_blocks
@@ -72,10 +72,10 @@ class StormQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
             batch, embeds, lambda changed: stock(None, positions, None, changed, **kwargs)
         )
 
-    def _batch(self, input_ids: Tensor | None) -> Batch | None:
+    def _batch(self, input_ids: Tensor) -> Batch | None:
         """Of this forward; None where vLLM only tries the model out, without attention."""
         context = get_forward_context() if is_forward_context_available() else None
-        if input_ids is None or context is None or not context.attn_metadata:
+        if context is None or not context.attn_metadata:
             return None
         metadata: Any = next(iter(dict(context.attn_metadata).values()))
         try:
