@@ -25,15 +25,14 @@ class SegmentOfLists(ListsInterface):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.segment, self.device = Segment(vllm_config), device
-        self.rows: dict[int, tuple[Request, int, list[int]]] = {}
+        self.rows: dict[int, tuple[Request, list[int], list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False
 
     def update_state(self, batch_update: Any) -> None:
         def row(params: Any, prompt: list[int] | None, output: list[int]) -> Any:
-            last = prompt[-1] if prompt else NOTHING
-            return self.segment.request(params), last, output  # vLLM's own list, which grows
+            return self.segment.request(params), (prompt or [NOTHING])[-1:], output  # which grows
 
         process_dict_updates(self.rows, batch_update, row)
 
@@ -41,9 +40,9 @@ class SegmentOfLists(ListsInterface):
         requests, lasts, outputs = zip(*(self.rows[i] for i in range(len(logits))), strict=True)
 
         def ids_of(rows: list[int], width: int) -> Tensor:
-            missing = [[NOTHING] * (width - 1 - len(outputs[row])) for row in rows]
-            ids = [[*gap, lasts[i], *outputs[i]] for gap, i in zip(missing, rows, strict=True)]
-            return torch.tensor(ids).to(self.device, non_blocking=True)
+            texts = [lasts[row] + outputs[row] for row in rows]
+            padded = [[NOTHING] * (width - len(text)) + text for text in texts]
+            return torch.tensor(padded, device=self.device)
 
         return self.segment.apply(logits, requests, [len(output) for output in outputs], ids_of)
 
@@ -62,20 +61,15 @@ class SegmentOfTensors(TensorsInterface):
         return True
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
-        prompts = self.states.prompt_len.np[ctx.idx_mapping_np]
-        begins = torch.from_numpy(prompts - 1).to(logits.device, non_blocking=True)
-
         def ids_of(rows: list[int], width: int) -> Tensor:
             at = torch.tensor(rows).to(logits.device, non_blocking=True)
+            slots = ctx.idx_mapping[at].long()[:, None]
             back = torch.arange(1 - width, 1, device=logits.device)
             place = ctx.pos[at].long()[:, None] + back
-            slots = ctx.expanded_idx_mapping[at].long()[:, None]
             ids = self.states.all_token_ids.gpu[slots, place.clamp_min(0)]
-            return ids.where(place >= begins[at][:, None], NOTHING)
+            return ids.where(place >= self.states.prompt_len.gpu[slots] - 1, NOTHING)
 
-        return self.segment.apply(
-            logits,
-            [self.rows[int(slot)] for slot in ctx.idx_mapping_np],
-            (ctx.seq_lens_upper_bound_np - prompts).clip(0).tolist(),
-            ids_of,
-        )
+        slots = ctx.idx_mapping_np
+        written = ctx.seq_lens_upper_bound_np - self.states.prompt_len.np[slots]
+        requests = [self.rows[int(slot)] for slot in slots]
+        return self.segment.apply(logits, requests, written.clip(0).tolist(), ids_of)

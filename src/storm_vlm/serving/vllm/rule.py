@@ -8,6 +8,7 @@ prompt does not end in it.
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -46,23 +47,27 @@ class Request:
         return self.mode == "auto" or written <= self.budget + 2
 
     def draw(self, written: int) -> float:
-        """Uniform in [0, 1), the same on every rank and after a preemption."""
+        """Uniform in [0, 1), the same on every rank."""
         return random.Random(f"{self.seed} {written}").random()
+
+
+def latent_arguments(params: Any, budget: int) -> tuple[str, int]:
+    """The mode of a request, and its budget, by default this. Raises ValueError, which fails this request alone."""
+    extra = {"latent_mode": "force", "latent_budget": budget, **(params.extra_args or {})}
+    mode, budget = extra["latent_mode"], extra["latent_budget"]
+    if mode not in LATENT_MODES:
+        raise ValueError(f"latent_mode must be one of {LATENT_MODES}, got {mode!r}")
+    if type(budget) is not int or not 0 <= budget <= 1024:
+        raise ValueError(f"latent_budget must be a whole number from 0 to 1024, got {budget!r}")
+    return mode, 0 if mode == "off" else budget
 
 
 def check_params(params: Any) -> None:
     """Raises ValueError, which fails this request alone."""
-    extra = params.extra_args or {}
-    mode, budget = extra.get("latent_mode", "force"), extra.get("latent_budget")
-    if mode not in LATENT_MODES:
-        raise ValueError(f"latent_mode must be one of {LATENT_MODES}, got {mode!r}")
-    if budget is not None and (type(budget) is not int or not 0 <= budget <= 1024):
-        raise ValueError(f"latent_budget must be a whole number from 0 to 1024, got {budget!r}")
-    if mode == "off" or budget == 0:
-        return
-    if params.structured_outputs is not None:
+    _, budget = latent_arguments(params, 1)
+    if budget and params.structured_outputs is not None:
         raise ValueError("a grammar knows no latent slots: drop it, or use latent_mode='off'")
-    if params.max_tokens is not None and params.max_tokens < 3:
+    if budget and params.max_tokens is not None and params.max_tokens < 3:
         raise ValueError(
             f"max_tokens={params.max_tokens} leaves no room for latent slots and an answer (nor can beam search have "
             "them): ask for more, or use latent_mode='off'"
@@ -78,15 +83,13 @@ class Segment:
         self.seeds = (f"{vllm_config.model_config.seed} {number}" for number in count())
 
     def request(self, params: Any) -> Request:
-        extra = params.extra_args or {}
-        mode, budget = extra.get("latent_mode", "force"), extra.get("latent_budget", self.budget)
         steps: list[Any] = [TemperatureLogitsWarper(max(params.temperature, GREEDY_BELOW))]
         steps += [TopKLogitsWarper(params.top_k)] if params.top_k > 0 else []
         steps += [TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
         steps += [MinPLogitsWarper(params.min_p)] if params.min_p > 0 else []
         warpers = LogitsProcessorList(steps) if params.temperature >= GREEDY_BELOW else None
         seed = next(self.seeds) if params.seed is None else params.seed
-        return Request(mode, 0 if mode == "off" else budget, seed, warpers)
+        return Request(*latent_arguments(params, self.budget), seed, warpers)
 
     def apply(
         self,
@@ -99,22 +102,20 @@ class Segment:
 
         ``ids_of`` some rows and a width W: their ids (n, W) from the prompt's very last on, `NOTHING` before those.
         """
-        groups: dict[int, list[int]] = {}
+        groups: dict[int, list[int]] = defaultdict(list)
         closed = []
         for row, (request, number) in enumerate(zip(requests, written, strict=True)):
-            is_open = request.may_be_open(number)
-            (groups.setdefault(request.budget, []) if is_open else closed).append(row)
+            (groups[request.budget] if request.may_be_open(number) else closed).append(row)
         for budget, rows in groups.items():
-            ids = ids_of(rows, 1 + max(written[row] for row in rows))
-            scores = logits[rows]
-            if budget:
-                for i, row in enumerate(rows):
-                    self._decide(scores[i], ids[i], requests[row], written[row])
+            ids, scores = ids_of(rows, 1 + max(written[row] for row in rows)), logits[rows]
+            for i, row in enumerate(rows if budget else []):
+                self._decide(scores[i], ids[i], requests[row], written[row])
             rule = LatentBudgetProcessor(self.tokens, budget, sampling=False, prompt_length=1)
             logits[rows] = rule(ids, scores)  # type: ignore[arg-type]
-        if closed:
-            at = torch.tensor(closed, device=logits.device)
-            logits[at[:, None], torch.tensor(self.tokens, device=logits.device)] = NEVER
+        at, latent = (
+            torch.tensor(n, dtype=torch.long).to(logits.device) for n in (closed, self.tokens)
+        )
+        logits[at[:, None], latent] = NEVER
         return logits
 
     def _decide(self, scores: Tensor, ids: Tensor, request: Request, written: int) -> None:
