@@ -15,7 +15,7 @@ from PIL import Image
 
 from storm_vlm.lab.reproduce.comparison_table import read_tables
 from storm_vlm.lab.reproduce.evidence_charts import dots
-from storm_vlm.lab.world.clips import HORIZON
+from storm_vlm.lab.world.mirrors import HORIZON
 from storm_vlm.lab.world.questions import sample_reasoning
 from storm_vlm.lab.world.render import clip_frames, thought_frames
 from storm_vlm.lab.world.simulator import REASONING

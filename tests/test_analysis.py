@@ -50,7 +50,8 @@ from storm_vlm.data.row import Row, read_rows, write_rows
 from storm_vlm.evaluation.records import Movement, Sensitivity
 from storm_vlm.evaluation.verdict import verdict
 from storm_vlm.lab.checkpoints import shipped
-from storm_vlm.lab.world.clips import build_world, sample_several
+from storm_vlm.lab.world.clips import build_world
+from storm_vlm.lab.world.mirrors import sample_several
 from storm_vlm.lab.world.simulator import REASONING
 from storm_vlm.model.interventions import answers_when_fed, noised, recorded_layers, reordered
 from storm_vlm.model.rollout import rollout

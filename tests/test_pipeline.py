@@ -22,7 +22,8 @@ from storm_vlm.inference.chat import Turn
 from storm_vlm.inference.local_chat import LocalChat
 from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.lab.checkpoints import shipped
-from storm_vlm.lab.world.clips import NUM_FRAMES, build_world
+from storm_vlm.lab.world.clips import build_world
+from storm_vlm.lab.world.mirrors import NUM_FRAMES
 
 QUESTION = "Where will the ball be after 5 more steps?"
 

@@ -13,7 +13,7 @@ from storm_vlm.data.row import read_rows
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.lab import pretrain
 from storm_vlm.lab.world.backbone import FAMILIES, ModelType
-from storm_vlm.lab.world.clips import NUM_FRAMES
+from storm_vlm.lab.world.mirrors import NUM_FRAMES
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

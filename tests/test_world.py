@@ -10,7 +10,8 @@ import pytest
 from storm_vlm.data.answer import is_correct
 from storm_vlm.data.row import read_rows
 from storm_vlm.data.video import read_video
-from storm_vlm.lab.world.clips import FAR_HORIZON, HORIZON, NUM_FRAMES, build_world, shortcuts
+from storm_vlm.lab.world.clips import build_world
+from storm_vlm.lab.world.mirrors import FAR_HORIZON, HORIZON, NUM_FRAMES, shortcuts
 from storm_vlm.lab.world.questions import (
     PERCEPTION_FAMILIES,
     REASONING_FAMILIES,

@@ -21,8 +21,9 @@ def world(
     seed: NonNegativeInt = 0,
     continued: Annotated[bool, Switch] = False,
     questions: PositiveInt = 1,
+    world: Literal["mirrors", "puzzle"] = "mirrors",
 ) -> None:
-    """Write clips of the micro world, with questions, plans and thought videos.
+    """Write clips of a micro world, with questions, plans and thought videos.
 
     Args:
         out: Folder to write clips, thought videos and rows to.
@@ -32,10 +33,11 @@ def world(
         seed: Of the scenes.
         continued: Clips that go on after the part to be seen: the real future.
         questions: Asked about each reasoning scene.
+        world: A ball among mirrors, or a sliding puzzle.
     """
     from storm_vlm.lab.world.clips import build_world
 
-    show(f"wrote {build_world(out, kind, split, count, seed, continued, questions)}")
+    show(f"wrote {build_world(out, kind, split, count, seed, continued, questions, world)}")
 
 
 def pretrain(

@@ -34,7 +34,7 @@ from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.micro_config import micro_config
 from storm_vlm.lab.worker_pool import worker_pool
 from storm_vlm.lab.world.backbone import deepen
-from storm_vlm.lab.world.clips import build_world
+from storm_vlm.lab.world.clips import WORLDS, WorldName, build_world
 from storm_vlm.lab.world.generator import with_wrong_thoughts
 from storm_vlm.training.train import train
 from storm_vlm.versions import commit
@@ -68,7 +68,8 @@ def recipe(arm: str, size: Size) -> dict[str, Any]:
         settings = config.model_dump(exclude=of_this_machine, exclude_defaults=True)
         stages.append({**settings, "rows": stage.data})
     start = recipe(design.after, size) if design.after else design.start
-    return {"start": start, "share_of_rows": design.rows, "stages": stages}
+    made = {"start": start, "share_of_rows": design.rows, "stages": stages}
+    return made if design.world == "mirrors" else {"world": design.world, **made}
 
 
 def _steps(stage: Stage, size: Size) -> int:
@@ -200,11 +201,13 @@ DERIVED: dict[str, Callable[[list[Row], Path], list[Row]]] = {
 }
 
 
-def build_data(folder: Path, size: Size, arms: Iterable[str] = ()) -> dict[str, Path]:
+def build_data(
+    folder: Path, size: Size, arms: Iterable[str] = (), world: WorldName = "mirrors"
+) -> dict[str, Path]:
     """The rows of all splits, and what only some arms need: clips that go on, plans as answers, a deep backbone."""
     counts = {"train": size.train_rows, "test": size.test_rows, "ood": size.ood_rows}
     data = {
-        split: build_world(folder, "reasoning", split, count)  # type: ignore[arg-type]
+        split: build_world(folder, "reasoning", split, count, world=world)  # type: ignore[arg-type]
         for split, count in counts.items()
     }
     before = [earlier for arm in arms if (earlier := ARMS[arm].after)]
@@ -215,7 +218,7 @@ def build_data(folder: Path, size: Size, arms: Iterable[str] = ()) -> dict[str, 
         )
     for split in wanted & DERIVED.keys():
         name = split.removeprefix("train_").replace("_", "-")
-        data[split] = data["train"].with_name(f"reasoning-train-0-{name}.jsonl")
+        data[split] = data["train"].with_name(f"{data['train'].stem}-{name}.jsonl")
         write_rows(data[split], DERIVED[split](read_rows(data["train"]), folder / "wrong"))
     if any(ARMS[arm].start == "deep" for arm in arms):
         data["deep"] = deepen(shipped("backbone"), folder / "deep", DEEP_LAYERS)
@@ -232,8 +235,11 @@ def run_arms(
 ) -> list[Result]:
     """All arms and seeds: one after the other on all cores, or `jobs` at a time on one core each."""
     missing = {a for a in arms for s in seeds if not _result_file(outcomes, a, s).exists()}
-    data = build_data(folder / "data", size, missing) if missing else {}
-    work = [(folder, outcomes, data, arm, seed, size) for seed in seeds for arm in arms]
+    data: dict[WorldName, dict[str, Path]] = {world: {} for world in WORLDS}
+    for world in WORLDS:
+        if needed := [arm for arm in missing if ARMS[arm].world == world]:
+            data[world] = build_data(folder / "data", size, needed, world)
+    work = [(folder, outcomes, data[ARMS[a].world], a, seed, size) for seed in seeds for a in arms]
     if jobs == 1 or not missing:
         return [run_arm(*job) for job in work]
     # An arm that starts from another waits for that to be there.

@@ -29,7 +29,8 @@ from storm_vlm.evaluation.statistics import accuracy
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.lab.world.backbone import ModelType, micro_config, micro_processor
-from storm_vlm.lab.world.clips import HORIZON, NUM_FRAMES, build_world, sample_perception
+from storm_vlm.lab.world.clips import build_world
+from storm_vlm.lab.world.mirrors import HORIZON, NUM_FRAMES, sample_perception
 from storm_vlm.lab.world.questions import plan, sample_reasoning
 from storm_vlm.lab.world.simulator import REASONING
 from storm_vlm.model.latent import IGNORE_INDEX

@@ -14,7 +14,7 @@ from storm_vlm.evaluation.statistics import Estimate, accuracy, mean_over_seeds,
 from storm_vlm.lab.arms import ARMS, Comparison
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.experiment import CONTROLS, Result, hits
-from storm_vlm.lab.world.clips import draw_scenes, shortcuts
+from storm_vlm.lab.world.mirrors import draw_scenes, shortcuts
 from storm_vlm.lab.world.questions import REASONING_SHARE, answers
 
 NOT_IN_PAPER = "not in the paper"

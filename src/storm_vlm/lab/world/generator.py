@@ -13,7 +13,8 @@ from storm_vlm.configs import Settings
 from storm_vlm.construction.types import Generator, Imagined, Rejected, Request
 from storm_vlm.data.row import Row, ThoughtSource
 from storm_vlm.data.video import write_video
-from storm_vlm.lab.world.clips import CRF, THOUGHT_STEPS, draw_scenes
+from storm_vlm.lab.world.clips import CRF, THOUGHT_STEPS
+from storm_vlm.lab.world.mirrors import draw_scenes
 from storm_vlm.lab.world.render import FPS, thought_frames
 from storm_vlm.lab.world.wrong import Asked, fault_of, spoiled
 

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import TypeVar
 
 from storm_vlm.lab.world.simulator import (
     COLOURS,
     HEADINGS,
     SIZE,
     Ball,
+    Cell,
     Difficulty,
     Scene,
     cell_name,
     sample_scene,
 )
 
+S = TypeVar("S")
 NUMBERS = ("none", "one", "two", "three")
 
 
@@ -30,7 +33,8 @@ NUMBERS = ("none", "one", "two", "three")
 class Question:
     """`steps` is how many hidden steps the answer depends on (0: perception); `ball` is who is asked about.
 
-    `moment`: start and end of what a grounding question asks for, in seconds; not in the name of the clip.
+    `moment`: start and end of what a grounding question asks for, in seconds; `cell`: the cell asked about, if any.
+    Neither is in the name of the clip.
     """
 
     family: str
@@ -39,6 +43,7 @@ class Question:
     steps: int = 0
     ball: int = 0
     moment: tuple[float, float] | None = field(default=None, repr=False)
+    cell: Cell | None = field(default=None, repr=False)
 
 
 def _the_ball(scene: Scene, ball: int) -> str:
@@ -241,6 +246,8 @@ def answers(family: str) -> list[str]:
         "heading": list(HEADINGS),
         "paint": list(COLOURS),
         "first_hit": [f"{colour} block" for colour in COLOURS],
+        "lies": [f"{colour} {kind}" for colour in COLOURS for kind in ("block", "pad")]
+        + ["nothing"],
     }[family]
 
 
@@ -248,18 +255,36 @@ def sample_reasoning(
     rng: random.Random, difficulty: Difficulty, count: int, horizon: tuple[int, int]
 ) -> Iterator[tuple[Scene, Question]]:
     """`count` reasoning questions, each on a scene of its own, with answers balanced within each family."""
-    wanted = {f: round(share * count) for f, share in REASONING_SHARE.items()}
-    wanted["where"] += count - sum(wanted.values())
-    asked: Counter[tuple[str, str]] = Counter()
-    while sum(wanted.values()):
-        scene = sample_scene(rng, difficulty)
-        family = rng.choice([f for f, left in wanted.items() if left])
-        options = [
+
+    def ask(scene: Scene, family: str) -> list[Question]:
+        return [
             question
             for ball in range(len(scene.tracks))
             for n in range(horizon[0], horizon[1] + 1)
             if (question := ask_reasoning(scene, family, n, ball)) is not None
         ]
+
+    return balanced(rng, count, REASONING_SHARE, lambda: sample_scene(rng, difficulty), ask)
+
+
+def balanced(
+    rng: random.Random,
+    count: int,
+    shares: Mapping[str, float],
+    sample: Callable[[], S],
+    ask: Callable[[S, str], Sequence[Question]],
+) -> Iterator[tuple[S, Question]]:
+    """`count` scenes of `sample`, each with one question of those that `ask` has; families by their `shares`.
+
+    Answers are balanced within each family.
+    """
+    wanted = {family: round(share * count) for family, share in shares.items()}
+    wanted["where"] += count - sum(wanted.values())
+    asked: Counter[tuple[str, str]] = Counter()
+    while sum(wanted.values()):
+        scene = sample()
+        family = rng.choice([f for f, left in wanted.items() if left])
+        options = ask(scene, family)
         if not options:
             continue
         question = rng.choice(options)

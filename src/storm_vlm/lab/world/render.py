@@ -14,14 +14,16 @@ exactly step k.
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from storm_vlm.lab.world.simulator import HEADINGS, SIZE, Ball, Scene
+from storm_vlm.lab.world.simulator import HEADINGS, SIZE, Ball, Cell, Scene, Tile
 
 CELL = 32  # pixels; a frame is SIZE * CELL squared
 FRAMES_PER_STEP = 2
 FPS = 4.0  # two steps a second
+THOUGHT_STEPS = 8  # of a thought video, the last shown step included; one for each of K = 8 slots
 BALL, RING, EYE = 8, 4, 4  # pixels: radius of a ball, width of its ring, radius of its eye
 REACH = 4  # pixels that a ball gets away from the middle of its cell
 DARK = 32  # grey level outside the spotlight
@@ -71,14 +73,14 @@ def _ball_centre(ball: Ball, late: bool) -> tuple[float, float]:
     return y + rows * reach, x + columns * reach
 
 
-def _board(scene: Scene) -> Frame:
+def _board(tiles: Mapping[Cell, Tile]) -> Frame:
     """The ground and the tiles."""
     frame = np.empty((SIZE * CELL, SIZE * CELL, 3), np.uint8)
     for row in range(SIZE):
         for column in range(SIZE):
             cell = _cell(frame, row, column)
             cell[:] = _ground(row, column)
-            tile = scene.tiles.get((row, column))
+            tile = tiles.get((row, column))
             if tile is not None:
                 outline, body = _tile_mask(tile.kind)
                 cell[outline] = (0, 0, 0)
@@ -111,7 +113,7 @@ def _draw(board: Frame, scene: Scene, index: int, late: bool, covered: bool) -> 
 
 def clip_frames(scene: Scene) -> np.ndarray:
     """The part that is shown, (T, H, W, 3) uint8; the cover falls after the first step."""
-    board = _board(scene)
+    board = _board(scene.tiles)
     return np.stack(
         [
             _draw(board, scene, index, late, covered=index > 0)
@@ -121,26 +123,20 @@ def clip_frames(scene: Scene) -> np.ndarray:
     )
 
 
-def _in_the_light(ball: Ball) -> list[tuple[int, int]]:
-    """The ball's cell, and the block that it hits."""
-    if ball.hit in (None, "wall"):
-        return [ball.cell]
-    rows, columns = HEADINGS[ball.came]
-    return [ball.cell, (ball.cell[0] + rows, ball.cell[1] + columns)]
-
-
-def thought_frames(scene: Scene, hidden_steps: int, length: int, ball: int = 0) -> np.ndarray:
+def thought_frames(
+    scene: Scene, hidden_steps: int, length: int, ball: int = 0, asked: Sequence[Cell] = ()
+) -> np.ndarray:
     """The oracle's thought video, (2 * length, H, W, 3) uint8: the unseen part, with a spotlight on the ball.
 
     As an image-to-video model would, it starts from the last step shown; then come the hidden steps that
     the question asks about, and the last of them is held until `length` steps are filled. Only the cell of
-    the ball asked about (and a block that it hits) is lit: a thought video is there to show what matters to
-    the question, and a pooled target should not be about the rest of the board.
+    the ball asked about is lit, what else it changes, and cells `asked` about: a thought video is there to show
+    what matters to the question, and a pooled target should not be about the rest of the board.
     """
-    board, frames = _board(scene), []
+    frames = []
     for k in range(length):
         index = scene.now + min(k, hidden_steps)
-        lit = _in_the_light(scene.tracks[ball][index])
+        board, lit = _board(scene.board(index)), [*scene.in_the_light(index, ball), *asked]
         for late in (False, True):
             frame = _draw(board, scene, index, late, covered=False)
             dark = np.full_like(frame, DARK)

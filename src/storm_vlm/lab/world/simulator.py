@@ -78,6 +78,18 @@ class Scene:
         """The last step that the clip shows."""
         return self.shown_steps - 1
 
+    def board(self, index: int) -> dict[Cell, Tile]:
+        """The tiles at that step."""
+        return self.tiles
+
+    def in_the_light(self, index: int, ball: int) -> list[Cell]:
+        """What a thought video shows of that step: the ball's cell, and the block that it hits."""
+        now = self.tracks[ball][index]
+        if now.hit in (None, "wall"):
+            return [now.cell]
+        rows, columns = HEADINGS[now.came]
+        return [now.cell, (now.cell[0] + rows, now.cell[1] + columns)]
+
     def after(self, n: int, ball: int = 0) -> Ball:
         """The ball `n` steps after the last one shown."""
         return self.tracks[ball][self.now + n]
