@@ -17,7 +17,7 @@ from scripted_endpoint import serving
 from storm_vlm.data.atomic_write import discard_half_files, in_one_step
 from storm_vlm.data.row import read_rows, write_rows
 from storm_vlm.data.thread_pool import GRACE, WAITING, Stopped, completed, proceed, thread_pool
-from storm_vlm.lab.worker_pool import worker_pool
+from storm_vlm.data.worker_pool import worker_pool
 
 SECONDS = 15.0  # a busy machine needs some; an answer that is not waited for would take 20
 

@@ -1,6 +1,9 @@
 """Run folders: kept as they grow, gone on with after a kill, shared between processes; the command around them."""
 
+import functools
+import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scripted_endpoint import serving
 
 from storm_vlm import StormPipeline
+from storm_vlm.data import video
+from storm_vlm.data.collator import Question
 from storm_vlm.data.row import read_rows, write_rows
-from storm_vlm.data.video import Clip, read_video
+from storm_vlm.data.video import Clip, VideoError, read_video
 from storm_vlm.errors import StormError
 from storm_vlm.evaluation.benchmarks import BENCHMARKS
-from storm_vlm.evaluation.question_set import QuestionSet
+from storm_vlm.evaluation.question_set import NO_ROOM, QuestionSet
 from storm_vlm.evaluation.run_folder import RunError, read_records, read_run
 from storm_vlm.evaluation.runner import run
 from storm_vlm.evaluation.summary import summarize
@@ -79,6 +85,99 @@ def test_rows_about_one_clip_are_asked_together_and_kept_in_their_order(storm, t
     assert reads == list(dict.fromkeys(row.video for row in rows))
     alone = [storm.answer_batch([row])[0].text for row in scattered]
     assert [record.reply and record.reply.text for record in finished.records] == alone
+
+
+def path_of(clip: Clip | None) -> str:
+    assert clip is not None
+    return clip.path
+
+
+def test_clips_are_read_ahead_by_other_processes(storm, tmp_path, monkeypatch) -> None:
+    rows = read_rows(build_world(tmp_path, "reasoning", "test", 4, questions=2))
+    rows[4] = rows[4].model_copy(update={"video": "/nowhere/gone.mp4"})
+    here: list[str] = []
+
+    @functools.wraps(read_video)  # by its name, other processes find the real one
+    def read(path: str, *window: Any) -> Clip:
+        here.append(path)
+        return read_video(path, *window)
+
+    monkeypatch.setattr(video, "read_video", read)
+    frames, part = Frames(6, read), rows[0].model_copy(update={"end": 1.0})
+    with frames.ahead(rows, 2, 2):
+        assert [path_of(frames.read(row)) for row in rows[:4]] == [row.video for row in rows[:4]]
+        assert here == []
+        with pytest.raises(VideoError, match="gone"):
+            frames.read(rows[4])
+        frames.read(part)
+        assert here == [part.video]
+        assert path_of(frames.read(rows[6])) == rows[6].video
+        frames.read(rows[0])  # it has passed by
+        assert here == [part.video, rows[0].video]
+    monkeypatch.undo()
+    assert not multiprocessing.active_children()
+    for readers in (0, 2):
+        folder, frames = tmp_path / f"run{readers}", Frames(6)
+        finished = run(folder, Latent(storm, frames), QuestionSet(rows, frames), {}, 2, readers)
+        assert sum(record.error is not None for record in finished.records) == 1
+        assert 0 < finished.provenance["busy"] < 1
+    assert content(tmp_path / "run2") == content(tmp_path / "run0")
+
+
+def test_a_clip_that_crashes_its_reader_is_the_only_one_lost(
+    reasoning_file, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "crashing.py").write_text(
+        "import os\nfrom storm_vlm.data.video import read_video\n"
+        "def read(path, *window):\n"
+        "    return os.abort() if 'crash' in path else read_video(path, *window)"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    videos = sorted({row.video for row in read_rows(reasoning_file)})[:5]
+    paths = [*videos[:2], "crash.mp4", *videos[2:]]
+    questions = [Question(path, "What?") for path in paths]
+    frames = Frames(2, importlib.import_module("crashing").read)
+    with frames.ahead(questions, 2, 4):
+        for path, question in zip(paths, questions, strict=True):
+            if path == "crash.mp4":
+                with pytest.raises(VideoError, match="the decoder crashed"):
+                    frames.read(question)
+            else:
+                assert path_of(frames.read(question)) == path
+
+
+def test_clips_of_large_frames_are_asked_first(tmp_path) -> None:
+    rows = read_rows(build_world(tmp_path, "reasoning", "test", 4, questions=2))
+    sizes = dict(zip([row.id for row in rows], [10, 10, 5, 5, 20, 20, 10, 10], strict=True))
+    clips = QuestionSet(rows, FRAMES, sizes=sizes).by_length(rows)
+    assert [[sizes[row.id] for row in clip] for clip in clips] == [
+        [20] * 2,
+        [10] * 2,
+        [10] * 2,
+        [5] * 2,
+    ]
+    assert all(len({row.video for row in clip}) == 1 for clip in clips)
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert set(question_set(tmp_path / "rows.jsonl").sizes.values()) == {128 * 128}
+
+
+def test_what_does_not_fit_is_asked_in_halves(storm, rows_file, tmp_path, caplog) -> None:
+    asked: list[int] = []
+
+    class Small(Latent):
+        def answer(self, questions):
+            asked.append(len(questions))
+            if len(questions) > 2 or questions[0].video == large:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            return super().answer(questions)
+
+    rows = read_rows(rows_file)
+    rows = [*rows[:2], *rows[3:]]
+    large = rows[-1].video
+    finished = run(tmp_path / "run", Small(storm), QuestionSet(rows, FRAMES), {}, 6)
+    assert max(asked) == 6 and asked.count(3) == 2
+    assert {r.id: r.error for r in finished.records if r.error} == {rows[-1].id: NO_ROOM}
+    assert "6 at a time do not fit" in caplog.text
 
 
 def test_every_row_has_a_record_and_a_missing_video_is_counted(whole, rows_file) -> None:

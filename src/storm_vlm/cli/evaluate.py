@@ -55,6 +55,7 @@ def evaluate(
     latent_mode: Literal["force", "auto", "off"] | None = None,
     limit: PositiveInt | None = None,
     reliance_rows: NonNegativeInt | None = None,
+    readers: NonNegativeInt = 2,
     trust_remote_code: Annotated[bool, Switch] = False,
     as_json: Annotated[bool, Json] = False,
 ) -> None:
@@ -75,6 +76,7 @@ def evaluate(
         latent_mode: By default what the checkpoint is for.
         limit: Only the first rows.
         reliance_rows: Rows to tell latent reliance from (STORM only), 200 by default; 0: none.
+        readers: Processes that read videos ahead of the model.
         trust_remote_code: Run code that the checkpoint brings.
         as_json: Print the whole summary, to be read by programs.
     """
@@ -134,7 +136,7 @@ def evaluate(
         if out is not None and base_url is None:
             settings["weights"] = checkpoint_identity(checkpoint, Store(out))
         rows = RELIANCE_ROWS if reliance_rows is None else reliance_rows
-        finished = run(folder, found, questions, settings, batch_size)
+        finished = run(folder, found, questions, settings, batch_size, readers)
         if not state.is_main_process:
             return
         try:

@@ -75,10 +75,15 @@ def check_text(row: Row) -> None:
     answer_text(row)
 
 
-def check_video(row: Row) -> None:
-    """And VideoError: a header that cannot be read, a picture too thin, a window behind the video's end."""
+def check_video(row: Row) -> int:
+    """Pixels of a frame, as the header has them.
+
+    Raises PromptError as `check_text`, and VideoError: a header that cannot be read, a picture too thin, a window
+    behind the video's end.
+    """
     check_text(row)
-    video_shape(row.video, row.start)
+    _, height, width = video_shape(row.video, row.start)
+    return height * width
 
 
 def check_videos(row: Row) -> None:

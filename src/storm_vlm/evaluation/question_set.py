@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 
 from storm_vlm.data.answer import is_correct
@@ -28,6 +30,9 @@ from storm_vlm.inference.frames import Frames, QuestionLike
 from storm_vlm.inference.reasoners import Reasoner
 from storm_vlm.inference.reply import Reply
 
+NO_ROOM = "does not fit into the device's memory: lower --num-frames or --max-pixels"
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class QuestionSet:
@@ -40,6 +45,7 @@ class QuestionSet:
     prompt: Literal["ours", "official"] = "ours"
     #: why rows are not to be asked, by id, and lines of the file that hold no row, by place
     faults: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)  #: pixels of a frame, by id, where known
 
     @classmethod
     def read(
@@ -59,9 +65,14 @@ class QuestionSet:
             )
         rows, faults = scan_rows(source) if instance is None else (published(instance, source), {})
         questions = cls(rows[:limit], benchmark=instance, faults=faults, **kwargs)
-        check = check_video if questions._control.SHOWS_VIDEO else check_text
+        sizes: dict[str, int] = {}
+
+        def measure(row: Row) -> None:
+            sizes[row.id] = check_video(row)
+
+        check = measure if questions.shows_video else check_text
         faults = {**faults, **row_faults(questions.rows, check)}
-        questions = dataclasses.replace(questions, faults=faults)
+        questions = dataclasses.replace(questions, faults=faults, sizes=sizes)
         if faults and len(faults) == questions.count:
             raise RunError(f"no row can be asked:\n{fault_lines(faults, source)}")
         questions.check(source)
@@ -85,6 +96,20 @@ class QuestionSet:
     def count(self) -> int:
         """Of the rows, and of the lines that should have held one."""
         return len(self.rows) + len(self.faults.keys() - {row.id for row in self.rows})
+
+    @property
+    def shows_video(self) -> bool:
+        return self._control.SHOWS_VIDEO
+
+    def by_length(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """The rows about each clip, which share what is read of it; clips of large frames first.
+
+        So little of a batch is padding, and what does not fit shows at the start.
+        """
+        clips: dict[tuple[str, float | None, float | None], list[Row]] = {}
+        for row in rows:
+            clips.setdefault((row.video, row.start, row.end), []).append(row)
+        return sorted(clips.values(), key=lambda clip: -self.sizes.get(clip[0].id, 0))
 
     def controlled_row(self, row: Row) -> Row:
         """The row as it is scored."""
@@ -132,14 +157,6 @@ class QuestionSet:
         return hashlib.sha256("\n".join(dumps).encode()).hexdigest()[:16]
 
 
-def by_clip(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows about each clip: asked one after the other, they share what was read of it."""
-    clips: dict[tuple[str, float | None, float | None], list[Row]] = {}
-    for row in rows:
-        clips.setdefault((row.video, row.start, row.end), []).append(row)
-    return list(clips.values())
-
-
 def published(benchmark: Benchmark, folder: Path) -> list[Row]:
     """Its rows. Raises RowError, OSError, whatever its files hold."""
     try:
@@ -169,15 +186,26 @@ def answer_rows(
 
 
 def _replies(reasoner: Reasoner, questions: QuestionSet, batch: Sequence[Row]) -> list[Reply | str]:
-    """A reply each, or what is wrong with the row; the others of its batch are then asked one by one."""
+    """A reply each, or what is wrong with the row; the others of its batch are then asked one by one.
+
+    What the device has no room for is asked in halves.
+    """
     if not batch:
         return []
     try:
         return list(reasoner.answer([questions.controlled_question(row) for row in batch]))
     except (VideoError, PromptError, RefusedError, UnansweredError) as error:
-        if len(batch) == 1:
-            return [str(error)]
-        return [reply for row in batch for reply in _replies(reasoner, questions, [row])]
+        fault, size = str(error), 1
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        log.warning("%d at a time do not fit into the device's memory", len(batch))
+        fault, size = NO_ROOM, max(1, len(batch) // 2)
+    clear_device_cache(garbage_collection=True)  # only now, as the error held on to its tensors
+    if len(batch) == 1:
+        return [fault]
+    parts = [batch[first : first + size] for first in range(0, len(batch), size)]
+    return [reply for part in parts for reply in _replies(reasoner, questions, part)]
 
 
 def evaluate(

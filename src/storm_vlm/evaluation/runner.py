@@ -1,7 +1,8 @@
 """A run folder: every row asked and kept, by one process or several, and gone on with after a kill.
 
 It holds `run.json` (what was asked, of what, how; at last the summary) and, for each process, `answers-<rank>.jsonl`,
-one `Record` a line, written batch by batch. Rows that could not be asked are asked again by the next call.
+one `Record` a line, written batch by batch and at last put in the rows' order. Rows that could not be asked are asked
+again by the next call.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 from storm_vlm.data.atomic_write import write_json, write_text
 from storm_vlm.data.identity import clip_identity
 from storm_vlm.data.output import exclusive
-from storm_vlm.evaluation.question_set import QuestionSet, answer_rows, by_clip
+from storm_vlm.evaluation.question_set import QuestionSet, answer_rows
 from storm_vlm.evaluation.run_folder import (
     Run,
     RunError,
@@ -45,10 +46,11 @@ def run(
     questions: QuestionSet,
     settings: dict[str, Any],
     batch_size: int,
+    readers: int = 0,
 ) -> Run:
     """All rows, shared between the processes that Accelerate started; the records are in the rows' order.
 
-    `settings`: all else that decides the answers.
+    `settings`: all else that decides the answers. `readers`: processes that read clips ahead, beside each of these.
 
     Raises:
         RunError: the folder holds answers to other questions, of other settings, or about other clips; or some were
@@ -65,16 +67,32 @@ def run(
                 "%s: %d of %d answers were there already", folder, len(done), len(questions.rows)
             )
         state.wait_for_everyone()  # all know what is left
-        clips = by_clip([row for row in questions.rows if row.id not in done])
+        clips = questions.by_length([row for row in questions.rows if row.id not in done])
         left = [row for clip in clips[state.process_index :: state.num_processes] for row in clip]
-        with (folder / f"answers-{state.process_index}.jsonl").open("a", encoding="utf-8") as file:
+        watched = [row for row in left if questions.shows_video and row.id not in questions.faults]
+        answers, asking, busy = (
+            folder / f"answers-{state.process_index}.jsonl",
+            time.perf_counter(),
+            0.0,
+        )
+        with (
+            answers.open("a", encoding="utf-8") as file,
+            reasoner.frames.ahead(watched, readers, batch_size),
+        ):
             bar = tqdm(total=len(left), desc="rows", disable=not state.is_main_process)
             for records in answer_rows(reasoner, questions, left, batch_size):
                 file.writelines(json.dumps(asdict(r)) + "\n" for r in records)
                 file.flush()
                 bar.update(len(records))
-        state.wait_for_everyone()
+                spent = [record.reply.seconds for record in records if record.reply]
+                busy += sum(s.get("total", 0.0) - s.get("decode", 0.0) for s in spent)
+        share = busy / (time.perf_counter() - asking)
+        if state.is_main_process and busy:  # an endpoint does not say
+            log.info("the model was at work %.0f%% of the time", 100 * share)
         place = {row.id: number for number, row in enumerate(questions.rows)}
+        lines = answers.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(answers, "".join(sorted(lines, key=lambda line: place[json.loads(line)["id"]])))
+        state.wait_for_everyone()
         records = sorted(read_records(folder), key=lambda record: place[record.id])
         if len(records) < len(questions.rows):
             raise RunError(
@@ -85,6 +103,7 @@ def run(
         if state.is_main_process:
             description |= {
                 "seconds": time.perf_counter() - began,
+                "busy": share or None,
                 "summary": asdict(summarize(finished)),
             }
             write_json(folder / "run.json", description)

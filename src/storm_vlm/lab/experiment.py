@@ -24,6 +24,7 @@ from storm_vlm.analysis.controls import chain
 from storm_vlm.analysis.reliance import tamper
 from storm_vlm.data.atomic_write import in_one_step
 from storm_vlm.data.row import Row, read_rows, write_rows
+from storm_vlm.data.worker_pool import worker_pool
 from storm_vlm.errors import InputError
 from storm_vlm.evaluation.question_set import evaluate
 from storm_vlm.evaluation.records import Record
@@ -32,7 +33,6 @@ from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.lab.arms import ARMS, Stage
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.micro_config import micro_config
-from storm_vlm.lab.worker_pool import worker_pool
 from storm_vlm.lab.world.backbone import deepen
 from storm_vlm.lab.world.clips import WORLDS, WorldName, build_world
 from storm_vlm.lab.world.generator import with_wrong_thoughts
