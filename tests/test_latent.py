@@ -5,7 +5,6 @@ from storm_vlm.model.latent import (
     alignment_loss,
     answer_loss,
     pool_targets,
-    slot_cosine,
     storm_loss,
     target_whitening,
     whiten_targets,
@@ -83,8 +82,5 @@ def test_answer_loss_is_the_mean_over_answer_tokens() -> None:
     assert answer_loss(logits, torch.full_like(labels, -100)).item() == 0
 
 
-def test_storm_loss_and_slot_cosine() -> None:
+def test_storm_loss() -> None:
     assert storm_loss(torch.tensor(2.0), torch.tensor(3.0), 0.1).item() == pytest.approx(2.3)
-    states = torch.randn(4, 3, 5)
-    torch.testing.assert_close(slot_cosine(states, 2 * states), torch.ones(3))
-    torch.testing.assert_close(slot_cosine(states, -states), -torch.ones(3))

@@ -304,3 +304,41 @@ def test_mistakes_are_named() -> None:
     for mask in (batch["attention_mask"].flip(1), last):
         with pytest.raises(ValueError, match="left"):
             rollout(model, {**batch, "attention_mask": mask}, BUDGET)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fed", ["own", "given", "mixed", "bottleneck"])
+def test_a_row_of_fewer_slots_is_as_if_the_budget_were_its_own(fed: str) -> None:
+    model, batch = exact_model(), training_batch()
+    slots, whole = torch.tensor([2, BUDGET, 1]), torch.full((3,), BUDGET)
+    given = torch.randn(3, BUDGET, 64, generator=torch.Generator().manual_seed(0)).double()
+    pick = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+
+    def rolled_out(budget: int, **more: Tensor) -> RolloutOutput:
+        inputs = None if fed == "own" else given[:, :budget]
+        use_target = pick[:, :budget] if fed == "mixed" else None
+        hidden = torch.tensor([True, False, True]) if fed == "bottleneck" else None
+        return rollout(model, {**batch, **more}, budget, inputs, use_target, bottleneck=hidden)
+
+    output = rolled_out(BUDGET, slots=slots)
+    assert output.has_slot.sum(1).tolist() == slots.tolist()
+    assert output.end_logits is not None
+    for i, count in enumerate(slots.tolist()):
+        want, answer = rolled_out(count), batch["labels"][i] != -100
+        assert want.end_logits is not None
+        torch.testing.assert_close(output.logits[i, answer], want.logits[i, answer], **CLOSE)
+        torch.testing.assert_close(output.states[i, :count], want.states[i], **CLOSE)
+        torch.testing.assert_close(output.end_logits[i], want.end_logits[i], **CLOSE)
+    of_all = rolled_out(BUDGET, slots=whole)
+    torch.testing.assert_close(of_all.logits, rolled_out(BUDGET).logits, **CLOSE)
+
+
+def test_no_gradient_comes_from_slots_that_a_row_has_not() -> None:
+    model, batch = exact_model(), training_batch()
+    slots = torch.tensor([2, BUDGET, 1])
+    output = rollout(model, {**batch, "slots": slots}, BUDGET)
+    for state in output.fed:
+        state.retain_grad()
+    answer_loss(output.logits, batch["labels"]).backward()
+    credit = torch.cat([state.grad for state in output.fed], 1)
+    assert torch.equal(credit.abs().sum(-1) > 0, output.has_slot)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from storm_vlm.data.decode import VideoError
 from storm_vlm.data.processor import FrameBound, least_frames
@@ -154,17 +155,20 @@ class StormCollator:
 
         Examples are rows, or mappings with a row's fields (as `datasets` yields them), so that this is
         a ``DataCollator`` of transformers; or pairs of a row and its target (K, D), None where it has no
-        thought video (paper eq. 4).
-        ``labels`` (B, A): answer and end-of-turn tokens, then -100. Of pairs, also ``targets`` (B, K, D)
-        float32, zero where absent, unless none has one; and ``target_mask`` (B,) bool.
+        thought video (paper eq. 4); (k, D) for a row of k slots.
+        ``labels`` (B, A): answer and end-of-turn tokens, then -100. Where a row has its own number of ``slots``, also
+        these, (B,). Of pairs, also ``targets`` (B, K, D) float32, zero where absent, unless none has one; and
+        ``target_mask`` (B,) bool.
         Raises ``ValueError`` for targets that do not fit the budget, ``VideoError``.
         """
         pairs = [example if isinstance(example, tuple) else (example, None) for example in examples]
         rows = [row if isinstance(row, Row) else Row.model_validate(row) for row, _ in pairs]
         batch = self.collate_prompts(rows, "force" if self.latent_budget else "off")
         batch["labels"] = self._labels(rows)
+        if self.latent_budget and any(row.slots is not None for row in rows):
+            batch["slots"] = torch.tensor([row.slots or self.latent_budget for row in rows])
         if isinstance(examples[0], tuple):
-            batch |= self._stack_targets([target for _, target in pairs])
+            batch |= self._stack_targets(rows, [target for _, target in pairs])
         return batch
 
     def collate_prompts(
@@ -230,19 +234,26 @@ class StormCollator:
         tokens = self._tokenize(texts, padding_side="right", add_special_tokens=False)
         return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORE_INDEX)
 
-    def _stack_targets(self, targets: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    def _stack_targets(
+        self, rows: Sequence[Row], targets: Sequence[Tensor | None]
+    ) -> dict[str, Tensor]:
         mask = torch.tensor([target is not None for target in targets])
-        present = [target for target in targets if target is not None]
+        present = [
+            (target, row.slots or self.latent_budget)
+            for row, target in zip(rows, targets, strict=True)
+            if target is not None
+        ]
         if not present:
             return {"target_mask": mask}
-        shapes = {tuple(target.shape) for target in present}
-        if len(shapes) > 1 or present[0].ndim != 2 or len(present[0]) != self.latent_budget:
+        hidden = present[0][0].shape[-1]
+        if any(target.shape != (slots, hidden) for target, slots in present):
             raise InputError(
-                f"targets must all be (K, D) with K = latent_budget = {self.latent_budget}, got "
-                f"{sorted(shapes)}: compute them again for this budget"
+                f"targets must all be (K, D) with K = latent_budget = {self.latent_budget}, or a row's own slots, "
+                f"got {sorted({tuple(target.shape) for target, _ in present})}: compute them again for this budget"
             )
-        stacked = torch.zeros(len(targets), *present[0].shape)
-        stacked[mask] = torch.stack(present).float()
+        padded = [F.pad(target, (0, 0, 0, self.latent_budget - slots)) for target, slots in present]
+        stacked = torch.zeros(len(targets), self.latent_budget, hidden)
+        stacked[mask] = torch.stack(padded).float()
         return {"targets": stacked, "target_mask": mask}
 
 

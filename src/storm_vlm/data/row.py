@@ -101,6 +101,7 @@ class Row(BaseModel):
 
     With ``options``, ``answer`` is the text of exactly one of them; without, it is free text. A null is taken for a
     field that is left out, and labels come off options that have them ("A. red"): the prompt has its own.
+    ``slots`` is how many latent slots its thought takes, where that is not the model's K but less.
     A row that gives away the unseen part is refused: its thought video must show more than the clip does, and no
     keyframe may come after the clip's end.
     Raises pydantic's ``ValidationError`` (a ``ValueError``) that names the offending field.
@@ -119,6 +120,7 @@ class Row(BaseModel):
     keyframes: tuple[Seconds, ...] = ()
     plan: str | None = None
     thought_video: ThoughtVideo | None = None
+    slots: int | None = Field(None, ge=1, strict=True)
     split: Split
     meta: Free = {}
 
@@ -155,6 +157,14 @@ class Row(BaseModel):
         if self.options and self.answer not in self.options:
             raise ValueError(f"answer must be one of the options' texts, got {self.answer!r}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _slots_if_any(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A row without is written, and hashed, as it was before there were any."""
+        fields = written(self)
+        if self.slots is None:
+            del fields["slots"]
+        return fields
 
     def _shows(self, thought: ThoughtVideo) -> bool:
         """Whether the clip is of the same file and leaves out none of the thought video."""

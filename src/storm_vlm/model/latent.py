@@ -74,22 +74,25 @@ def alignment_loss(
         states: (B, K, D) latent states.
         targets: (B, K, D) pooled targets; never receive a gradient.
         mask: (B,) bool, False where a row has no thought video; its ``targets`` are ignored, whatever they hold.
+            (B, K): False where it has no such slot, either.
         reduction: over D: ``mean`` is what "MSE" means in most code, ``sum`` the squared distance. Our copy of the
             paper lacks the formula; they differ by a factor of D in what the weight 0.1 amounts to.
         count: what the sum over rows is divided by: the valid rows of the larger batch that this one is part of;
             None: of this one.
 
     Returns:
-        Scalar mean over valid rows, slots (and dimensions); an exact 0 that still carries a graph if no row is valid,
-        so that every rank of a distributed run has a backward pass.
+        Scalar mean over valid rows, their slots (and dimensions); an exact 0 that still carries a graph if no row is
+        valid, so that every rank of a distributed run has a backward pass.
     """
     error = states.float() - targets.detach().float()
     scale = error.shape[-1] if reduction == "sum" else 1
-    valid = error.new_ones(len(error), dtype=torch.bool) if mask is None else mask.to(error.device)
+    valid = error.new_ones(error.shape[:2], dtype=torch.bool)
+    if mask is not None:
+        valid = valid & mask.to(error.device).view(len(error), -1)
     # masked_fill before squaring: NaN targets of absent videos must not reach the gradient
-    error = error.masked_fill(~valid[:, None, None], 0.0)
-    rows = (valid.sum() if count is None else count).clamp_min(1)
-    return error.square().mean((1, 2)).sum() / rows * scale
+    each = error.masked_fill(~valid[:, :, None], 0.0).square().mean(-1)  # (B, K)
+    rows = (valid.any(1).sum() if count is None else count).clamp_min(1)
+    return (each.sum(1) / valid.sum(1).clamp_min(1)).sum() / rows * scale
 
 
 def answer_loss(logits: Tensor, labels: Tensor, count: Tensor | None = None) -> Tensor:
@@ -112,9 +115,3 @@ def answer_loss(logits: Tensor, labels: Tensor, count: Tensor | None = None) -> 
 def storm_loss(answer: Tensor, alignment: Tensor, weight: float) -> Tensor:
     """The Stage I objective (Eq. 4); ``weight`` 0 is Stage II, where only the answer term is left."""
     return answer + weight * alignment
-
-
-@torch.no_grad()
-def slot_cosine(states: Tensor, targets: Tensor) -> Tensor:
-    """Cosine similarity of states and targets, both (B, K, D), averaged over the batch: (K,), for logs."""
-    return F.cosine_similarity(states.float(), targets.float(), dim=-1).mean(0)

@@ -35,10 +35,20 @@ class RolloutOutput:
     logits: Tensor  #: (B, A, V): entry a chooses answer token a, i.e. is aligned with ``labels``
     states: Tensor  #: (B, K, D): own state for slot k, from one position earlier
     start_logits: Tensor | None  #: (B, V): must choose ``<|latent_start|>``
-    end_logits: Tensor | None  #: (B, V), after slot K: must choose ``<|latent_end|>``
+    end_logits: Tensor | None  #: (B, V), after a row's last slot: must choose ``<|latent_end|>``
     #: K times (B, 1, D), own states on their way into the slots; their gradients are the credit that flows back
     #: through the feedback. Empty where slots are given, or feedback is detached.
     fed: tuple[Tensor, ...] = ()
+    slots: Tensor | None = (
+        None  #: (B,), where rows have their own number; states beyond mean nothing
+    )
+
+    @property
+    def has_slot(self) -> Tensor:
+        """(B, K) bool."""
+        batch, budget = self.states.shape[:2]
+        count = self.states.new_full((batch,), budget) if self.slots is None else self.slots
+        return torch.arange(budget, device=count.device) < count[:, None]
 
 
 def rollout(
@@ -56,6 +66,8 @@ def rollout(
         model: the (optionally PEFT-wrapped) model, see `storm_vlm.model.modeling`.
         batch: stock processor tensors of left-padded prompts that end in ``<|latent_start|>`` (budget 0: that
             do not), and ``labels`` (B, A), right-padded with -100. Without labels A is 1: the first answer token.
+            ``slots`` (B,), at most K: a row's segment ends after so many. What follows neither attends to the
+            others nor counts them.
         budget: K. 0 is the stock model's forward over prompt and answer.
         slot_inputs: (B, K, D) embeddings to feed instead of the model's own states (Stage I: the targets).
         use_target: bool, (B,) or (B, K), where ``slot_inputs`` are used, own states elsewhere; None: everywhere.
@@ -68,17 +80,26 @@ def rollout(
         UnknownNameError: the model's type has no adapter in `BACKBONES`.
         RuntimeError: see `read_prompt`.
     """
-    model = unwrap(model)
+    model, slots = unwrap(model), batch.get("slots")
     known = slot_inputs is not None and use_target is None
-    if budget == 0 or (known and bottleneck is None):
+    if budget == 0 or (known and bottleneck is None and slots is None):
         return _one_pass(model, batch, budget, slot_inputs)
     answer = embed(model, answer_ids(model, batch, budget))
     prompt, hidden = read_prompt(model, batch)
+
+    def end(states: Tensor) -> RolloutOutput:
+        """What follows slots that lie in the cache; `states` (B, K + 1, D), the first is the prompt's last."""
+        follows = prompt if bottleneck is None else prompt.without_video(bottleneck)
+        last = states[:, -1:]
+        if slots is not None:
+            follows = follows.after_slots(slots)
+            last = states[torch.arange(len(states)), slots][:, None]
+        tail = torch.cat([last, follows.extend(answer)], 1)
+        return replace(_read_out(model, states[:, :-1], hidden[:, -2:-1], tail), slots=slots)
+
     if known and slot_inputs is not None:
-        slots = prompt.extend(_checked(slot_inputs, hidden, budget))
-        tail = torch.cat([slots[:, -1:], prompt.without_video(bottleneck).extend(answer)], 1)
-        own_states = torch.cat([hidden[:, -1:], slots[:, :-1]], 1)
-        return _read_out(model, own_states, hidden[:, -2:-1], tail)
+        after = prompt.extend(_checked(slot_inputs, hidden, budget))
+        return end(torch.cat([hidden[:, -1:], after], 1))
     given, pick = hidden, None
     if slot_inputs is not None and use_target is not None:
         given = _checked(slot_inputs, hidden, budget)
@@ -91,12 +112,11 @@ def rollout(
         own.append(fed)
         if pick is not None:
             fed = torch.where(pick[:, k : k + 1], given[:, k : k + 1], fed)
-    if bottleneck is None:
+    if bottleneck is None and slots is None:
         tail = prompt.extend(torch.cat([fed, answer], 1))
-    else:
-        last = prompt.extend(fed)  # the last slot still sees the video
-        tail = torch.cat([last, prompt.without_video(bottleneck).extend(answer)], 1)
-    output = _read_out(model, torch.cat(states, 1), hidden[:, -2:-1], tail)
+        output = _read_out(model, torch.cat(states, 1), hidden[:, -2:-1], tail)
+    else:  # the last slot sees more than what follows
+        output = end(torch.cat([*states, prompt.extend(fed)], 1))
     return output if detach_feedback else replace(output, fed=tuple(own))
 
 
@@ -130,7 +150,7 @@ class Prompt:
 
     backbone: Backbone
     cache: DynamicCache
-    mask: Tensor | None  # (B, T) where some row is padded
+    mask: Tensor | None  # (B, T or more) where not all rows see all
     last_position: Tensor  # (..., B, 1)
     length: int  # T
     video: Tensor  # (B, T) bool
@@ -143,20 +163,42 @@ class Prompt:
         Raises:
             LatentError: some layers keep the prompt as one state, which cannot forget the video.
         """
+        return self._without(
+            self.video if rows is None else self.video & rows[:, None], "the video"
+        )
+
+    def after_slots(self, slots: Tensor) -> Prompt:
+        """The same prompt, whose later passes go on behind each row's first `slots` (B,) of what was appended.
+
+        Raises:
+            LatentError: some layers keep what was appended as one state, which cannot forget a part of it.
+        """
+        appended = self.cache.get_seq_length() - self.length
+        more = torch.arange(appended, device=slots.device) >= slots[:, None]
+        hidden = torch.cat([torch.zeros_like(self.video), more], 1)
+        skipped = (appended - slots)[:, None]
+        return replace(self._without(hidden, "slots"), last_position=self.last_position - skipped)
+
+    def _without(self, hidden: Tensor, what: str) -> Prompt:
+        """`hidden` (B, T or more) bool."""
         if any(self.cache.is_linear):
             raise LatentError(
-                f"{type(self.backbone.model).__name__} has layers of linear attention, whose state cannot forget the "
-                "video: leave this one out"
+                f"{type(self.backbone.model).__name__} has layers of linear attention, whose state cannot forget "
+                f"{what}: leave this one out"
             )
-        hidden = self.video if rows is None else self.video & rows[:, None]
-        mask = torch.ones_like(hidden) if self.mask is None else self.mask.bool()
+        mask = hidden.new_ones(()) if self.mask is None else self._seen(hidden.shape[1]).bool()
         return replace(self, mask=(mask & ~hidden).long())
+
+    def _seen(self, length: int) -> Tensor:
+        """The mask up to this length: all that came later is seen."""
+        assert self.mask is not None
+        return F.pad(self.mask, (0, length - self.mask.shape[1]), value=1)
 
     def extend(self, embeds: Tensor) -> Tensor:
         """Append embeddings (B, n, D), return their states."""
         added = embeds.shape[1]
         past = self.cache.get_seq_length() - self.length  # appended so far
-        mask = None if self.mask is None else F.pad(self.mask, (0, past + added), value=1)
+        mask = None if self.mask is None else self._seen(self.length + past + added)
         step = torch.arange(past + 1, past + added + 1, device=embeds.device)
         # These passes are short: checkpointing would save nothing, and drop the cache.
         with _on_every_layer(self.backbone.decoder, "gradient_checkpointing", False):

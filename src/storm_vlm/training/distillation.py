@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from storm_vlm.data.collator import Question, StormCollator
@@ -85,9 +86,9 @@ class SelfDistilledTeacher(TrainerCallback):
             )
         self._whiten()
 
-    def targets(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(B, K, D) float32 for the prompts of `DistillationCollator`."""
-        raw = self._pooled(batch)
+    def targets(self, batch: Mapping[str, Tensor], slots: Tensor | None = None) -> Tensor:
+        """(B, K, D) float32 for the prompts of `DistillationCollator`; of rows of fewer `slots` (B,) the first."""
+        raw = self._pooled(batch, slots)
         return whiten_targets(raw, *self.whitening) if self.normalization == "whiten" else raw
 
     def _whiten(self) -> None:
@@ -98,16 +99,16 @@ class SelfDistilledTeacher(TrainerCallback):
         self.whitening = target_whitening(torch.cat(seen))
 
     @torch.no_grad()
-    def _pooled(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def _pooled(self, batch: Mapping[str, Tensor], slots: Tensor | None = None) -> Tensor:
         core = unwrap(self.model)
         _, hidden = read_prompt(core, batch)
         of_video = batch["input_ids"] == backbone(core).video_token_id
-        return torch.stack(
-            [
-                pool_targets(states[mask], self.budget)
-                for states, mask in zip(hidden, of_video, strict=True)
-            ]
-        )
+        counts = [self.budget] * len(hidden) if slots is None else slots.tolist()
+        pooled = [
+            pool_targets(states[mask], count)
+            for states, mask, count in zip(hidden, of_video, counts, strict=True)
+        ]
+        return torch.stack([F.pad(each, (0, 0, 0, self.budget - len(each))) for each in pooled])
 
     @torch.no_grad()
     def follow(self, model: Any) -> None:

@@ -36,13 +36,17 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Excerpt:
-    """Frames of a file: of its window, of what comes `after` so many seconds, or those at certain times."""
+    """Frames of a file: of its window, of what comes `after` so many seconds, or those at certain times.
+
+    Its targets are `slots` in number; None: K.
+    """
 
     path: str
     start: float | None = None
     end: float | None = None
     after: float | None = None
     times: tuple[float, ...] = ()
+    slots: int | None = None
 
     def read(self, num_frames: int) -> Clip:
         """At most `num_frames` frames; each of `times` fills a temporal grid. Raises VideoError."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from storm_vlm.data.collator import VideoInputs
@@ -40,21 +42,28 @@ class TargetError(StormError, ValueError):
 
 
 class Targets(Dataset[Tensor | None]):
-    """A (K, D) float32 target for each row, or None.
+    """A (K, D) float32 target for each row, or None; (k, D) for a row of k slots.
 
     Args:
         pooled: (M, K, D) float32, one for each distinct excerpt; may be mapped into memory.
         places: for each row the index of its excerpt, or None.
         normalization: with `whiten`, over the rows that have a target.
+        slots: (M,) int, how many of an excerpt's K are targets; None: all.
     """
 
     def __init__(
-        self, pooled: np.ndarray, places: Sequence[int | None], normalization: TargetNormalization
+        self,
+        pooled: np.ndarray,
+        places: Sequence[int | None],
+        normalization: TargetNormalization,
+        slots: np.ndarray | None = None,
     ) -> None:
         self._pooled, self._places = pooled, places
+        self._slots = np.full(len(pooled), pooled.shape[1]) if slots is None else slots
         self._whitening = None
         if normalization == "whiten":
-            self._whitening = whitening_of(pooled, [p for p in places if p is not None])
+            used = [place for place in places if place is not None]
+            self._whitening = whitening_of(pooled, used, self._slots)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -68,22 +77,25 @@ class Targets(Dataset[Tensor | None]):
         place = self._places[index]
         if place is None:
             return None
-        target = torch.from_numpy(np.array(self._pooled[place]))
+        target = torch.from_numpy(np.array(self._pooled[place, : self._slots[place]]))
         return target if self._whitening is None else whiten_targets(target, *self._whitening)
 
 
-def whitening_of(pooled: np.ndarray, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`target_whitening` of pooled[places], with a chunk of it in memory at a time."""
-    weights = torch.from_numpy(np.bincount(places, minlength=len(pooled))).float()
+def whitening_of(
+    pooled: np.ndarray, places: Sequence[int], slots: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """`target_whitening` of the first `slots` (M,) of pooled[places], with a chunk of it in memory at a time."""
     num_slots, hidden = pooled.shape[1:]
+    there = np.arange(num_slots) < slots[:, None]
+    weights = torch.from_numpy(np.bincount(places, minlength=len(pooled))[:, None] * there).float()
     chunks = range(0, len(pooled), CHUNK)
 
     def chunk(first: int) -> tuple[Tensor, Tensor]:
-        """(m, K, D), and by how many rows each is wanted (m, 1, 1)."""
+        """(m, K, D), and by how many rows each is wanted (m, K, 1)."""
         part = slice(first, first + CHUNK)
-        return torch.from_numpy(np.array(pooled[part])), weights[part, None, None]
+        return torch.from_numpy(np.array(pooled[part])), weights[part, :, None]
 
-    count = float(weights.sum()) * num_slots
+    count = float(weights.sum())
     total = torch.zeros(hidden, dtype=torch.float64)
     for first in chunks:
         states, weight = chunk(first)
@@ -102,6 +114,11 @@ def excerpts(rows: Sequence[Row], source: TargetSource) -> list[Excerpt | None]:
 
     Under `shuffled`, rows exchange their thought videos, always in the same way; of several, none keeps its own.
     """
+    found = _excerpts(rows, source)
+    return [e and replace(e, slots=row.slots) for e, row in zip(found, rows, strict=True)]
+
+
+def _excerpts(rows: Sequence[Row], source: TargetSource) -> list[Excerpt | None]:
     if source == "future":
         return [None if row.end is None else Excerpt(row.video, after=row.end) for row in rows]
     if source == "keyframes":
@@ -130,6 +147,8 @@ def alignment_targets(
 ) -> Targets:
     """One (K, D) float32 target per row, None where a row has nothing of the method's source (paper sec. 3.3).
 
+    A row of its own number of `slots` has as many targets, from as many frames for each.
+
     Args:
         cache: folder of the files; None keeps all in memory.
         main_first: in it, of several processes the main one is first (`TrainingArguments.main_process_first()`).
@@ -151,11 +170,13 @@ def alignment_targets(
             f"no row has {needs.get(source, 'a thought video')}, which target_source {source!r} needs: build them "
             "first, or set alignment_weight to 0"
         )
-    videos = VideoInputs(processor, num_frames)
 
     def pooled(excerpt: Excerpt) -> Tensors:
+        slots = excerpt.slots or budget
+        videos = VideoInputs(processor, max(1, num_frames * slots // budget))
         tokens = backbone(model).visual_tokens(*clip_features(model, videos, excerpt))
-        return {"target": pool_targets(tokens.flatten(0, 2), budget)}
+        target = pool_targets(tokens.flatten(0, 2), slots)
+        return {"target": F.pad(target, (0, 0, 0, budget - slots))}
 
     if cache is None:
         array = torch.stack([pooled(excerpt)["target"] for excerpt in place_of]).numpy()
@@ -164,7 +185,8 @@ def alignment_targets(
         files = FeatureCache(cache, "targets", model, processor, num_frames, **rule)
         array = _one_file(files, list(place_of), pooled, main_first)
     places = [None if e is None else place_of[e] for e in wanted]
-    return Targets(array, places, method.target_normalization)
+    slots = np.array([e.slots or budget for e in place_of])
+    return Targets(array, places, method.target_normalization, slots)
 
 
 def _one_file(

@@ -26,7 +26,6 @@ from storm_vlm.model.latent import (
     IGNORE_INDEX,
     alignment_loss,
     answer_loss,
-    slot_cosine,
     storm_loss,
 )
 from storm_vlm.model.modeling import StormForConditionalGeneration
@@ -114,6 +113,7 @@ class StormTrainer(Trainer):
         # would wait for each other; so the whole data set decides, not a batch.
         rows = self.train_dataset if isinstance(self.train_dataset, RowDataset) else None
         self._all_have_targets = rows is not None and rows.all_have_targets
+        self._own_slots = rows is not None and any(row.slots is not None for row in rows.rows)
         if self.args.n_gpu > 1:
             raise InputError("several GPUs in one process: start with `accelerate launch` instead")
 
@@ -225,7 +225,8 @@ class StormTrainer(Trainer):
         assert counts is not None
         progress = self.state.global_step / max(1, self.state.max_steps)
         if self.teacher is not None and torch.is_grad_enabled():
-            inputs = {**inputs, "targets": self.teacher.targets(inputs["teacher"])}
+            targets = self.teacher.targets(inputs["teacher"], inputs.get("slots"))
+            inputs = {**inputs, "targets": targets}
         losses = model(compute=lambda core: self._losses(core, inputs, counts, progress))
         # DDP and FSDP take the mean over processes of what must be the sum.
         loss = losses["loss"] * (1 if alone else self.accelerator.num_processes)
@@ -235,9 +236,13 @@ class StormTrainer(Trainer):
         self, core: Any, inputs: dict[str, Tensor], counts: Tensor, progress: float
     ) -> dict[str, Tensor]:
         method, (tokens, rows, aligned) = self.method, counts
+        if self._own_slots and method.latent_budget and "slots" not in inputs:
+            every = torch.full_like(inputs["labels"][:, 0], method.latent_budget)
+            inputs = {**inputs, "slots": every}
         output = storm_rollout(core, inputs, method, progress, self._all_have_targets)
         answer = answer_loss(output.logits, inputs["labels"], tokens)
-        self._refuse_dead_latents(core, answer, output.fed)
+        longest = int(output.has_slot.any(0).sum())
+        self._refuse_dead_latents(core, answer, output.fed[:longest])
         losses = {"loss": answer, "answer_loss": answer}
         if method.latent_budget:
             counted = (inputs["labels"] != IGNORE_INDEX).any(1)
@@ -246,8 +251,9 @@ class StormTrainer(Trainer):
             losses["loss"] = losses["loss"] + method.boundary_weight * boundary
         targets = inputs.get("targets")
         if method.latent_budget and targets is not None:
-            mask, how = inputs["target_mask"], method.alignment_reduction
-            alignment = alignment_loss(output.states, targets, mask, how, aligned)
+            mask, how = inputs["target_mask"][:, None], method.alignment_reduction
+            has_target = mask & output.has_slot
+            alignment = alignment_loss(output.states, targets, has_target, how, aligned)
             losses["loss"] = storm_loss(losses["loss"], alignment, method.alignment_weight)
             losses["alignment_loss"] = alignment
         if torch.is_grad_enabled():
@@ -261,14 +267,18 @@ class StormTrainer(Trainer):
         for name in set(losses) - {"loss"}:
             self._metrics[name].append(losses[name].detach() * self._parts)
         states = output.states.detach().float()
-        for k, norm in enumerate(states.norm(dim=-1).mean(0)):
-            self._metrics[f"slot_norm/{k + 1}"].append(norm)
-        mask = inputs.get("target_mask")
-        if "targets" in inputs and mask is not None and bool(mask.any()):
-            for k, cosine in enumerate(slot_cosine(states[mask], inputs["targets"][mask])):
-                self._metrics[f"slot_cosine/{k + 1}"].append(cosine)
+        has_slot = output.has_slot
+        self._keep_by_slot("slot_norm", states.norm(dim=-1), has_slot)
+        if "targets" in inputs:
+            cosine = F.cosine_similarity(states, inputs["targets"].float(), dim=-1)
+            self._keep_by_slot("slot_cosine", cosine, has_slot & inputs["target_mask"][:, None])
         for k, fed in enumerate(output.fed):
             fed.register_hook(functools.partial(self._credited, k))
+
+    def _keep_by_slot(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """The mean of each slot's values (B, K) over the rows of the mask (B, K), where there is any."""
+        for k in mask.any(0).nonzero().flatten().tolist():
+            self._metrics[f"{name}/{k + 1}"].append(values[mask[:, k], k].mean())
 
     def _credited(self, k: int, gradient: Tensor) -> None:
         self._metrics[f"slot_gradient/{k + 1}"].append(gradient.detach().float().norm())
@@ -412,7 +422,7 @@ def storm_rollout(
 def boundary_loss(
     model: Any, output: RolloutOutput, count: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy of the segment's visible choices: open it, go on K - 1 times, close it after slot K.
+    """Cross-entropy of the segment's visible choices: open it, go on after each slot but the last, close it.
 
     The answer-only loss of the paper would never teach the model to open a segment, which its inference
     ("once <|latent_start|> is generated") relies on; and with a loss on the end alone the model closes the
@@ -430,7 +440,9 @@ def boundary_loss(
     if output.states.shape[1] > 1:  # the state after slot k is the one fed into slot k + 1
         between = head(unwrap(model), output.states[:, 1:]).float()  # (B, K - 1, V)
         others = between.index_fill(-1, wanted[0, 1:], float("-inf"))
-        each = each + (between.logsumexp(-1) - others.logsumexp(-1)).mean(1)
+        goes_on = output.has_slot[:, 1:]  # (B, K - 1)
+        missed = (between.logsumexp(-1) - others.logsumexp(-1)).masked_fill(~goes_on, 0)
+        each = each + missed.sum(1) / goes_on.sum(1).clamp_min(1)
     if mask is not None:
         each = each.masked_fill(~mask, 0)
     return each.sum() / (len(each) if count is None else count.clamp_min(1))
