@@ -135,6 +135,18 @@ def test_targets_are_stacked_and_masked(processor, rows):
     assert "target_mask" not in collator(rows)
 
 
+def test_a_row_of_its_own_number_of_slots_has_as_many_targets(processor, rows):
+    collator = StormCollator(processor, NUM_FRAMES, BUDGET)
+    few = [row.model_copy(update={"slots": n}) for row, n in zip(rows, (2, None, 1), strict=True)]
+    given = [torch.ones(2, HIDDEN), torch.ones(BUDGET, HIDDEN), None]
+    batch = collator(list(zip(few, given, strict=True)))
+    assert batch["slots"].tolist() == [2, BUDGET, 1]
+    assert batch["targets"].sum((1, 2)).tolist() == [2 * HIDDEN, BUDGET * HIDDEN, 0]
+    assert "slots" not in collator(rows) and "slots" not in StormCollator(processor, 4, 0)(few)
+    with pytest.raises(ValueError, match="a row's own slots"):
+        collator([(few[0], torch.ones(BUDGET, HIDDEN))])
+
+
 def test_targets_that_do_not_fit_are_refused(processor, rows):
     collator = StormCollator(processor, NUM_FRAMES, BUDGET)
     with pytest.raises(ValueError, match="latent_budget = 4"):

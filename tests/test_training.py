@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from storm_vlm.data.collator import LAYOUT, StormCollator, VideoInputs
 from storm_vlm.data.decode import VideoError
-from storm_vlm.data.row import Row, read_rows, write_rows
+from storm_vlm.data.row import Row, RowError, read_rows, write_rows
 from storm_vlm.data.video import Clip, read_frames, read_future, write_video
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.lab.checkpoints import shipped
@@ -32,7 +32,13 @@ from storm_vlm.training.config import ConfigError, Method, TargetSource, TrainCo
 from storm_vlm.training.row_lengths import LengthSampler, row_lengths
 from storm_vlm.training.targets import Targets, alignment_targets
 from storm_vlm.training.train import train
-from storm_vlm.training.trainer import RowDataset, StormTrainer, boundary_loss, storm_rollout
+from storm_vlm.training.trainer import (
+    RowDataset,
+    StormTrainer,
+    batch_counts,
+    boundary_loss,
+    storm_rollout,
+)
 
 K = 4
 STAGES = {
@@ -70,6 +76,11 @@ def batch(model, processor, reasoning_rows: list[Row]) -> dict:
 def losses(model, method: Method, batch: dict) -> torch.Tensor:
     trainer = StormTrainer(model=model, method=method, args=quiet_arguments())
     return trainer.compute_loss(model, batch)
+
+
+def trainer_losses(model, method: Method, batch: dict) -> dict[str, torch.Tensor]:
+    trainer = StormTrainer(model=model, method=method, args=quiet_arguments())
+    return trainer._losses(model, batch, batch_counts(batch), 0.0)
 
 
 def quiet_arguments():
@@ -116,6 +127,44 @@ def test_the_same_frames_are_pooled_to_more_or_fewer_slots_or_not_at_all(
         ).pooler_output
     torch.testing.assert_close(targets(len(tokens), 2), tokens)
     assert Method(latent_budget=16, target_frames=2).num_target_frames == 2
+
+
+def test_a_row_of_its_own_number_of_slots_is_aligned_with_as_many_steps(
+    model, processor, reasoning_rows
+) -> None:
+    """As if K were three; nothing changes for other rows."""
+    rows = reasoning_rows[:2]
+    few = rows[0].model_copy(update={"slots": 3})
+    short, whole = alignment_targets(model, processor, [few, rows[1]], PLAIN)
+    budget = replace(PLAIN, latent_budget=3)
+    (as_k,) = alignment_targets(model, processor, rows[:1], budget)
+    _, unchanged = alignment_targets(model, processor, rows, PLAIN)
+    assert short is not None and short.shape[0] == 3
+    assert torch.equal(short, as_k) and torch.equal(whole, unchanged)  # type: ignore[arg-type]
+
+    for slot_input in ("target", "rollout"):
+        batch = StormCollator(processor, 6, K)([(few, short)])
+        alone = StormCollator(processor, 6, 3)([(few, short)])
+        loss = losses(model, replace(PLAIN, slot_input=slot_input), batch)
+        torch.testing.assert_close(
+            loss, losses(model, replace(budget, slot_input=slot_input), alone)
+        )
+        loss.backward()
+    mixed = StormCollator(processor, 6, K)([(few, short), (rows[1], whole)])
+    other = StormCollator(processor, 6, K)([(rows[1], whole)])
+    one = StormCollator(processor, 6, K)([(few, short)])
+    for term in ("alignment_loss", "boundary_loss"):
+        both, first, second = (
+            trainer_losses(model, PLAIN, part)[term] for part in (mixed, one, other)
+        )
+        torch.testing.assert_close(both, (first + second) / 2)
+
+
+def test_rows_of_more_slots_than_the_model_are_refused(backbone, reasoning_rows, tmp_path) -> None:
+    rows = [row.model_copy(update={"slots": K + 1}) for row in reasoning_rows]
+    config = TrainConfig(model=backbone, data="", output_dir=str(tmp_path / "run"), method=PLAIN)
+    with pytest.raises(RowError, match=f"it takes {K + 1} slots, and method.latent_budget is {K}"):
+        train(config, rows)
 
 
 def test_rows_without_thought_video_have_no_target(model, processor, reasoning_rows) -> None:
@@ -511,6 +560,12 @@ def test_targets_are_whitened_as_if_all_were_in_memory(chunk: int, tmp_path, mon
     assert [index for index, target in enumerate(targets) if target is None] == [0, 33]
     plain = Targets(mapped, places, "none")[1]
     assert plain is not None and torch.equal(plain, torch.from_numpy(pooled[7]))
+    few = Targets(mapped, places, "whiten", np.arange(40) % K + 1)
+    there = [place for place in places if place is not None]
+    used = torch.cat([torch.from_numpy(pooled[place, : place % K + 1]) for place in there])
+    got = torch.cat([target for target in few if target is not None])
+    expected = whiten_targets(used, *target_whitening(used))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
