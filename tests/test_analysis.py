@@ -230,7 +230,7 @@ def test_the_reliance_table_says_what_is_known_of_the_shipped_model(storm, rows,
     assert swap.difference and found.reliance.low == -swap.difference.high > 0
     assert found.sensitivity.clip.mean > 0.5 > found.sensitivity.question.slots[0]
     assert swap.follows_more and swap.follows_more.low > 0
-    kinds = slot_kinds(states.latents, states.further)
+    kinds = slot_kinds(states.latents, states.latents, states.further)
     slots = slot_accuracy(rows, fed_answers(storm, rows, kinds))
     assert slots.variants["all slots"] == slots.sweep[8] == own.accuracy
     assert slots.sweep[0] == removed.accuracy
@@ -239,6 +239,23 @@ def test_the_reliance_table_says_what_is_known_of_the_shipped_model(storm, rows,
 def test_reliance_without_a_second_clip_is_refused(storm, rows) -> None:
     with pytest.raises(ValueError, match="another clip"):
         latent_reliance(storm, rows[:3], torch.zeros(3, K, 128))
+
+
+def test_slots_that_a_row_has_not_are_replaced_by_nothing(storm, rows, states) -> None:
+    own = states.latents.clone()
+    own[::2, 3:] = float("nan")
+    donor: list[int | None] = [*range(1, 12), 0]
+    fed = replacements(storm, own, Donors(same=donor, other=donor), states.visual(states.targets))
+    fed |= slot_kinds(own, states.latents, states.further)
+    counts = {
+        kind: (~f.isnan().any(-1)).sum(1).tolist() for kind, f in fed.items() if f is not None
+    }
+    swapped = {"swap_same_answer": [K, 3] * 6, "swap_other_answer": [K, 3] * 6, "removed": [0] * 12}
+    for kind in KINDS.keys() - {"no_markers"}:
+        assert counts[kind] == swapped.get(kind, [3, K] * 6), kind
+    assert counts["all slots"] == counts["reversed"] == counts["mean in every slot"] == [3, K] * 6
+    assert counts["without 2"] == [2, K - 1] * 6 and counts["slot 7 alone"] == [0, 1] * 6
+    assert counts["k6"] == [6] * 12
 
 
 # ------------------------------------------------------------------------------------------ probes

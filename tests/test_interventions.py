@@ -3,9 +3,15 @@
 import pytest
 import torch
 from test_rollout import exact_model, training_batch
-from tiny_model import BUDGET, EOS, left_pad, prompts
+from tiny_model import BUDGET, EOS, TOKENS, left_pad, prompts
 
-from storm_vlm.model.interventions import answers_when_fed, latent_states, noised, reordered
+from storm_vlm.model.interventions import (
+    answers_when_fed,
+    latent_states,
+    noised,
+    own_slots,
+    reordered,
+)
 from storm_vlm.model.rollout import rollout
 
 
@@ -45,6 +51,31 @@ def test_answers_after_each_kind_of_slots_are_those_of_generate() -> None:
         assert found[kind].shape[1] == 5  # no row of these writes an end
         torch.testing.assert_close(found[kind], logits.to(own), atol=1e-5, rtol=0)
     assert answers_when_fed(model, batch, {"none": own[:, :0]}, 5)["none"].shape == (3, 5, 300)
+
+
+@torch.no_grad()
+def test_a_row_that_ends_its_segment_early_is_asked_with_the_slots_that_generate_gave_it() -> None:
+    model, batch = exact_model(), left_pad(prompts())
+    states, _ = latent_states(model, batch, BUDGET)
+    assert torch.equal(
+        own_slots(model, states), states
+    )  # no row of these ends before the last slot
+    # The row that comes to this state chooses the end instead of feeding it.
+    model.lm_head.weight[TOKENS.end] = 3 * (states[1, 2] - states.mean((0, 1)))
+    states, _ = latent_states(model, batch, BUDGET)
+    expected = generated(model, batch)
+    counts = expected.latent_counts.tolist()
+    assert counts[1] < BUDGET and len(set(counts)) > 1
+    own = own_slots(model, states)
+    assert own.isfinite().all(-1).sum(1).tolist() == counts
+    found = answers_when_fed(model, batch, {"own": own, "turned": own.flip(1)}, 5)
+    for i, (row, count) in enumerate(zip(prompts(), counts, strict=True)):
+        logits = expected.logits[count + 1][
+            i
+        ]  # behind it, the end is chosen again, where generate bars it
+        torch.testing.assert_close(found["own"][i, 0], logits.to(own), atol=1e-5, rtol=0)
+        turned = answers_when_fed(model, row, {"turned": states[i : i + 1, :count].flip(1)}, 5)
+        torch.testing.assert_close(found["turned"][i : i + 1], turned["turned"], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from storm_vlm.model.interventions import (
     end_tokens,
     latent_states,
     noised,
+    own_slots,
     pause_slots,
     reordered,
 )
@@ -99,12 +100,13 @@ def replacements(
     """What is fed into the slots of all rows, by `KINDS`: (N, n, D), None for no segment.
 
     Args:
-        states: (N, K, D), the rows' own latents.
+        states: (N, K, D), the rows' own latents; NaN in slots that a row has not, and is not given but by a swap.
         targets: (N, K, D) in the latents' space; None: no oracle.
     """
     generator = torch.Generator().manual_seed(seed)
     count, budget = states.shape[:2]
-    order = torch.rand(count, budget, generator=generator).argsort(1)
+    missing = states.isnan().any(-1)
+    order = (torch.rand(count, budget, generator=generator) + missing).argsort(1)
 
     def swapped(donors: Sequence[int | None]) -> Tensor:
         return states[[i if donor is None else donor for i, donor in enumerate(donors)]]
@@ -112,7 +114,7 @@ def replacements(
     slots: dict[str, Tensor | None] = {
         "own": states,
         "zero": torch.zeros_like(states),
-        "mean": states.mean(0, keepdim=True).expand_as(states),
+        "mean": states.nanmean(0, keepdim=True).expand_as(states),
         "noise": noised(states, 1.0, generator),
         "shuffle": reordered(states, order),
         "removed": states[:, :0],
@@ -125,10 +127,33 @@ def replacements(
     drawn = torch.randn(states.shape, generator=generator)
     slots["random"] = drawn * (states.norm(dim=-1) / drawn.norm(dim=-1))[..., None]
     of_row = torch.randint(count, (count, budget), generator=generator)
-    slots["matched_random"] = states[of_row, torch.arange(budget)]
+    slots["matched_random"] = torch.stack(
+        [
+            states[have[of_row[:, k] % len(have)], k]
+            for k, slot in enumerate(missing.T)
+            for have in [torch.arange(count) if bool(slot.all()) else (~slot).nonzero()[:, 0]]
+        ],
+        1,
+    )
     if targets is not None:
         slots["oracle"] = targets
-    return slots
+    whole = ("swap_same_answer", "swap_other_answer", "removed", "no_markers")
+    return {
+        kind: fed if fed is None or kind in whole else _without(fed, missing)
+        for kind, fed in slots.items()
+    }
+
+
+def _without(states: Tensor, missing: Tensor) -> Tensor:
+    """States (N, K, D) with NaN where (N, K) says so."""
+    return states.masked_fill(missing[..., None], float("nan"))
+
+
+def own_latents(pipeline: StormPipeline, states: Tensor, batch_size: int) -> Tensor:
+    """The rows' latents (N, K, D), NaN in slots that a row has not: see `own_slots`."""
+    weight = pipeline.model.get_input_embeddings().weight
+    parts = (own_slots(pipeline.model, part.to(weight)) for part in states.split(batch_size))
+    return torch.cat([part.float().cpu() for part in parts])
 
 
 def outcomes(
@@ -182,7 +207,7 @@ def tamper(
     wording = rows if wording is None else wording
     if states is None:
         states = rolled_out(pipeline, wording, Batches(batch_size))
-    slots = replacements(pipeline, states, given, seed=seed)
+    slots = replacements(pipeline, own_latents(pipeline, states, batch_size), given, seed=seed)
     answers: dict[str, list[str]] = {kind: [] for kind in slots}
     for first in tqdm(range(0, len(rows), batch_size), "answers", leave=False):
         part = slice(first, first + batch_size)
@@ -274,12 +299,15 @@ def sampled_reliance(
     return replace(reliance, drawn_from=len(answered))
 
 
-def slot_kinds(latents: Tensor, further: Tensor) -> dict[str, Tensor]:
-    """What `slot_accuracy` needs fed: subsets of the slots (N, K, D), and some more of them."""
+def slot_kinds(own: Tensor, latents: Tensor, further: Tensor) -> dict[str, Tensor]:
+    """What `slot_accuracy` needs fed: subsets of a row's `own_latents`; and so many for all rows, to 2 K.
+
+    All are (N, K, D).
+    """
     budget = latents.shape[1]
     longer = torch.cat([latents, further], 1)
     sweep = sorted({0, 1, 2, *range(4, 2 * budget + 1, 2), budget})
-    variants = {name: select(latents) for name, select in slot_variants(budget).items()}
+    variants = {name: select(own) for name, select in slot_variants(budget).items()}
     return variants | {f"k{k}": longer[:, :k] for k in sweep}
 
 
@@ -307,7 +335,9 @@ def slot_variants(budget: int) -> dict[str, Callable[[Tensor], Tensor]]:
     everything = range(budget)
     variants: dict[str, Callable[[Tensor], Tensor]] = {
         "all slots": keep(*everything),
-        "mean in every slot": lambda states: states.mean(1, keepdim=True).expand_as(states),
+        "mean in every slot": lambda states: torch.where(
+            states.isnan(), states, states.nanmean(1, keepdim=True)
+        ),
         "reversed": keep(*reversed(everything)),
     }
     if budget > 1:

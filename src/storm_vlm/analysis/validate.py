@@ -33,6 +33,7 @@ from storm_vlm.analysis.reliance import (
     fed_answers,
     input_sensitivity,
     outcomes,
+    own_latents,
     reliance_of,
     replacements,
     rolled_out,
@@ -147,8 +148,9 @@ def _validate(
         probed = _readable_rows(retrieval_file, pipeline, max_errors)
         probed_states = extract(pipeline, probed, batches)
     targets = states.visual(states.targets) if bool(states.has_target.any()) else None
-    slots = replacements(pipeline, states.latents, given, targets)
-    slots |= slot_kinds(states.latents, states.further)
+    own = own_latents(pipeline, states.latents, batch_size)
+    slots = replacements(pipeline, own, given, targets)
+    slots |= slot_kinds(own, states.latents, states.further)
     reasoner = Replacement(pipeline, rows, slots)
     said = {"model": checkpoint, "reasoner": "replacement", "weights": batches.made_from["weights"]}
     done = run(out, reasoner, QuestionSet(rows, reasoner.frames), said, batch_size)

@@ -23,7 +23,7 @@ from storm_vlm.data.video import Clip, read_video
 from storm_vlm.inference.pipeline import StormPipeline
 from storm_vlm.lab.world.clips import build_world
 from storm_vlm.model.backbones import input_device
-from storm_vlm.model.interventions import answers_when_fed, latent_states
+from storm_vlm.model.interventions import answers_when_fed, latent_states, own_slots
 from storm_vlm.pages import render
 from storm_vlm.serving.app import Service
 from storm_vlm.serving.engine import Engine
@@ -60,15 +60,17 @@ def think(pipeline: StormPipeline, clip: Clip, question: str, other: Clip) -> Th
     inputs = collator.collate_prompts(questions, "force")
     inputs = {name: tensor.to(input_device(model)) for name, tensor in inputs.items()}
     states, _ = latent_states(model, inputs, collator.latent_budget)
+    states = own_slots(model, states)
     slots = {
         "its own slots": states,
         "another clip's slots": states.flip(0),
-        "zeroed slots": torch.zeros_like(states),
+        "zeroed slots": 0 * states,  # as many
         "latents off": None,
     }
     written = answers_when_fed(model, inputs, slots, TOKENS)
     tokens = visual_tokens(pipeline, [collator.videos.process(clip)])[0].flatten(1, -2).mean(1)
-    similarity = cosine_similarity(states[0, :, None].float(), tokens[None].float(), dim=-1)
+    taken = states[0, ~states[0].isnan().any(-1)]
+    similarity = cosine_similarity(taken[:, None].float(), tokens[None].float(), dim=-1)
     steps = torch.linspace(0, len(clip.frames) - 1, len(tokens)).round().long().tolist()
     return Thought(
         [jpeg_uri(clip.frames[at], SIDE) for at in steps],

@@ -36,6 +36,20 @@ def latent_states(model: Any, batch: Mapping[str, Any], budget: int) -> tuple[Te
     return torch.cat(states, 1), hidden
 
 
+def own_slots(model: Any, states: Tensor) -> Tensor:
+    """States (B, K, D) of `latent_states`, NaN in slots that a row has not: greedy decoding ends its segment before.
+
+    Pause tokens say nothing about an end, so all K of them count.
+    """
+    model = unwrap(model)
+    if getattr(model.config, "latent_pause", False):
+        return states
+    ended = (
+        head(model, states).argmax(-1) == latent_tokens(model.config).end
+    )  # instead of this slot
+    return states.masked_fill(ended.cumsum(1)[..., None] > 0, float("nan"))
+
+
 def pause_slots(model: Any, rows: int, budget: int) -> Tensor:
     """As many slots (rows, K, D) with nothing of the model's own in them: the embedding of ``<|latent_pad|>``."""
     pad = torch.tensor(latent_tokens(unwrap(model).config).pad, device=input_device(model))
@@ -74,7 +88,8 @@ def answers_when_fed(
 ) -> dict[str, Tensor]:
     """Logits (B, A, V) of greedy answers after each kind of slots, (B, n, D) of whatever n, 0 included.
 
-    None: without a segment, markers included, as ``latent_mode="off"`` has it. The prompt is read once for all kinds.
+    A slot of NaN is none: the row has so many less. None: without a segment, markers included, as
+    ``latent_mode="off"`` has it. The prompt is read once for all kinds.
     A is where every row has ended its answer; what a row writes behind its own end means nothing.
     """
     model = unwrap(model)
@@ -86,10 +101,14 @@ def answers_when_fed(
     outputs: dict[str, Tensor] = {}
     for kind, states in slots.items():
         if states is not None:
+            follows, missing = behind, states.isnan().any(-1)  # (B, n)
             if states.shape[1]:
-                prompt.extend(states.to(closing))
-            first = head(model, behind.extend(closing))
-            outputs[kind] = _written(model, behind, first, max_new_tokens)
+                order = missing.long().argsort(dim=1, stable=True)
+                prompt.extend(reordered(states, order).nan_to_num().to(closing))
+            if bool(missing.any()):
+                follows = behind.after_slots((~missing).sum(1).to(closing.device))
+            first = head(model, follows.extend(closing))
+            outputs[kind] = _written(model, follows, first, max_new_tokens)
             prompt.rewind()
     if plain := [kind for kind, states in slots.items() if states is None]:
         before = _without_start(model, prompt, batch)
