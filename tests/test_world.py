@@ -20,7 +20,14 @@ from storm_vlm.lab.world.questions import (
     plan,
     sample_reasoning,
 )
-from storm_vlm.lab.world.render import CELL, DARK, PAINT, clip_frames, thought_frames
+from storm_vlm.lab.world.render import (
+    CELL,
+    DARK,
+    PAINT,
+    THOUGHT_STEPS,
+    clip_frames,
+    thought_frames,
+)
 from storm_vlm.lab.world.simulator import (
     OUT_OF_DISTRIBUTION,
     PERCEPTION,
@@ -215,3 +222,14 @@ def test_a_moment_is_when_the_clip_shows_it(tmp_path) -> None:
         inside = [cell_name((int(line), int(column))) == asked for line, column in cells]
         within = [bool(start <= time < end) for time in clip.timestamps[::2]]
         assert inside == within, row.question
+
+
+def test_a_chain_s_row_has_a_slot_for_each_step_and_a_thought_video_of_as_many(tmp_path) -> None:
+    rows = read_rows(build_world(tmp_path, "reasoning", "test", 40, world="chains"))
+    assert {row.meta["steps"] for row in rows} == set(range(3, 8))
+    for row in rows[:8]:
+        thought = row.thought_video
+        assert thought is not None and row.slots == row.meta["steps"] + 1
+        shown = read_video(thought.path, 2 * row.slots, thought.start, thought.end)
+        whole = read_video(thought.path, 2 * THOUGHT_STEPS)
+        assert np.array_equal(shown.frames, whole.frames[: 2 * row.slots])

@@ -21,7 +21,7 @@ def world(
     seed: NonNegativeInt = 0,
     continued: Annotated[bool, Switch] = False,
     questions: PositiveInt = 1,
-    world: Literal["mirrors", "puzzle"] = "mirrors",
+    world: Literal["mirrors", "chains", "puzzle"] = "mirrors",
 ) -> None:
     """Write clips of a micro world, with questions, plans and thought videos.
 
@@ -33,7 +33,7 @@ def world(
         seed: Of the scenes.
         continued: Clips that go on after the part to be seen: the real future.
         questions: Asked about each reasoning scene.
-        world: A ball among mirrors, or a sliding puzzle.
+        world: A ball among mirrors; the same in chains of three to seven steps; or a sliding puzzle.
     """
     from storm_vlm.lab.world.clips import build_world
 

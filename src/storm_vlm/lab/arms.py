@@ -14,6 +14,7 @@ from storm_vlm.lab.world.clips import WorldName
 
 Split = Literal[
     "train",
+    "train_all_slots",
     "train_continued",
     "train_plans",
     "train_third",
@@ -154,6 +155,12 @@ ARMS: dict[str, Arm] = {
     "wrong_10": _stage1("10% of them wrong", _FED, data="train_wrong_10"),
     "wrong_25": _stage1("25% of them wrong", _FED, data="train_wrong_25"),
     "wrong_50": _stage1("50% of them wrong", _FED, data="train_wrong_50"),
+    # Chains of three to seven steps
+    "chains_sft": Arm("SFT", (Stage("sft", overrides=(_SLOWER,)),), world="chains"),
+    "chains_all_slots": replace(
+        _stage1("K = 8 slots for every question", _FED, data="train_all_slots"), world="chains"
+    ),
+    "chains_own_slots": replace(_stage1("a slot a step, from four to eight", _FED), world="chains"),
     # The second world
     "puzzle_cot": _puzzle("Chain of thought, SFT on the oracle's plans", "sft", data="train_plans"),
     "puzzle_sft": _puzzle("SFT", "sft"),

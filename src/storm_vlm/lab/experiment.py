@@ -191,8 +191,16 @@ def _thoughts_for(rows: list[Row], folder: Path, share: float) -> list[Row]:
     ]
 
 
+def _with_all_slots(row: Row) -> Row:
+    """The row with the whole thought video, in the model's K slots."""
+    assert row.thought_video is not None
+    thought = row.thought_video.model_copy(update={"end": None})
+    return row.model_copy(update={"slots": None, "thought_video": thought})
+
+
 # Training rows that are made of those of `train`; the folder is for videos that are only theirs.
 DERIVED: dict[str, Callable[[list[Row], Path], list[Row]]] = {
+    "train_all_slots": lambda rows, folder: [_with_all_slots(row) for row in rows],
     "train_plans": lambda rows, folder: [chain(row) for row in rows],
     "train_third": partial(_thoughts_for, share=1 / 3),
     "train_wrong_10": partial(with_wrong_thoughts, share=0.1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -33,16 +34,26 @@ Kind = Literal["reasoning", "perception", "grounding"]
 
 @dataclass(frozen=True)
 class World:
-    """What differs from one world to another: its scenes, and how to answer about them, rightly and not."""
+    """What differs from one world to another: its scenes, and how to answer about them, rightly and not.
+
+    With `own_slots`, a row takes a slot for each step of its thought, the last one shown included.
+    """
 
     draw_scenes: Callable[[Kind, Split, int, int, int], Iterator[tuple[Any, list[Question]]]]
     plan: Callable[[Any, Question], str]
     shortcuts: Callable[[Any, Question], dict[str, str]]
+    own_slots: bool = False
 
 
-WorldName = Literal["mirrors", "puzzle"]
+WorldName = Literal["mirrors", "chains", "puzzle"]
 WORLDS: dict[WorldName, World] = {
     "mirrors": World(mirrors.draw_scenes, questions.plan, mirrors.shortcuts),
+    "chains": World(
+        partial(mirrors.draw_scenes, near=mirrors.ANY_HORIZON),
+        questions.plan,
+        mirrors.shortcuts,
+        own_slots=True,
+    ),
     "puzzle": World(puzzle.draw_scenes, puzzle.plan, puzzle.shortcuts),
 }
 
@@ -68,7 +79,7 @@ def build_world(
     Raises:
         InputError: the world has no such clips or questions.
     """
-    if continued and world != "mirrors":
+    if continued and world == "puzzle":
         raise InputError(f"the world {world!r} has no clips that go on: leave out `continued`")
     folder = Path(folder)
     drawn = ("" if world == "mirrors" else f"{world}-") + f"{kind}-{split}-{seed}"
@@ -112,14 +123,17 @@ def _write_scene(
         Row(
             id=f"{name}-{j}",
             video=str(clip),
-            end=(scene.shown_steps * FRAMES_PER_STEP - 0.5) / FPS if continued else None,
+            end=_end_of(scene.shown_steps) if continued else None,
             question=question.text,
             answer=question.answer,
             keyframes=(scene.now * FRAMES_PER_STEP / FPS,),
             plan=world.plan(scene, question) if question.steps else None,
-            thought_video=_thought_video(folder, f"{j}-{file}" if j else file, scene, question)
+            thought_video=_thought_video(
+                world, folder, f"{j}-{file}" if j else file, scene, question
+            )
             if question.steps
             else None,
+            slots=question.steps + 1 if world.own_slots and question.steps else None,
             split=split,
             meta={
                 "family": question.family,
@@ -134,7 +148,14 @@ def _write_scene(
     ]
 
 
-def _thought_video(folder: Path, file: str, scene: Scene, question: Question) -> ThoughtVideo:
+def _end_of(steps: int) -> float:
+    """Seconds: after the last frame of so many steps, before the next."""
+    return (steps * FRAMES_PER_STEP - 0.5) / FPS
+
+
+def _thought_video(
+    world: World, folder: Path, file: str, scene: Scene, question: Question
+) -> ThoughtVideo:
     path = folder.absolute() / "thoughts" / file
     if not path.exists():
         lit = [question.cell] if question.cell else []
@@ -142,6 +163,7 @@ def _thought_video(folder: Path, file: str, scene: Scene, question: Question) ->
         write_video(path, frames, FPS, crf=CRF)
     return ThoughtVideo(
         path=str(path),
+        end=_end_of(question.steps + 1) if world.own_slots else None,
         source="oracle",
         generator=f"storm_vlm.lab.world {version('storm-vlm')}",
         provenance={"hidden_steps": question.steps, "steps": THOUGHT_STEPS},

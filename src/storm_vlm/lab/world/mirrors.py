@@ -33,19 +33,28 @@ from storm_vlm.lab.world.simulator import (
 NUM_FRAMES = REASONING.shown_steps * FRAMES_PER_STEP  # what a model must be shown to see it all
 HORIZON = (3, 5)  # hidden steps that a question is about
 FAR_HORIZON = (6, 7)
+ANY_HORIZON = (3, 7)
 ASKED = (*PERCEPTION_FAMILIES, "tile", "tile", "position")  # these three need the most practice
 
 
 def draw_scenes(
-    kind: str, split: Split, count: int, seed: int, questions: int = 1
+    kind: str,
+    split: Split,
+    count: int,
+    seed: int,
+    questions: int = 1,
+    near: tuple[int, int] = HORIZON,
 ) -> Iterator[tuple[Scene, list[Question]]]:
-    """The scenes of `build_world`, with their questions; the same arguments give the same scenes."""
+    """The scenes of `build_world`, with their questions; the same arguments give the same scenes.
+
+    `near`: fewest and most hidden steps, but in the split `ood`.
+    """
     rng = random.Random(f"{kind}/{split}/{seed}")
     if kind != "reasoning":
         yield from (sample_perception if kind == "perception" else sample_grounding)(rng, count)
         return
     far = split == "ood"
-    difficulty, horizon = (OUT_OF_DISTRIBUTION, FAR_HORIZON) if far else (REASONING, HORIZON)
+    difficulty, horizon = (OUT_OF_DISTRIBUTION, FAR_HORIZON) if far else (REASONING, near)
     if questions > 1:
         yield from sample_several(rng, difficulty, count, horizon, questions)
         return
