@@ -101,6 +101,16 @@ def test_the_floor_counts_products() -> None:
     assert floor(lambda: left @ right, rate) == left.nbytes + right.nbytes
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_floor_counts_attention_and_whole_layers(mode: Any) -> None:
+    heads, net = torch.randn(1, 2, 3, 4), torch.nn.Linear(4, 5)
+    rate = {"flops_per_s": 1.0, "bytes_per_s": 1e9}
+    with mode():
+        attend = torch.nn.functional.scaled_dot_product_attention
+        assert floor(lambda: attend(heads, heads, heads), rate) == 2 * 2 * 2 * 3 * 3 * 4
+        assert floor(lambda: net(heads), rate) == 2 * 2 * 3 * 4 * 5
+
+
 def test_random_weights_take_the_same_path(reasoning_rows) -> None:
     config = shape_config("micro")
     pipeline = random_pipeline(config, 3, "cpu", torch.float32, 4, 32 * 32)

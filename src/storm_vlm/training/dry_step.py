@@ -16,8 +16,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForImageTextToText
 
 from storm_vlm.model.attention import SDPA_IN_PARTS
@@ -26,6 +24,7 @@ from storm_vlm.model.latent import alignment_loss, answer_loss, storm_loss
 from storm_vlm.model.modeling import enable_latents
 from storm_vlm.model.rollout import rollout
 from storm_vlm.model.tokens import has_latent_tokens, latent_tokens
+from storm_vlm.training.flops import FlopCounter
 from storm_vlm.training.plan_request import PlanRequest
 from storm_vlm.training.train import lora_targets
 from storm_vlm.training.trainer import boundary_loss
@@ -48,24 +47,19 @@ class Cost:
         return Cost(*(ours + times * (theirs - ours) for ours, theirs in pairs))
 
 
-class _Dry(TorchDispatchMode):
-    """An operation with a fake tensor is fake, any other is done; FLOPs of both are counted."""
+class _Dry(FlopCounter):
+    """An operation with a fake tensor is fake, any other is done."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
-        self.fake, self.flops = fake, 0
+        self.fake = fake
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if FakeTensor in types:
-            if func.overloadpacket in INDEXED:
-                args = (args[0], [part for index in args[1] for part in _places(index)], *args[2:])
-            output = self.fake.__torch_dispatch__(func, types, args, kwargs)
-        else:
-            output = func(*args, **kwargs)
-        if (count := FLOPS.get(func.overloadpacket)) is not None:
-            self.flops += count(*args, **kwargs, out_val=output)
-        return output
+    def compute(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if FakeTensor not in types:
+            return func(*args, **kwargs)
+        if func.overloadpacket in INDEXED:
+            args = (args[0], [part for index in args[1] for part in _places(index)], *args[2:])
+        return self.fake.__torch_dispatch__(func, types, args, kwargs)
 
 
 class DryRun:
@@ -216,21 +210,6 @@ def _checkpoint(model: Any, on: bool) -> None:
     getattr(model, new if hasattr(model, new) else old)()
 
 
-def _grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    """FLOPs of the experts' grouped products: each row meets one expert, or each expert its rows."""
-    return 2 * a.numel() * b.shape[-1]
-
-
-def _attended(query: Any, key: Any, *_: Any, **__: Any) -> int:
-    """FLOPs of two products, each of every query with every key. torch 2.11 has no count of its own on a CPU."""
-    return 4 * query.numel() * key.shape[-2]
-
-
-def _attended_backward(gradient: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
-    """Five products: the scores once more, and one for each gradient of the forward's two."""
-    return 10 * query.numel() * key.shape[-2]
-
-
 def _places(index: Tensor | None) -> tuple[Tensor | None, ...]:
     """A real mask as the numbers of its places: how many these are is a shape."""
     if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
@@ -239,9 +218,3 @@ def _places(index: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
-FLOPS = {
-    **flop_registry,
-    torch.ops.aten._grouped_mm: _grouped,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attended,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attended_backward,
-}

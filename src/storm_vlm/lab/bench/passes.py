@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText
 
@@ -29,6 +28,7 @@ from storm_vlm.inference.timing import Phases
 from storm_vlm.lab.bench.training_step import naive_rollout, ratio, spread
 from storm_vlm.model.backbones import input_device
 from storm_vlm.model.rollout import rollout
+from storm_vlm.training.flops import FlopCounter
 
 FINE, TURNS = ("latent", "stock"), 8  # asked so many times a round, as their ratio is a fine one
 QUICK = ("latent", "stock", "direct", "naive")  # counted for their floors
@@ -93,20 +93,9 @@ def rates(device: str, dtype: torch.dtype) -> dict[str, float]:
 
 def floor(way: Callable[[], Any], rate: Mapping[str, float]) -> float:
     """Seconds of the counted FLOPs, or of reading once what each product of matrices reads, whichever are more."""
-    with _Counter(display=False) as counted:
+    with FlopCounter() as counted:
         way()
-    return max(counted.get_total_flops() / rate["flops_per_s"], counted.read / rate["bytes_per_s"])
-
-
-class _Counter(FlopCounterMode):
-    """Counts the bytes, too, of what is multiplied."""
-
-    read = 0
-
-    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
-        if func_packet in self.flop_registry:
-            self.read += sum(arg.nbytes for arg in args if isinstance(arg, Tensor))
-        return super()._count_flops(func_packet, out, args, kwargs)
+    return max(counted.flops / rate["flops_per_s"], counted.read / rate["bytes_per_s"])
 
 
 @torch.inference_mode()
