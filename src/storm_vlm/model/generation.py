@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import output_capturing
 
-from storm_vlm.model.segment import LatentBarProcessor, LatentBudgetProcessor, latent_segment
+from storm_vlm.model.segment import LatentBudgetProcessor, LatentProcessors, latent_segment
 from storm_vlm.model.tokens import LatentError, LatentTokens, has_latent_tokens, latent_tokens
 
 LATENT_MODES = ("auto", "force", "off")
@@ -62,12 +62,14 @@ class _LatentRun:
     """One call of generate. Travels in model_kwargs, so that overlapping calls cannot mix."""
 
     tokens: LatentTokens
+    embedding: Any  # the model's, of its ids
     budget: int
     forced: bool
     override: Tensor | None
     record: bool
     pause: bool = False  # slots hold the pad's own embedding
     bottleneck: int | None = None  # the token that is not attended to once the segment is closed
+    grows: bool = True  # the cache does; a static one is for compiled forwards
     prompt_length: float = float("inf")
     is_over: bool = False  # no row can have an open segment any more
     hidden: Tensor | None = None  # (B, 1, D) at the last position; None until the prompt is read
@@ -83,9 +85,10 @@ class _LatentRun:
                 "append it, or use latent_mode='auto'"
             )
 
-    def embed(self, embeds: Tensor, ids: Tensor) -> Tensor:
-        """Replace the embeddings (B, 1, D) of the last ids (B, T), where they are latent pads, by states."""
-        fed = self.hidden
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings (B, 1, D) of the last ids (B, T), or states where these are latent pads."""
+        last, fed = ids[:, -1:], self.hidden
+        embeds = self.embedding(last)
         if self.override is not None:
             rows = torch.arange(len(ids), device=ids.device)
             repeats = len(ids) // len(self.override)  # beams or sampled sequences per prompt
@@ -94,17 +97,17 @@ class _LatentRun:
         elif self.pause:
             return embeds
         assert fed is not None
-        return torch.where(ids[:, -1:, None] == self.tokens.pad, fed.to(embeds), embeds)
+        return torch.where(last[..., None] == self.tokens.pad, fed.to(embeds), embeds)
 
-    def narrow(self, mask: Any, ids: Tensor, grows: bool) -> Any:
+    def narrow(self, mask: Any, ids: Tensor, by_ids: bool) -> Any:
         """An attention mask (B, T) without the video, where the segment of the ids (B, T) is closed.
 
-        No mask: all is attended to, as transformers drops a mask of ones. `grows`: the cache does, from ids alone.
+        No mask: all is attended to, as transformers drops a mask of ones. `by_ids`: the prompt was of ids alone.
         """
         if self.bottleneck is None:
             return mask
         mask = torch.ones_like(ids) if mask is None else mask
-        if not grows or mask.shape != ids.shape:
+        if not (self.grows and by_ids) or mask.shape != ids.shape:
             raise LatentError(
                 "this checkpoint has a bottleneck, which needs a prompt of ids and a cache that grows: leave out "
                 "inputs_embeds and cache_implementation"
@@ -176,6 +179,7 @@ class LatentRolloutMixin(_Stock):
         if has_latent_tokens(self.config):
             model_kwargs["latent_run"] = _LatentRun(
                 latent_tokens(self.config),
+                self.get_input_embeddings(),
                 config.latent_budget,
                 forced=getattr(config, "latent_mode", None) == "force",
                 override=override,
@@ -221,9 +225,7 @@ class LatentRolloutMixin(_Stock):
                 prompt_length=kwargs.get("input_ids_seq_length") or 0,
                 forced=getattr(generation_config, "latent_mode", None) == "force",
             )
-            if rule.sampling:
-                processors.insert(0, LatentBarProcessor(rule))
-            processors.append(rule)
+            processors = LatentProcessors(processors, rule)
         return processors
 
     def prepare_inputs_for_generation(
@@ -250,11 +252,12 @@ class LatentRolloutMixin(_Stock):
         if active is None:
             return inputs
         ids = inputs["input_ids"]
-        grows = not getattr(cache, "is_compileable", False)
+        if is_first_iteration:
+            active.grows = not getattr(cache, "is_compileable", False)
         inputs["attention_mask"] = active.narrow(
-            inputs.get("attention_mask"), input_ids, grows and inputs_embeds is None
+            inputs.get("attention_mask"), input_ids, inputs_embeds is None
         )
-        if active.forced and grows:
+        if active.forced and active.grows:
             # behind K slots and the end all is as in the stock model
             active.is_over = input_ids.shape[1] > active.prompt_length + active.budget
         if active.is_over:
@@ -262,8 +265,7 @@ class LatentRolloutMixin(_Stock):
         inputs["output_hidden_states"] = inputs.get("output_hidden_states") or _LAST_STATE
         if active.hidden is not None and ids.shape[1] == 1:  # behind the prompt, or its last chunk
             # always embeddings, so that a compiled forward sees one kind of input
-            embeds = active.embed(self.get_input_embeddings()(ids), input_ids)
-            inputs["input_ids"], inputs["inputs_embeds"] = None, embeds
+            inputs["input_ids"], inputs["inputs_embeds"] = None, active.embed(input_ids)
         return inputs
 
     def _update_model_kwargs_for_generation(

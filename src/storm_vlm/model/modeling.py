@@ -266,11 +266,13 @@ def _open(stock_forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse_slots(config: Any, ids: Tensor | None) -> None:
-    pad = getattr(config, "latent_pad_token_id", None)
-    if pad is None or getattr(config, "latent_pause", False) or torch.compiler.is_compiling():
-        return
     # A single token is a step of `generate`, which would have to wait for the answer.
-    if ids is not None and ids.shape[-1] > 1 and bool((ids == pad).any()):
+    if ids is None or ids.shape[-1] == 1 or torch.compiler.is_compiling():
+        return
+    pad = getattr(config, "latent_pad_token_id", None)
+    if pad is None or getattr(config, "latent_pause", False):
+        return
+    if bool((ids == pad).any()):
         raise LatentError(
             "these input_ids hold <|latent_pad|>, and a plain forward does not know the states that belong there: "
             "the probabilities of an answer come from storm_vlm.model.rollout; strip old segments from a prompt"

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from storm_vlm.model.tokens import LatentTokens
 
@@ -100,11 +102,14 @@ class LatentBudgetProcessor(LogitsProcessor):
         return self.once and input_ids.shape[1] > self.last
 
 
-class LatentBarProcessor(LogitsProcessor):
-    """`LatentBudgetProcessor.bar`, to run before the warpers of sampling."""
+class LatentProcessors(LogitsProcessorList):
+    """All processors of one generate: where it samples, the rule's bar before them, and the rule behind them."""
 
-    def __init__(self, rule: LatentBudgetProcessor) -> None:
+    def __init__(self, processors: LogitsProcessorList, rule: LatentBudgetProcessor) -> None:
+        super().__init__(processors)
         self.rule = rule
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self.rule.bar(input_ids, scores)
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        if self.rule.sampling:
+            scores = self.rule.bar(input_ids, scores)
+        return self.rule(input_ids, super().__call__(input_ids, scores, **kwargs))
