@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """Latent slots in an unmodified vLLM: this package is a plugin, which vLLM loads by its entry point.
 
 What there is to it, in reading order:

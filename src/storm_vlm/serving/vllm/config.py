@@ -1,9 +1,9 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """What a checkpoint with latent slots needs of vLLM: set unless somebody has said otherwise, or refused."""
 
 from __future__ import annotations
 
-import tempfile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from packaging.version import Version
@@ -20,8 +20,7 @@ from storm_vlm.model.generation import keep_latent_tokens
 from storm_vlm.model.tokens import has_latent_tokens
 from storm_vlm.serving.vllm import ARCHITECTURE, OLDEST, TOO_NEW
 
-PROCESSORS = "storm_vlm.serving.vllm.processors"
-_folders: list[tempfile.TemporaryDirectory[str]] = []  # as long as this process
+_folders: list[TemporaryDirectory[str]] = []  # as long as this process
 
 
 def register_configs() -> None:
@@ -38,25 +37,18 @@ class LatentConfig(VerifyAndUpdateConfig):
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: Any) -> None:
-        model = vllm_config.model_config
         super().verify_and_update_config(vllm_config)
+        model = vllm_config.model_config
         if not has_latent_tokens(model.hf_config):
             return
-        if cls.__name__ != ARCHITECTURE:
-            raise InputError(
-                f"vLLM's {cls.__name__} has no latent slots, only {ARCHITECTURE} has: use storm serve"
-            )
-        if not Version(OLDEST) <= Version(__version__) < Version(TOO_NEW):
-            raise InputError(
-                f"latent slots need vLLM {OLDEST} or later and below {TOO_NEW}, not {__version__}: install another"
-            )
-        check_engine(vllm_config)
+        _check(vllm_config, cls.__name__)
         runner = "SegmentOfTensors" if vllm_config.use_v2_model_runner else "SegmentOfLists"
-        model.logits_processors = [*(model.logits_processors or ()), f"{PROCESSORS}:{runner}"]
+        rule = f"storm_vlm.serving.vllm.processors:{runner}"
+        model.logits_processors = [*(model.logits_processors or ()), rule]
         if model.generation_config == "auto":
             model.override_generation_config.setdefault("temperature", 0.0)  # greedy, as everywhere
         if model.generation_config in ("auto", "vllm"):
-            model.generation_config = _generation_config(model)
+            model.generation_config = _ends_of_a_turn(model)
         video = model.multimodal_config.media_io_kwargs.setdefault("video", {})
         video.setdefault("video_backend", "storm")
         video.setdefault("num_frames", getattr(model.hf_config, "num_frames", 0) or DEFAULT_FRAMES)
@@ -64,12 +56,15 @@ class LatentConfig(VerifyAndUpdateConfig):
         structured.reasoning_parser = structured.reasoning_parser or "storm"
 
 
-def check_engine(vllm_config: Any) -> None:
-    """Raises InputError for what the rollout cannot be combined with."""
+def _check(vllm_config: Any, architecture: str) -> None:
+    """Raises InputError for what latent slots cannot be combined with."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    version = f"vLLM {__version__} (it must be {OLDEST} or later and below {TOO_NEW})"
     graphs = vllm_config.compilation_config.cudagraph_mode
     moved = vllm_config.kv_transfer_config is not None  # blocks would leave their states behind
     wrong = {
+        version: not Version(OLDEST) <= Version(__version__) < Version(TOO_NEW),
+        f"vLLM's {architecture} (it must be {ARCHITECTURE})": architecture != ARCHITECTURE,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "speculative decoding": vllm_config.speculative_config is not None,
         "KV transfer": moved,
@@ -80,16 +75,18 @@ def check_engine(vllm_config: Any) -> None:
         "a bottleneck": getattr(model.hf_config, "latent_bottleneck", None) is not None,
     }
     if named := [name for name, is_so in wrong.items() if is_so]:
-        raise InputError(f"in vLLM latent slots do not go with {', '.join(named)}: leave that out")
+        raise InputError(
+            f"latent slots do not go with {', '.join(named)}: change that, or use storm serve"
+        )
 
 
-def _generation_config(model: Any) -> str:
-    """A folder whose generation config says when a turn ends, and nothing else.
+def _ends_of_a_turn(model: Any) -> str:
+    """A folder whose generation config says which tokens end a turn, and nothing else.
 
     The checkpoint's own lets latent tokens end the turn, for those who have no plugin.
     """
-    config = GenerationConfig.from_dict(model.try_get_generation_config())
+    config = GenerationConfig(eos_token_id=model.try_get_generation_config().get("eos_token_id"))
     keep_latent_tokens(config, model.hf_config)
-    _folders.append(tempfile.TemporaryDirectory(prefix="storm-generation-config-"))
-    GenerationConfig(eos_token_id=config.eos_token_id).save_pretrained(_folders[-1].name)
+    _folders.append(TemporaryDirectory(prefix="storm-generation-config-"))
+    config.save_pretrained(_folders[-1].name)
     return _folders[-1].name

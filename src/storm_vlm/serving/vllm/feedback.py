@@ -55,14 +55,13 @@ class Feedback:
         """
         count, rows = len(batch.ids), torch.arange(len(batch.lengths), device=batch.ids.device)
         first = rows if batch.one_each else batch.bounds[:-1].long()
-        past = batch.lengths - (1 if batch.one_each else batch.bounds.diff())
+        sizes = 1 if batch.one_each else batch.bounds.diff()
+        past = batch.lengths - sizes
         before = self.states[batch.block(rows, past - 1)]
         slots = (batch.ids == self.pad)[:, None]
         embeds[first] = torch.where(slots[first], before, embeds[first])
         hidden = run(embeds)
-        last = rows
         if not batch.one_each:
-            last = batch.bounds[1:].long() - 1
             slots[first] = False
             # Behind a preemption slots come several at once. Each state is known one pass after the one before.
             for _ in range(_most(slots[:, 0], batch.bounds)):
@@ -70,7 +69,7 @@ class Feedback:
                 hidden = run(embeds)
             self._keep_full_blocks(batch, past, hidden)
         block = batch.block(rows, batch.lengths - 1)
-        self.states[torch.where(batch.lengths > 0, block, self.blocks)] = hidden[last]
+        self.states[torch.where(batch.lengths > 0, block, self.blocks)] = hidden[first + sizes - 1]
         return hidden
 
     def _keep_full_blocks(self, batch: Batch, past: Tensor, hidden: Tensor) -> None:

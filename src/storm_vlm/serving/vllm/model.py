@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """vLLM's Qwen2.5-VL with latent slots: a forward that feeds states back, and the trained rule of positions.
 
 All it needs to know is in vLLM's forward context: whose a token is, and which blocks its sequence has. So it is the
@@ -13,26 +13,20 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context, is_forward_context_available
-from vllm.model_executor.models.qwen2_5_vl import (
-    Qwen2_5_VLDummyInputsBuilder,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLMultiModalProcessor,
-    Qwen2_5_VLProcessingInfo,
-)
+from vllm.model_executor.models import qwen2_5_vl as stock
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from storm_vlm.model.positions import IMAGE, VIDEO, TrainedPositions
 from storm_vlm.model.tokens import LatentError, has_latent_tokens, latent_tokens
-from storm_vlm.serving.vllm.config import check_engine
 from storm_vlm.serving.vllm.feedback import Batch, Feedback
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    Qwen2_5_VLMultiModalProcessor,
-    info=Qwen2_5_VLProcessingInfo,
-    dummy_inputs=Qwen2_5_VLDummyInputsBuilder,
+    stock.Qwen2_5_VLMultiModalProcessor,
+    info=stock.Qwen2_5_VLProcessingInfo,
+    dummy_inputs=stock.Qwen2_5_VLDummyInputsBuilder,
 )
-class StormQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
+class StormQwen2_5_VL(TrainedPositions, stock.Qwen2_5_VLForConditionalGeneration):
     """A checkpoint without latent tokens is the stock model."""
 
     requires_raw_input_tokens = True  # ids beside the embeddings
@@ -42,14 +36,6 @@ class StormQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         self.latent = has_latent_tokens(self.config)
         self.feeds = self.latent and not getattr(self.config, "latent_pause", False)
         self.feedback: Feedback | None = None
-        self.positions = TrainedPositions()
-        self.positions.config = self.config
-        if self.latent:
-            check_engine(vllm_config)
-            if not vllm_config.model_config.logits_processors:
-                raise LatentError(
-                    "this vLLM did not ask the plugin for its rule: use a version that does"
-                )
 
     def forward(
         self,
@@ -59,17 +45,17 @@ class StormQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         inputs_embeds: Tensor | None = None,
         **kwargs: object,
     ) -> Any:
-        stock = super().forward
+        run = super().forward
         batch = self._batch(input_ids) if self.feeds and input_ids is not None else None
         if batch is None:
-            return stock(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+            return run(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         blocks = self.vllm_config.cache_config.num_gpu_blocks
         if self.feedback is None or self.feedback.blocks != blocks:
             # vLLM tries the model with few blocks before it knows how many there is room for.
             self.feedback = Feedback(latent_tokens(self.config).pad, blocks, embeds)
         return self.feedback.forward(
-            batch, embeds, lambda changed: stock(None, positions, None, changed, **kwargs)
+            batch, embeds, lambda changed: run(None, positions, None, changed, **kwargs)
         )
 
     def _batch(self, input_ids: Tensor) -> Batch | None:
@@ -98,17 +84,15 @@ class StormQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):
         """Positions (3, T) and their distance from the number of tokens, as in training."""
         if not self.latent:
             return super().get_mrope_input_positions(input_tokens, mm_features)
-        kinds = torch.zeros(1, len(input_tokens), dtype=torch.long)
+        ids = torch.tensor([input_tokens])
+        kinds, seconds = torch.zeros_like(ids), []
         grids: dict[str, list[Tensor]] = {"image": [], "video": []}
-        seconds: list[float] = []
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
-            place, data = feature.mm_position, feature.data
-            kind = VIDEO if feature.modality == "video" else IMAGE
-            kinds[0, place.offset : place.offset + place.length] = kind
-            grids[feature.modality].append(data[f"{feature.modality}_grid_thw"].data)
-            if kind == VIDEO:
+            name, place, data = feature.modality, feature.mm_position, feature.data
+            kinds[0, place.offset :][: place.length] = VIDEO if name == "video" else IMAGE
+            grids[name].append(data[f"{name}_grid_thw"].data)
+            if name == "video":
                 seconds.append(float(data["second_per_grid_ts"].data))
         images, videos = (torch.stack(found) if found else None for found in grids.values())
-        ids = torch.tensor([input_tokens])
-        positions, delta = self.positions.get_rope_index(ids, kinds, images, videos, seconds)
+        positions, delta = self.get_rope_index(ids, kinds, images, videos, seconds)
         return positions[:, 0], int(delta)
