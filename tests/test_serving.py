@@ -23,6 +23,7 @@ import openai
 import pytest
 import uvicorn
 from command_line import run_storm
+from prometheus_client import CollectorRegistry
 
 from storm_vlm.data.collator import Question
 from storm_vlm.data.row import Row
@@ -36,6 +37,7 @@ from storm_vlm.serving import source
 from storm_vlm.serving.app import create_app
 from storm_vlm.serving.config import ServeConfig
 from storm_vlm.serving.engine import Engine, Event, Job
+from storm_vlm.serving.gate import Gate
 from storm_vlm.serving.protocol import ChatRequest
 from storm_vlm.serving.reader import ClipReaders
 from storm_vlm.serving.serve import serve
@@ -368,6 +370,10 @@ def test_size_length_and_time_are_bounded(
     assert status == 413 and "1,048,576" in message
     chunks = iter([b"x" * 65536] * 40)
     assert running.raw("POST", "/v1/chat/completions", chunks)[0] == 413  # without a length
+    values = b'{"model":"storm","messages":[{"role":"user","content":[' + b"{}," * 200_000
+    began = time.monotonic()
+    status, text, _ = running.raw("POST", "/v1/chat/completions", values)
+    assert status == 413 and b"2,000 commas" in text and time.monotonic() - began < 2
     with web(lambda handler: _endless(handler)) as address:
         assert "bytes" in running.refused(address)[1]
     url = data_url(reasoning_rows[0].video)
@@ -382,6 +388,26 @@ def _endless(handler: BaseHTTPRequestHandler) -> None:
     with pytest.raises(OSError):
         while True:
             handler.wfile.write(b"x" * 65536)
+
+
+def test_what_comes_with_a_request_that_needs_no_key_is_not_kept() -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((await receive())["body"])
+
+    async def ask(path: str) -> None:
+        bodies = [{"type": "http.request", "body": b"x" * 9}]
+
+        async def receive() -> Any:
+            return bodies.pop() if bodies else await asyncio.Event().wait()
+
+        scope = {"type": "http", "path": path, "headers": [(b"host", b"localhost")]}
+        await Gate(app, ServeConfig(), None, CollectorRegistry())(scope, receive, receive)
+
+    for path in ("/health", "/v1/chat/completions"):
+        asyncio.run(ask(path))
+    assert seen == [b"", b"x" * 9]
 
 
 def test_the_key_opens_and_nothing_else(storm: StormPipeline) -> None:

@@ -17,6 +17,7 @@ from storm_vlm.serving.protocol import Refusal, error_response
 
 OPEN = ("/health", "/play")  # paths that need no key, and are answered even by a full server
 CHEAP = (*OPEN, "/metrics", "/v1/models")
+COMMAS = 2000  # of a request's JSON: a million values take its checker a minute, in which nobody is answered
 
 
 class Gate:
@@ -66,7 +67,11 @@ class Gate:
         try:
             async with asyncio.timeout(self.config.request_seconds):
                 refusal = self._refusal(scope, cheap)
-                body = await self._body(receive, keep=refusal is None)
+                body = await self._body(receive, keep=refusal is None and not cheap)
+                if scope["path"].startswith("/v1/") and body.count(b",") > COMMAS:
+                    refusal = Refusal(
+                        413, f"a request has at most {COMMAS:,} commas here", "too_large"
+                    )
                 if refusal is not None:
                     raise refusal
                 await self._until_gone(scope, body, receive, send)
