@@ -86,6 +86,56 @@ def latency(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def serving(found: dict[str, Any]) -> str:
+    """What an answer of the server costs, and what became of a flood."""
+    soak = found["soak"]
+    told, memory = soak["outcomes"], soak["memory_mib"]
+    lines = [
+        f"On two cores that others used, too ([figures](results/serving.json)), the micro model: of {sum(soak['clients'].values()):,} clients in {soak['seconds']:.0f} s, "
+        f"{told['200']:,} were answered, {told['429']:,} were told to come later, {told['refused']:,} had brought a broken video, {told['left']:,} left, and {soak['lost'] or 'none'} was lost. "
+        f"{soak['readers_killed']} readers were killed; the server held {memory[0]:.0f} MiB in the first quarter of the time and {memory[-1]:.0f} in the last.",
+        "",
+        "| questions at a time | CPU ms an answer, server | pipeline | ratio |",
+        "|---|---|---|---|",
+    ]
+    for cost in found["costs"]:
+        served, direct = 1000 * cost["served_cpu"], 1000 * cost["pipeline_cpu"]
+        lines.append(
+            f"| {cost['concurrency']} | {served:.1f} | {direct:.1f} | {cost['ratio']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def vllm(found: dict[str, Any]) -> str:
+    """Answers a second of CPU, vLLM beside the pipeline."""
+    run = found["vllm"]
+    versions = ", ".join(
+        f"{name} {run['versions'][name]}" for name in ("vllm", "transformers", "torch")
+    )
+    lines = [
+        f"Answers a second of CPU, one thread, float32, micro model, decoded clips prepared every time, all in one process ([figures](results/serving.json), `storm bench vllm`; {versions}). "
+        f"Stock `generate` makes the {run['passes']} forward passes of an answer with slots:",
+        "",
+        "| questions at a time | vLLM, slots | pipeline, slots | ratio | vLLM, off | pipeline, off | ratio | stock `generate` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in run["throughput"]:
+        cells = [
+            f"{one[name]:.2f}" if "ratio" in name else f"{one[name]:.0f}"
+            for name in (
+                "vllm",
+                "pipeline",
+                "ratio",
+                "vllm_off",
+                "pipeline_off",
+                "ratio_off",
+                "stock_generate",
+            )
+        ]
+        lines.append(f"| {one['concurrency']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(main: dict[str, Any], folder: Path) -> None:
     """`micro.svg`, the arms of README's table, and `world.png`, a clip and its thought video."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,6 +151,8 @@ def draw(main: dict[str, Any], folder: Path) -> None:
 SECTIONS = {  # what is written between marks of that name, from which record, in which file
     "results": (results, "controls/controls", ROOT / "README.md"),
     "latency": (latency, "latency", ROOT / "docs" / "evaluate.md"),
+    "serving": (serving, "serving", ROOT / "docs" / "serving.md"),
+    "vllm": (vllm, "serving", ROOT / "docs" / "serving.md"),
 }
 
 
