@@ -26,7 +26,7 @@ from storm_vlm.serving.vllm.feedback import Batch, Feedback
     info=stock.Qwen2_5_VLProcessingInfo,
     dummy_inputs=stock.Qwen2_5_VLDummyInputsBuilder,
 )
-class StormQwen2_5_VL(TrainedPositions, stock.Qwen2_5_VLForConditionalGeneration):
+class StormQwen2_5_VL(stock.Qwen2_5_VLForConditionalGeneration, TrainedPositions):
     """A checkpoint without latent tokens is the stock model."""
 
     requires_raw_input_tokens = True  # ids beside the embeddings
