@@ -270,7 +270,7 @@ class LatentProcessors(LogitsProcessorList):
         super().__init__(processors)
         self.rule = rule
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Tensor:
         if self.rule.sampling:
             scores = self.rule.bar(input_ids, scores)
         return self.rule(input_ids, super().__call__(input_ids, scores, **kwargs))
