@@ -7,6 +7,7 @@ not decide. Weights are random: time and memory do not depend on them.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -238,6 +239,8 @@ def machine(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],  # what waited for them before
         "versions": versions(),
         "commit": commit(),
     }
