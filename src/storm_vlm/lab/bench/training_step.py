@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -240,7 +241,7 @@ def machine(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],  # what waited for them before
+        "load": psutil.getloadavg()[0],  # what waited for them before
         "versions": versions(),
         "commit": commit(),
     }
