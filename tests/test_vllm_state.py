@@ -306,6 +306,8 @@ def test_the_end_under_sampling_comes_as_often_as_in_generate() -> None:
         ({"extra_args": {"latent_mode": "on"}}, "latent_mode must be one of"),
         ({"extra_args": {"latent_budget": -1}}, "latent_budget must be"),
         ({"extra_args": {"latent_budget": True}}, "latent_budget must be"),
+        ({"extra_args": {"latent_budget": None}}, "latent_budget must be"),
+        ({"extra_args": {"latent_modes": "off"}}, "latent_modes is unknown"),
         ({"max_tokens": 1}, "leaves no room"),
         ({"structured_outputs": object()}, "grammar"),
     ],

@@ -53,8 +53,11 @@ class Request:
 
 def latent_arguments(params: Any, budget: int) -> tuple[str, int]:
     """The mode of a request, and its budget, by default this. Raises ValueError, which fails this request alone."""
-    extra = {"latent_mode": "force", "latent_budget": budget, **(params.extra_args or {})}
-    mode, budget = extra["latent_mode"], extra["latent_budget"]
+    known: dict[str, Any] = {"latent_mode": "force", "latent_budget": budget}
+    given = {key: v for key, v in (params.extra_args or {}).items() if key.startswith("latent_")}
+    if unknown := sorted(given.keys() - known):
+        raise ValueError(f"{unknown[0]} is unknown: a request has {' and '.join(known)}")
+    mode, budget = {**known, **given}.values()
     if mode not in LATENT_MODES:
         raise ValueError(f"latent_mode must be one of {LATENT_MODES}, got {mode!r}")
     if type(budget) is not int or not 0 <= budget <= 1024:
