@@ -50,7 +50,7 @@ def unreadable(path: str, error: Exception) -> VideoError:
     try:
         with Image.open(video_file(path)) as image:
             fault, mend = f"is a picture ({image.format})", "make a clip of it"
-    except (OSError, ValueError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         fault, mend = f"cannot be read as a video ({error})", "convert it to MP4 or drop its row"
     return VideoError(f"{path}: {fault}; {mend}")
 

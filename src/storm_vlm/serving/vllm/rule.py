@@ -72,8 +72,8 @@ def check_params(params: Any) -> None:
         raise ValueError("a grammar knows no latent slots: drop it, or use latent_mode='off'")
     if budget and params.max_tokens is not None and params.max_tokens < 3:
         raise ValueError(
-            f"max_tokens={params.max_tokens} leaves no room for latent slots and an answer (nor can beam search have "
-            "them): ask for more, or use latent_mode='off'"
+            f"max_tokens={params.max_tokens} leaves no room for latent slots and an answer: ask for more, or use "
+            "latent_mode='off'; beam search is not to be had"
         )
 
 
