@@ -22,7 +22,7 @@ from storm_vlm.errors import StormError
 from storm_vlm.serving.config import ServeConfig
 from storm_vlm.serving.source import SourceError, video_file
 
-MEMORY = 2 * 2**30  # bytes that a reader may address beside a clip's frames
+MEMORY = 2 * 2**30  # bytes that a reader may address beside a clip's frames and its imports
 READY = b"ready"  # what it has to import takes longer than many a video
 log = logging.getLogger(__name__)
 
@@ -108,9 +108,10 @@ def _serve(connection: Connection, num_frames: int, config: ServeConfig, scratch
     if sys.platform == "linux":
         import resource
 
-        most = (
-            MEMORY + 6 * num_frames * config.max_pixels
-        )  # of three bytes each, held twice at most
+        # beside what is imported: a server's own script may load much
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        clip = 6 * num_frames * config.max_pixels  # of three bytes each, held twice at most
+        most = pages * resource.getpagesize() + MEMORY + clip
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     with contextlib.suppress(EOFError, OSError):  # the server has ended
         connection.send_bytes(READY)
