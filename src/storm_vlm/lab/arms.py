@@ -165,7 +165,12 @@ ARMS: dict[str, Arm] = {
     "puzzle_cot": _puzzle("Chain of thought, SFT on the oracle's plans", "sft", data="train_plans"),
     "puzzle_sft": _puzzle("SFT", "sft"),
     "puzzle_pause": _puzzle("Pause slots, no target", "pause"),
-    "puzzle_full": replace(_storm("STORM, Stage I then II", _FED), world="puzzle"),
+    "puzzle_full": Arm(
+        "STORM, Stage I then II",
+        (Stage("stage1", 0.8, (_FED,)), Stage("stage2", 0.2)),
+        latent=True,
+        world="puzzle",
+    ),
 }
 
 
