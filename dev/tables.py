@@ -68,7 +68,7 @@ def latency(found: dict[str, Any]) -> str:
     run = found["micro cpu"]
     lines = [
         f"What does a way to reason cost? Micro model, {run['threads']} CPU thread, lengths fixed (answer {run['lengths']['answer']} tokens, chain of thought {run['lengths']['cot']}, "
-        f"grounded {run['lengths']['grounded_cot']}, {run['lengths']['tool_rounds']} tool rounds of {run['lengths']['tool_tokens']}); median of {run['rounds']} rounds and their range. At 7B on a GPU: {found['7b cuda']} ([figures](results/latency.json), `storm bench infer`; another run than the one in [Results](results.md), whose ratios differ by some 15%):",
+        f"grounded {run['lengths']['grounded_cot']}, {run['lengths']['tool_rounds']} tool rounds of {run['lengths']['tool_tokens']}); median of {run['rounds']} rounds of {run['items']} items and their range, on {run['cores']} cores with a load of {run['load']:.0f}. At 7B on a GPU: {found['7b cuda']} ([figures](results/latency.json), `storm bench infer`; another run than the one in [Results](results.md)):",
         "",
         "| reasoner | seconds an item | times latent | times direct |",
         "|---|---|---|---|",
@@ -81,7 +81,7 @@ def latency(found: dict[str, Any]) -> str:
 
     for name, one in run["reasoners"].items():
         lines.append(
-            f"| {name} | {spread(one['s_per_item'], 2)} | {spread(one['ratio_to_latent'], 1)} | {spread(one['ratio_to_direct'], 1)} |"
+            f"| {name} | {spread(one['s_per_item'], 3)} | {spread(one['ratio_to_latent'], 1)} | {spread(one['ratio_to_direct'], 1)} |"
         )
     return "\n".join(lines) + "\n"
 
