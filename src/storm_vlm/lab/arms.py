@@ -18,6 +18,8 @@ Split = Literal[
     "train_continued",
     "train_plans",
     "train_third",
+    "train_filtered_25",
+    "train_filtered_50",
     "train_wrong_10",
     "train_wrong_25",
     "train_wrong_50",
@@ -155,6 +157,8 @@ ARMS: dict[str, Arm] = {
     "wrong_10": _stage1("10% of them wrong", _FED, data="train_wrong_10"),
     "wrong_25": _stage1("25% of them wrong", _FED, data="train_wrong_25"),
     "wrong_50": _stage1("50% of them wrong", _FED, data="train_wrong_50"),
+    "filtered_25": _stage1("25% wrong, and left out", _FED, data="train_filtered_25"),
+    "filtered_50": _stage1("50% wrong, and left out", _FED, data="train_filtered_50"),
     # Chains of three to seven steps
     "chains_sft": Arm("SFT", (Stage("sft", overrides=(_SLOWER,)),), world="chains"),
     "chains_all_slots": replace(
@@ -306,9 +310,18 @@ STUDIES: dict[str, Comparison] = {
         "Wrong thought videos (Stage I alone, targets to the end)",
         "the paper's first limitation",
         "Of the training rows' thought videos a share is wrong, answers are right: a third of the wrong ones turn "
-        "the other way at one mirror and go on from there, a third leave out a step, a third are of another scene.",
-        ("fed_targets", "wrong_10", "wrong_25", "wrong_50"),
+        "the other way at one mirror and go on from there, a third leave out a step, a third are of another scene. "
+        "Left out, as a filter without fault would do, their rows are trained on for the answer alone.",
+        ("fed_targets", "wrong_10", "wrong_25", "filtered_25", "wrong_50", "filtered_50"),
         "fed_targets",
         names={"fed_targets": "all of them right"},
+    ),
+    "own_slots": Comparison(
+        "As many slots as the question needs (Stage I alone, targets to the end)",
+        "Table 5 has one K for all",
+        "Questions about three to seven hidden steps, in training and test. In the last line every row has a slot for "
+        "each step of its thought, the last one shown included (`Row.slots`); the model ends the segment by itself.",
+        ("chains_sft", "chains_all_slots", "chains_own_slots"),
+        "chains_own_slots",
     ),
 }

@@ -36,6 +36,7 @@ from storm_vlm.lab.micro_config import micro_config
 from storm_vlm.lab.world.backbone import deepen
 from storm_vlm.lab.world.clips import WORLDS, WorldName, build_world
 from storm_vlm.lab.world.generator import with_wrong_thoughts
+from storm_vlm.lab.world.wrong import fault_of
 from storm_vlm.training.train import train
 from storm_vlm.versions import commit
 
@@ -191,6 +192,14 @@ def _thoughts_for(rows: list[Row], folder: Path, share: float) -> list[Row]:
     ]
 
 
+def _without_wrong_thoughts(rows: list[Row], folder: Path, share: float) -> list[Row]:
+    """Without the thought videos that are wrong in `with_wrong_thoughts`."""
+    return [
+        row.model_copy(update={"thought_video": None}) if fault_of(row.id, share) else row
+        for row in rows
+    ]
+
+
 def _with_all_slots(row: Row) -> Row:
     """The row with the whole thought video, in the model's K slots."""
     assert row.thought_video is not None
@@ -203,6 +212,8 @@ DERIVED: dict[str, Callable[[list[Row], Path], list[Row]]] = {
     "train_all_slots": lambda rows, folder: [_with_all_slots(row) for row in rows],
     "train_plans": lambda rows, folder: [chain(row) for row in rows],
     "train_third": partial(_thoughts_for, share=1 / 3),
+    "train_filtered_25": partial(_without_wrong_thoughts, share=0.25),
+    "train_filtered_50": partial(_without_wrong_thoughts, share=0.5),
     "train_wrong_10": partial(with_wrong_thoughts, share=0.1),
     "train_wrong_25": partial(with_wrong_thoughts, share=0.25),
     "train_wrong_50": partial(with_wrong_thoughts, share=0.5),
