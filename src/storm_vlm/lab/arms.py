@@ -319,7 +319,7 @@ STUDIES: dict[str, Comparison] = {
     "own_slots": Comparison(
         "As many slots as the question needs (Stage I alone, targets to the end)",
         "Table 5 has one K for all",
-        "Questions about three to seven hidden steps, in training and test. In the last line every row has a slot for "
+        "Questions about three to seven hidden steps, in training and test. In the last line a row has a slot for "
         "each step of its thought, the last one shown included (`Row.slots`); the model ends the segment by itself.",
         ("chains_sft", "chains_all_slots", "chains_own_slots"),
         "chains_own_slots",
