@@ -21,7 +21,7 @@ def world(
     seed: NonNegativeInt = 0,
     continued: Annotated[bool, Switch] = False,
     questions: PositiveInt = 1,
-    world: Literal["mirrors", "chains", "puzzle"] = "mirrors",
+    world: Literal["mirrors", "chains", "crowded", "puzzle"] = "mirrors",
 ) -> None:
     """Write clips of a micro world, with questions, plans and thought videos.
 
@@ -33,7 +33,8 @@ def world(
         seed: Of the scenes.
         continued: Clips that go on after the part to be seen: the real future.
         questions: Asked about each reasoning scene.
-        world: A ball among mirrors; the same in chains of three to seven steps; or a sliding puzzle.
+        world: A ball among mirrors; the same in chains of three to seven steps, or with a second ball, too; or a
+            sliding puzzle.
     """
     from storm_vlm.lab.world.clips import build_world
 
@@ -94,7 +95,7 @@ def reproduce(
         folder: For data, checkpoints and page; runs/reproduce, or -fast.
         out: For results.md, results/*.json and outcomes, which it goes on with; by default FOLDER.
         table: main, stages, targets, slot_inputs, sizes, latent_sizes or rows; repeat; by default all. Or studies
-            beside them: few_rows, answers, wrong_thoughts, own_slots.
+            beside them: few_rows, answers, wrong_thoughts, own_slots, harder_split.
         fast: A rehearsal: all of it, too short to learn.
         seeds: By default 3.
         steps: Of every run; by default 1200.

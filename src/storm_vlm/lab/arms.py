@@ -165,6 +165,9 @@ ARMS: dict[str, Arm] = {
         _stage1("K = 8 slots for every question", _FED, data="train_all_slots"), world="chains"
     ),
     "chains_own_slots": replace(_stage1("a slot a step, from four to eight", _FED), world="chains"),
+    # The harder split, and what it takes
+    "crowded_sft": Arm("SFT", (Stage("sft", overrides=(_SLOWER,)),), world="crowded"),
+    "crowded_own_slots": replace(_stage1("STORM (Stage I), a slot a step", _FED), world="crowded"),
     # The second world
     "puzzle_cot": _puzzle("Chain of thought, SFT on the oracle's plans", "sft", data="train_plans"),
     "puzzle_sft": _puzzle("SFT", "sft"),
@@ -323,5 +326,13 @@ STUDIES: dict[str, Comparison] = {
         "each step of its thought, the last one shown included (`Row.slots`); the model ends the segment by itself.",
         ("chains_sft", "chains_all_slots", "chains_own_slots"),
         "chains_own_slots",
+    ),
+    "harder_split": Comparison(
+        "The harder split, after training on one or two balls",
+        "not in the paper",
+        "Rows for training and test ask about three to seven steps of the only ball or of one of two, and have a slot "
+        "a step. The harder split is the record's, with scenes of its own: two balls, six or seven steps.",
+        ("crowded_sft", "crowded_own_slots"),
+        "crowded_own_slots",
     ),
 }

@@ -26,7 +26,7 @@ from storm_vlm.lab.world.render import (
     clip_frames,
     thought_frames,
 )
-from storm_vlm.lab.world.simulator import Scene
+from storm_vlm.lab.world.simulator import CROWDED, Scene
 
 CRF = 12  # near-lossless, so that the world and not the codec sets the difficulty
 Kind = Literal["reasoning", "perception", "grounding"]
@@ -45,11 +45,17 @@ class World:
     own_slots: bool = False
 
 
-WorldName = Literal["mirrors", "chains", "puzzle"]
+WorldName = Literal["mirrors", "chains", "crowded", "puzzle"]
 WORLDS: dict[WorldName, World] = {
     "mirrors": World(mirrors.draw_scenes, questions.plan, mirrors.shortcuts),
     "chains": World(
         partial(mirrors.draw_scenes, near=mirrors.ANY_HORIZON),
+        questions.plan,
+        mirrors.shortcuts,
+        own_slots=True,
+    ),
+    "crowded": World(
+        partial(mirrors.draw_scenes, near=mirrors.ANY_HORIZON, near_difficulty=CROWDED),
         questions.plan,
         mirrors.shortcuts,
         own_slots=True,

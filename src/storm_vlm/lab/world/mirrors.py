@@ -44,17 +44,18 @@ def draw_scenes(
     seed: int,
     questions: int = 1,
     near: tuple[int, int] = HORIZON,
+    near_difficulty: Difficulty = REASONING,
 ) -> Iterator[tuple[Scene, list[Question]]]:
     """The scenes of `build_world`, with their questions; the same arguments give the same scenes.
 
-    `near`: fewest and most hidden steps, but in the split `ood`.
+    `near`: fewest and most hidden steps, but in the split `ood`; of scenes of `near_difficulty`.
     """
     rng = random.Random(f"{kind}/{split}/{seed}")
     if kind != "reasoning":
         yield from (sample_perception if kind == "perception" else sample_grounding)(rng, count)
         return
     far = split == "ood"
-    difficulty, horizon = (OUT_OF_DISTRIBUTION, FAR_HORIZON) if far else (REASONING, near)
+    difficulty, horizon = (OUT_OF_DISTRIBUTION, FAR_HORIZON) if far else (near_difficulty, near)
     if questions > 1:
         yield from sample_several(rng, difficulty, count, horizon, questions)
         return

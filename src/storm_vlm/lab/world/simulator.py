@@ -143,6 +143,7 @@ REASONING = Difficulty()
 PERCEPTION = replace(
     REASONING, mirrors=(0, 6), pads=(0, 2), blocks=(0, 3), balls=(1, 3), slow_chance=0.4
 )
+CROWDED = replace(REASONING, mirrors=(3, 7), balls=(1, 2))
 OUT_OF_DISTRIBUTION = replace(REASONING, mirrors=(5, 7), balls=(2, 2))
 
 
