@@ -330,7 +330,7 @@ STUDIES: dict[str, Comparison] = {
     "harder_split": Comparison(
         "The harder split, after training on one or two balls",
         "not in the paper",
-        "Rows for training and test ask about three to seven steps of the only ball or of one of two, a slot for each "
+        "Rows for training and test ask about three to seven steps of the only ball or of one of two, a slot for a "
         "step. The harder split is the record's, with scenes of its own: two balls, six or seven steps.",
         ("crowded_sft", "crowded_own_slots"),
         "crowded_own_slots",
