@@ -142,6 +142,7 @@ def test_a_row_of_its_own_number_of_slots_has_as_many_targets(processor, rows):
     batch = collator(list(zip(few, given, strict=True)))
     assert batch["slots"].tolist() == [2, BUDGET, 1]
     assert batch["targets"].sum((1, 2)).tolist() == [2 * HIDDEN, BUDGET * HIDDEN, 0]
+    assert StormCollator(processor, NUM_FRAMES, 1)(few)["slots"].tolist() == [1, 1, 1]
     assert "slots" not in collator(rows) and "slots" not in StormCollator(processor, 4, 0)(few)
     with pytest.raises(ValueError, match="a row's own slots"):
         collator([(few[0], torch.ones(BUDGET, HIDDEN))])

@@ -166,7 +166,7 @@ class StormCollator:
         batch = self.collate_prompts(rows, "force" if self.latent_budget else "off")
         batch["labels"] = self._labels(rows)
         if self.latent_budget and any(row.slots is not None for row in rows):
-            batch["slots"] = torch.tensor([row.slots or self.latent_budget for row in rows])
+            batch["slots"] = torch.tensor([self._slots(row) for row in rows])
         if isinstance(examples[0], tuple):
             batch |= self._stack_targets(rows, [target for _, target in pairs])
         return batch
@@ -234,12 +234,15 @@ class StormCollator:
         tokens = self._tokenize(texts, padding_side="right", add_special_tokens=False)
         return tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, IGNORE_INDEX)
 
+    def _slots(self, row: Row) -> int:
+        return min(row.slots or self.latent_budget, self.latent_budget)
+
     def _stack_targets(
         self, rows: Sequence[Row], targets: Sequence[Tensor | None]
     ) -> dict[str, Tensor]:
         mask = torch.tensor([target is not None for target in targets])
         present = [
-            (target, row.slots or self.latent_budget)
+            (target, self._slots(row))
             for row, target in zip(rows, targets, strict=True)
             if target is not None
         ]

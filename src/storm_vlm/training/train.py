@@ -113,11 +113,12 @@ def sound_rows(
     imagined = source in ("thought_video", "shuffled", "self_distilled")
     faults = {**malformed, **row_faults(rows, check_videos if imagined else check_video)}
     budget = config.method.latent_budget
-    faults |= {
-        row.id: f"it takes {row.slots} slots, and method.latent_budget is {budget}"
-        for row in rows
-        if budget and row.slots is not None and row.slots > budget
-    }
+    if source != "none" and budget:
+        faults |= {
+            row.id: f"it takes {row.slots} slots, and method.latent_budget is {budget}"
+            for row in rows
+            if row.slots is not None and row.slots > budget
+        }
     return _without(faults, config, rows, len(rows) + len(malformed))
 
 

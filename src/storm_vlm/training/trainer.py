@@ -113,7 +113,8 @@ class StormTrainer(Trainer):
         # would wait for each other; so the whole data set decides, not a batch.
         rows = self.train_dataset if isinstance(self.train_dataset, RowDataset) else None
         self._all_have_targets = rows is not None and rows.all_have_targets
-        self._own_slots = rows is not None and any(row.slots is not None for row in rows.rows)
+        asked = [d for d in (self.train_dataset, self.eval_dataset) if isinstance(d, RowDataset)]
+        self._own_slots = any(row.slots is not None for d in asked for row in d.rows)
         if self.args.n_gpu > 1:
             raise InputError("several GPUs in one process: start with `accelerate launch` instead")
 
