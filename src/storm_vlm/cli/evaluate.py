@@ -55,7 +55,7 @@ def evaluate(
     latent_mode: Literal["force", "auto", "off"] | None = None,
     limit: PositiveInt | None = None,
     reliance_rows: NonNegativeInt | None = None,
-    readers: NonNegativeInt = 2,
+    readers: NonNegativeInt | None = None,
     trust_remote_code: Annotated[bool, Switch] = False,
     as_json: Annotated[bool, Json] = False,
 ) -> None:
@@ -76,7 +76,7 @@ def evaluate(
         latent_mode: By default what the checkpoint is for.
         limit: Only the first rows.
         reliance_rows: Rows to tell latent reliance from (STORM only), 200 by default; 0: none.
-        readers: Processes that read videos ahead of the model.
+        readers: Processes that read videos ahead of the model; by default 2, none beside a model on the CPU.
         trust_remote_code: Run code that the checkpoint brings.
         as_json: Print the whole summary, to be read by programs.
     """
@@ -136,6 +136,8 @@ def evaluate(
         if out is not None and base_url is None:
             settings["weights"] = checkpoint_identity(checkpoint, Store(out))
         rows = RELIANCE_ROWS if reliance_rows is None else reliance_rows
+        if readers is None:  # on a CPU, they would take it from the model
+            readers = 2 if base_url or state.device.type != "cpu" else 0
         finished = run(folder, found, questions, settings, batch_size, readers)
         if not state.is_main_process:
             return
