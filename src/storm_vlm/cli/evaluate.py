@@ -136,9 +136,8 @@ def evaluate(
         if out is not None and base_url is None:
             settings["weights"] = checkpoint_identity(checkpoint, Store(out))
         rows = RELIANCE_ROWS if reliance_rows is None else reliance_rows
-        if readers is None:  # on a CPU, they would take it from the model
-            readers = 2 if base_url or state.device.type != "cpu" else 0
-        finished = run(folder, found, questions, settings, batch_size, readers)
+        processes = _readers(readers, base_url is None and state.device.type == "cpu")
+        finished = run(folder, found, questions, settings, batch_size, processes)
         if not state.is_main_process:
             return
         try:
@@ -157,6 +156,13 @@ def _tell_skipped(questions: QuestionSet, source: Path) -> None:
             f"{len(questions.faults)} of {questions.count} rows cannot be asked, and are skipped"
         )
         show(f"{count}:\n{fault_lines(questions.faults, source)}", to=errors)
+
+
+def _readers(asked: int | None, beside_model: bool) -> int:
+    """Processes that read ahead; on the model's own CPU they would take it from the model."""
+    if asked is None:
+        return 0 if beside_model else 2
+    return asked
 
 
 def _refuse(options: dict[str, Any], mode: str) -> None:
