@@ -335,4 +335,15 @@ STUDIES: dict[str, Comparison] = {
         ("crowded_sft", "crowded_own_slots"),
         "crowded_own_slots",
     ),
+    "second_world": Comparison(
+        "A second world: a sliding puzzle",
+        "not in the paper",
+        "The ball and what it rolls upon change places, and a block makes it turn right, a pad left. Asked is where "
+        "the ball will be after three to five steps, or what will lie in a cell; harder split: six or seven steps. "
+        "Of five ways to guess none is right for more than 22% of the test questions. Targets are fed to the end of "
+        "Stage I; the learning rate is 3e-3 for all but STORM. The backbone is the shipped one, as it is: it answers "
+        "all of 640 questions about what 80 such clips show.",
+        ("puzzle_cot", "puzzle_sft", "puzzle_pause", "puzzle_full"),
+        "puzzle_full",
+    ),
 }
