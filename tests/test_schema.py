@@ -26,6 +26,7 @@ FULL: dict[str, Any] = {
         "generator": "some-model@1",
         "provenance": {"seed": 3},
     },
+    "slots": 5,
     "split": "train",
     "meta": {"task": "fall", "nested": [1, {"x": None}]},
 }
@@ -110,6 +111,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         ({"end": "soon"}, "end"),
         ({"keyframes": [-0.5]}, r"keyframes\.0"),
         ({"split": "dev"}, "split"),
+        ({"slots": 0}, "slots"),
+        ({"slots": "3"}, "slots"),
         ({"version": 2}, "version"),
         ({"video": "a\0.mp4"}, "video: no file's name has a zero byte"),
         ({"vidoe": "a.mp4"}, "vidoe"),

@@ -136,7 +136,7 @@ def evaluate(
         if out is not None and base_url is None:
             settings["weights"] = checkpoint_identity(checkpoint, Store(out))
         rows = RELIANCE_ROWS if reliance_rows is None else reliance_rows
-        processes = _readers(readers, base_url is None and state.device.type == "cpu")
+        processes = _readers(readers, base_url is None and str(state.device) == "cpu")
         finished = run(folder, found, questions, settings, batch_size, processes)
         if not state.is_main_process:
             return

@@ -33,6 +33,7 @@ from storm_vlm.errors import InputError
 Split = Literal["train", "validation", "test", "ood"]
 Seconds = Annotated[float, Field(ge=0, strict=True)]
 ThoughtSource = Literal["oracle", "generated", "future", "keyframes"]
+Slots = Annotated[int, Field(ge=1, strict=True)]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
 
 
@@ -120,7 +121,7 @@ class Row(BaseModel):
     keyframes: tuple[Seconds, ...] = ()
     plan: str | None = None
     thought_video: ThoughtVideo | None = None
-    slots: int | None = Field(None, ge=1, strict=True)
+    slots: Slots | None = None
     split: Split
     meta: Free = {}
 
