@@ -93,7 +93,7 @@ def rollout(
         last = states[:, -1:]
         if slots is not None:
             follows = follows.after_slots(slots)
-            last = states[torch.arange(len(states)), slots][:, None]
+            last = torch.take_along_dim(states, slots[:, None, None], 1)
         tail = torch.cat([last, follows.extend(answer)], 1)
         return replace(_read_out(model, states[:, :-1], hidden[:, -2:-1], tail), slots=slots)
 
