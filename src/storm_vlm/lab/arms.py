@@ -18,8 +18,9 @@ Split = Literal[
     "train_continued",
     "train_plans",
     "train_third",
+    "train_dropped_25",
+    "train_dropped_50",
     "train_filtered_25",
-    "train_filtered_50",
     "train_wrong_10",
     "train_wrong_25",
     "train_wrong_50",
@@ -157,8 +158,11 @@ ARMS: dict[str, Arm] = {
     "wrong_10": _stage1("10% of them wrong", _FED, data="train_wrong_10"),
     "wrong_25": _stage1("25% of them wrong", _FED, data="train_wrong_25"),
     "wrong_50": _stage1("50% of them wrong", _FED, data="train_wrong_50"),
-    "filtered_25": _stage1("25% wrong, and left out", _FED, data="train_filtered_25"),
-    "filtered_50": _stage1("50% wrong, and left out", _FED, data="train_filtered_50"),
+    "filtered_25": _stage1(
+        "25% wrong and left out, their rows kept for the answer", _FED, data="train_filtered_25"
+    ),
+    "dropped_25": _stage1("25% wrong, left out with their rows", _FED, data="train_dropped_25"),
+    "dropped_50": _stage1("50% wrong, left out with their rows", _FED, data="train_dropped_50"),
     # Chains of three to seven steps
     "chains_sft": Arm("SFT", (Stage("sft", overrides=(_SLOWER,)),), world="chains"),
     "chains_all_slots": replace(
@@ -314,8 +318,16 @@ STUDIES: dict[str, Comparison] = {
         "the paper's first limitation",
         "Of the training rows' thought videos a share is wrong, answers are right: a third of the wrong ones turn "
         "the other way at one mirror and go on from there, a third leave out a step, a third are of another scene. "
-        "Left out, as a filter without fault would do, their rows are trained on for the answer alone.",
-        ("fed_targets", "wrong_10", "wrong_25", "filtered_25", "wrong_50", "filtered_50"),
+        "What is left out is left out by a filter without fault.",
+        (
+            "fed_targets",
+            "wrong_10",
+            "wrong_25",
+            "filtered_25",
+            "dropped_25",
+            "wrong_50",
+            "dropped_50",
+        ),
         "fed_targets",
         names={"fed_targets": "all of them right"},
     ),

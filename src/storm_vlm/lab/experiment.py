@@ -200,6 +200,10 @@ def _without_wrong_thoughts(rows: list[Row], folder: Path, share: float) -> list
     ]
 
 
+def _without_wrong_rows(rows: list[Row], folder: Path, share: float) -> list[Row]:
+    return [row for row in rows if not fault_of(row.id, share)]
+
+
 def _with_all_slots(row: Row) -> Row:
     """The row with the whole thought video, in the model's K slots."""
     assert row.thought_video is not None
@@ -212,8 +216,9 @@ DERIVED: dict[str, Callable[[list[Row], Path], list[Row]]] = {
     "train_all_slots": lambda rows, folder: [_with_all_slots(row) for row in rows],
     "train_plans": lambda rows, folder: [chain(row) for row in rows],
     "train_third": partial(_thoughts_for, share=1 / 3),
+    "train_dropped_25": partial(_without_wrong_rows, share=0.25),
+    "train_dropped_50": partial(_without_wrong_rows, share=0.5),
     "train_filtered_25": partial(_without_wrong_thoughts, share=0.25),
-    "train_filtered_50": partial(_without_wrong_thoughts, share=0.5),
     "train_wrong_10": partial(with_wrong_thoughts, share=0.1),
     "train_wrong_25": partial(with_wrong_thoughts, share=0.25),
     "train_wrong_50": partial(with_wrong_thoughts, share=0.5),
