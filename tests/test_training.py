@@ -160,6 +160,17 @@ def test_a_row_of_its_own_number_of_slots_is_aligned_with_as_many_steps(
         torch.testing.assert_close(both, (first + second) / 2)
 
 
+def test_rows_without_a_thought_video_in_stage_one_are_told(
+    tmp_path, backbone, reasoning_rows, caplog
+) -> None:
+    rows = [reasoning_rows[0].model_copy(update={"thought_video": None}), *reasoning_rows[1:4]]
+    for slot_input, told in (("target", True), ("rollout", False)):
+        run = tiny_run(tmp_path / slot_input, backbone, tmp_path, STAGES[slot_input], max_steps=1)
+        caplog.clear()
+        train(run, rows)
+        assert ("1 of 4 rows have no thought video" in caplog.text) == told
+
+
 def test_rows_of_more_slots_than_the_model_are_refused(backbone, reasoning_rows, tmp_path) -> None:
     rows = [row.model_copy(update={"slots": K + 1}) for row in reasoning_rows]
     config = TrainConfig(model=backbone, data="", output_dir=str(tmp_path / "run"), method=PLAIN)

@@ -69,9 +69,13 @@ class Targets(Dataset[Tensor | None]):
         return len(self._places)
 
     @property
+    def missing(self) -> int:
+        """How many rows lack a target."""
+        return self._places.count(None)
+
+    @property
     def complete(self) -> bool:
-        """Whether no row lacks a target."""
-        return None not in self._places
+        return not self.missing
 
     def __getitem__(self, index: int) -> Tensor | None:
         place = self._places[index]

@@ -34,12 +34,12 @@ from storm_vlm.model.tokens import add_latent_tokens, has_latent_tokens
 from storm_vlm.training.arguments import training_arguments
 from storm_vlm.training.card import write_card
 from storm_vlm.training.checkpoints import all_or_nothing, last_whole_checkpoint, set_torn_aside
-from storm_vlm.training.config import ConfigError, TrainConfig
+from storm_vlm.training.config import ConfigError, Method, TrainConfig
 from storm_vlm.training.distillation import DistillationCollator, SelfDistilledTeacher
 from storm_vlm.training.feature_cache import CachedVideoInputs
 from storm_vlm.training.row_lengths import long_rows, row_lengths
 from storm_vlm.training.sample_answers import SampleAnswers
-from storm_vlm.training.targets import alignment_targets
+from storm_vlm.training.targets import Targets, alignment_targets
 from storm_vlm.training.trainer import RowDataset, StormTrainer
 from storm_vlm.versions import versions
 
@@ -184,6 +184,7 @@ def build_trainer(
         folder = Path(config.target_cache or Path(config.data).with_suffix(".targets"))
         main_first = arguments.main_process_first(local=False, desc="targets")
         targets = alignment_targets(model, processor, rows, method, folder, main_first)
+        _tell_missing(targets, method)
     tower.to(home)
     if config.lora is not None:
         model = add_adapters(model, config.lora)
@@ -358,6 +359,16 @@ def _check_room(trainer: StormTrainer, output: Path) -> None:
         raise ConfigError(
             f"{output} has room for {free / 2**20:.1f} MiB, and the weights alone take {needed / 2**20:.1f} MiB: "
             "make room, or choose another output_dir"
+        )
+
+
+def _tell_missing(targets: Targets, method: Method) -> None:
+    if targets.missing and method.slot_input in ("target", "scheduled"):
+        logger.warning(
+            "%d of %d rows have no thought video: their slots are fed with the model's own states from the first "
+            "step on. On the micro world that cost far more than to leave such rows out until Stage II",
+            targets.missing,
+            len(targets),
         )
 
 
