@@ -54,6 +54,7 @@ from storm_vlm.lab.world.clips import build_world
 from storm_vlm.lab.world.mirrors import sample_several
 from storm_vlm.lab.world.simulator import REASONING
 from storm_vlm.model.interventions import answers_when_fed, noised, recorded_layers, reordered
+from storm_vlm.model.latent import whiten_targets
 from storm_vlm.model.rollout import rollout
 from storm_vlm.training.config import Method
 from storm_vlm.training.targets import alignment_targets
@@ -259,6 +260,22 @@ def test_slots_that_a_row_has_not_are_replaced_by_nothing(storm, rows, states) -
 
 
 # ------------------------------------------------------------------------------------------ probes
+def test_a_row_of_fewer_slots_has_as_many_targets_as_in_training(storm, rows) -> None:
+    few = [rows[0].model_copy(update={"slots": 3}), *rows[1:3]]
+    states = extract(storm, few, Batches(3))
+    method = Method(latent_budget=K, target_normalization="none")
+    trained = alignment_targets(storm.model, storm.processor, few, method)
+    assert states.target_counts.tolist() == [3, K, K]
+    for row, target in enumerate(trained):
+        assert target is not None
+        torch.testing.assert_close(states.targets[row, : len(target)], target)
+    assert torch.equal(states.targets[0, 2:], states.targets[0, 2:3].expand(K - 2, -1))
+    white = alignment_targets(storm.model, storm.processor, few, Method(latent_budget=K))
+    assert white[0] is not None
+    found = whiten_targets(states.targets[0, :3], *states.whitening)
+    torch.testing.assert_close(found, white[0], atol=1e-3, rtol=0)
+
+
 def test_states_are_reused_only_for_the_same_inputs(storm, rows, tmp_path) -> None:
     name = str(shipped("storm"))
     batches = kept_batches(storm, tmp_path, name, 2)
@@ -452,7 +469,7 @@ def made_up(latents: torch.Tensor, rows: list[Row]) -> States:
         frames=[*nothing],
         keyframes=[*nothing],
         targets=latents,
-        has_target=torch.ones(count, dtype=torch.bool),
+        target_counts=torch.full((count,), K),
     )
 
 

@@ -47,14 +47,20 @@ class States:
         Tensor
     ]  #: N times (grids, D): the vision tower's tokens, mean over each temporal grid
     keyframes: list[Tensor]  #: N times (keyframes, D), of no keyframes where the row names none
-    targets: Tensor  #: (N, K, D): pooled thought video, zero where there is none
-    has_target: Tensor  #: (N,) bool
+    targets: Tensor  #: (N, K, D): pooled thought video, its last one held to the end; zero where there is none
+    target_counts: Tensor  #: (N,): how many that are, K or the row's `slots`; 0 where there is none
+
+    @property
+    def has_target(self) -> Tensor:
+        """(N,) bool."""
+        return self.target_counts > 0
 
     @cached_property
     def whitening(self) -> tuple[Tensor, Tensor]:
         """Mean and matrix that whiten visual states, from these rows' targets, else from their frames."""
-        with_target = self.targets[self.has_target]
-        return target_whitening(with_target if len(with_target) > 1 else torch.cat(self.frames))
+        pooled = torch.arange(self.targets.shape[1]) < self.target_counts[:, None]
+        enough = int(self.has_target.sum()) > 1
+        return target_whitening(self.targets[pooled] if enough else torch.cat(self.frames))
 
     @cached_property
     def whitened_space(self) -> bool:
@@ -151,7 +157,7 @@ def extract(pipeline: StormPipeline, rows: Sequence[Row], batches: Batches) -> S
     """
     if pipeline.latent_mode == "off" or not rows:
         raise AnalysisError("this needs rows, and a checkpoint with latent slots (storm train)")
-    tensors = batches("states", rows, lambda batch: _batch_states(pipeline, batch))
+    tensors = batches("states and targets", rows, lambda batch: _batch_states(pipeline, batch))
     frames = tensors.pop("frames").split(tensors.pop("frame_counts").tolist())
     keyframes = tensors.pop("keyframes").split(tensors.pop("keyframe_counts").tolist())
     places = tuple(probed_layers(pipeline))
@@ -188,11 +194,12 @@ def _batch_states(pipeline: StormPipeline, rows: Sequence[Any]) -> dict[str, Ten
     none = states.new_zeros(0, states.shape[-1])
     pooled = [t.mean((1, 2)) for t in frames]
     shown = [none if t is None else t.mean((1, 2)) for t in keyframes]
+    counts = [0 if e is None else e.slots or budget for e in excerpts(rows, "thought_video")]
     targets = [
         states.new_zeros(budget, states.shape[-1])
         if t is None
-        else pool_targets(t.flatten(0, 2), budget)
-        for t in thoughts
+        else _held(pool_targets(t.flatten(0, 2), count), budget)
+        for t, count in zip(thoughts, counts, strict=True)
     ]
     tensors = {
         "latents": states[:, :budget],
@@ -204,12 +211,17 @@ def _batch_states(pipeline: StormPipeline, rows: Sequence[Any]) -> dict[str, Ten
         "keyframes": torch.cat(shown),
         "keyframe_counts": torch.tensor([len(t) for t in shown]),
         "targets": torch.stack(targets),
-        "has_target": torch.tensor([t is not None for t in thoughts]),
+        "target_counts": torch.tensor(counts),
     }
     return {
         name: (t.float() if t.is_floating_point() else t).cpu().contiguous()
         for name, t in tensors.items()
     }
+
+
+def _held(targets: Tensor, budget: int) -> Tensor:
+    """Targets (k, D) with the last one held, (K, D)."""
+    return torch.cat([targets, targets[-1:].expand(budget - len(targets), -1)])
 
 
 def _question_mean(pipeline: StormPipeline, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -224,8 +236,8 @@ def _question_mean(pipeline: StormPipeline, ids: Tensor, hidden: Tensor) -> Tens
 
 
 def _tokens_of(pipeline: StormPipeline, sources: Iterable[Any]) -> list[Tensor | None]:
-    num_frames = FRAMES_PER_SLOT * pipeline.collator.latent_budget
-    clips = [None if source is None else source.read(num_frames) for source in sources]
+    budget = pipeline.collator.latent_budget
+    clips = [s and s.read(FRAMES_PER_SLOT * (s.slots or budget)) for s in sources]
     processed = [pipeline.collator.videos.process(clip) for clip in clips if clip is not None]
     tokens = iter(visual_tokens(pipeline, processed))
     return [None if clip is None else next(tokens) for clip in clips]
