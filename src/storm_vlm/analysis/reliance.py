@@ -127,14 +127,11 @@ def replacements(
     drawn = torch.randn(states.shape, generator=generator)
     slots["random"] = drawn * (states.norm(dim=-1) / drawn.norm(dim=-1))[..., None]
     of_row = torch.randint(count, (count, budget), generator=generator)
-    slots["matched_random"] = torch.stack(
-        [
-            states[have[of_row[:, k] % len(have)], k]
-            for k, slot in enumerate(missing.T)
-            for have in [torch.arange(count) if bool(slot.all()) else (~slot).nonzero()[:, 0]]
-        ],
-        1,
-    )
+    having = missing.long().argsort(
+        dim=0, stable=True
+    )  # (N, K): rows that have the slot come first
+    rows = having.take_along_dim(of_row % (~missing).sum(0).clamp_min(1), 0)
+    slots["matched_random"] = states[rows, torch.arange(budget)]
     if targets is not None:
         slots["oracle"] = targets
     whole = ("swap_same_answer", "swap_other_answer", "removed", "no_markers")

@@ -73,8 +73,8 @@ def _stage2(name: str, *overrides: str, rows: float = 1.0, data: Split = "train"
     return Arm(name, (stage,), after="third_first", rows=rows, latent=True)
 
 
-def _puzzle(name: str, config: str, data: Split = "train") -> Arm:
-    return Arm(name, (Stage(config, 1.0, (_SLOWER,), data),), world="puzzle")
+def _rival(world: WorldName, name: str, config: str = "sft", data: Split = "train") -> Arm:
+    return Arm(name, (Stage(config, 1.0, (_SLOWER,), data),), world=world)
 
 
 SFT = Arm("SFT, same data and steps", (Stage("sft"),))
@@ -164,18 +164,20 @@ ARMS: dict[str, Arm] = {
     "dropped_25": _stage1("25% wrong, left out with their rows", _FED, data="train_dropped_25"),
     "dropped_50": _stage1("50% wrong, left out with their rows", _FED, data="train_dropped_50"),
     # Chains of three to seven steps
-    "chains_sft": Arm("SFT", (Stage("sft", overrides=(_SLOWER,)),), world="chains"),
+    "chains_sft": _rival("chains", "SFT"),
     "chains_all_slots": replace(
         _stage1("K = 8 slots for every question", _FED, data="train_all_slots"), world="chains"
     ),
     "chains_own_slots": replace(_stage1("a slot a step, from four to eight", _FED), world="chains"),
     # The harder split, and what it takes
-    "crowded_sft": Arm("SFT", (Stage("sft", overrides=(_SLOWER,)),), world="crowded"),
+    "crowded_sft": _rival("crowded", "SFT"),
     "crowded_own_slots": replace(_stage1("STORM (Stage I), a slot a step", _FED), world="crowded"),
     # The second world
-    "puzzle_cot": _puzzle("Chain of thought, SFT on the oracle's plans", "sft", data="train_plans"),
-    "puzzle_sft": _puzzle("SFT", "sft"),
-    "puzzle_pause": _puzzle("Pause slots, no target", "pause"),
+    "puzzle_cot": _rival(
+        "puzzle", "Chain of thought, SFT on the oracle's plans", data="train_plans"
+    ),
+    "puzzle_sft": _rival("puzzle", "SFT"),
+    "puzzle_pause": _rival("puzzle", "Pause slots, no target", "pause"),
     "puzzle_full": Arm(
         "STORM, Stage I then II",
         (Stage("stage1", 0.8, (_FED,)), Stage("stage2", 0.2)),

@@ -44,9 +44,8 @@ def own_slots(model: Any, states: Tensor) -> Tensor:
     model = unwrap(model)
     if getattr(model.config, "latent_pause", False):
         return states
-    ended = (
-        head(model, states).argmax(-1) == latent_tokens(model.config).end
-    )  # instead of this slot
+    # Where the state would be fed, the end is chosen instead.
+    ended = head(model, states).argmax(-1) == latent_tokens(model.config).end
     return states.masked_fill(ended.cumsum(1)[..., None] > 0, float("nan"))
 
 

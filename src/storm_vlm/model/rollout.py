@@ -39,9 +39,8 @@ class RolloutOutput:
     #: K times (B, 1, D), own states on their way into the slots; their gradients are the credit that flows back
     #: through the feedback. Empty where slots are given, or feedback is detached.
     fed: tuple[Tensor, ...] = ()
-    slots: Tensor | None = (
-        None  #: (B,), where rows have their own number; states beyond mean nothing
-    )
+    #: (B,), where rows have their own number; states beyond mean nothing
+    slots: Tensor | None = None
 
     @property
     def has_slot(self) -> Tensor:

@@ -36,12 +36,14 @@ Kind = Literal["reasoning", "perception", "grounding"]
 class World:
     """What differs from one world to another: its scenes, and how to answer about them, rightly and not.
 
-    With `own_slots`, a row takes a slot for each step of its thought, the last one shown included.
+    `prolonged`: a scene with more of its steps shown; None: its clips do not go on. With `own_slots`, a row takes a
+    slot for each step of its thought, the last one shown included.
     """
 
     draw_scenes: Callable[[Kind, Split, int, int, int], Iterator[tuple[Any, list[Question]]]]
     plan: Callable[[Any, Question], str]
     shortcuts: Callable[[Any, Question], dict[str, str]]
+    prolonged: Callable[[Any, int], Any] | None = mirrors.prolonged
     own_slots: bool = False
 
 
@@ -60,7 +62,7 @@ WORLDS: dict[WorldName, World] = {
         mirrors.shortcuts,
         own_slots=True,
     ),
-    "puzzle": World(puzzle.draw_scenes, puzzle.plan, puzzle.shortcuts),
+    "puzzle": World(puzzle.draw_scenes, puzzle.plan, puzzle.shortcuts, prolonged=None),
 }
 
 
@@ -85,7 +87,7 @@ def build_world(
     Raises:
         InputError: the world has no such clips or questions.
     """
-    if continued and world == "puzzle":
+    if continued and WORLDS[world].prolonged is None:
         raise InputError(f"the world {world!r} has no clips that go on: leave out `continued`")
     folder = Path(folder)
     drawn = ("" if world == "mirrors" else f"{world}-") + f"{kind}-{split}-{seed}"
@@ -123,8 +125,8 @@ def _write_scene(
     file = f"{name}-{hashlib.sha256(shown.encode()).hexdigest()[:8]}.mp4"
     clip = folder.absolute() / "clips" / file
     if not clip.exists():
-        frames = clip_frames(mirrors.prolonged(scene, THOUGHT_STEPS) if continued else scene)
-        write_video(clip, frames, FPS, crf=CRF)
+        longer = continued and world.prolonged and world.prolonged(scene, THOUGHT_STEPS)
+        write_video(clip, clip_frames(longer or scene), FPS, crf=CRF)
     return [
         Row(
             id=f"{name}-{j}",
