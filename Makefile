@@ -30,7 +30,7 @@ types: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --durations 5  # one thread a process: two processes share two cores
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --timeout 900 --timeout-method thread --durations 5  # one thread a process: two processes share two cores
 
 docs: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"

@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM: seconds, the exit code, nothing new begun, no half files. Real signals to real processes."""
 
+import ctypes
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 
@@ -175,6 +178,25 @@ def test_workers_leave_no_half_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert time.monotonic() - began < SECONDS
     assert not list(tmp_path.iterdir())
+
+
+def block_within_c(path: Path) -> None:
+    """Where no handler of Python's runs: as in the write of a result that nobody reads."""
+    path.touch()
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    for _ in range(2):
+        library.pthread_mutex_lock(mutex)
+
+
+def test_a_crash_ends_workers_that_are_blocked(tmp_path: Path) -> None:
+    with worker_pool(2) as pool:
+        assert len(multiprocessing.active_children()) == 2  # none is begun while another crashes
+        pool.submit(block_within_c, tmp_path / "blocked")
+        wait_for((tmp_path / "blocked").exists)
+        began = time.monotonic()
+        with pytest.raises(BrokenProcessPool):
+            pool.submit(os.abort).result()
+    assert time.monotonic() - began < SECONDS
 
 
 def test_few_items_wait_for_a_pool() -> None:

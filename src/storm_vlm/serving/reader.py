@@ -23,6 +23,7 @@ from storm_vlm.serving.config import ServeConfig
 from storm_vlm.serving.source import SourceError, video_file
 
 MEMORY = 2 * 2**30  # bytes that a reader may address beside a clip's frames and its imports
+START = 60  # seconds for a reader to get ready
 READY = b"ready"  # what it has to import takes longer than many a video
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class _Reader:
         for _ in range(2):  # what ended it the first time may have nothing to do with this video
             try:
                 if not self.is_ready:
+                    if not self.connection.poll(START):
+                        raise TimeoutError
                     self.is_ready = self.connection.recv_bytes() == READY
                 self.connection.send(url)
                 if self.connection.poll(self.config.read_seconds):
