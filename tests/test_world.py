@@ -11,6 +11,7 @@ from storm_vlm.data.answer import is_correct
 from storm_vlm.data.row import read_rows
 from storm_vlm.data.video import read_video
 from storm_vlm.lab.world.clips import build_world
+from storm_vlm.lab.world.distorted import DISTORTIONS, with_distorted_thoughts
 from storm_vlm.lab.world.mirrors import FAR_HORIZON, HORIZON, NUM_FRAMES, shortcuts
 from storm_vlm.lab.world.questions import (
     PERCEPTION_FAMILIES,
@@ -233,3 +234,34 @@ def test_a_chain_s_row_has_a_slot_for_each_step_and_a_thought_video_of_as_many(t
         shown = read_video(thought.path, 2 * row.slots, thought.start, thought.end)
         whole = read_video(thought.path, 2 * THOUGHT_STEPS)
         assert np.array_equal(shown.frames, whole.frames[: 2 * row.slots])
+
+
+def test_distorted_thought_videos_show_the_same_steps_badly(tmp_path: Path) -> None:
+    rows = read_rows(build_world(tmp_path, "reasoning", "train", 2))
+    last = 2 * THOUGHT_STEPS - 1
+    shown = {"fast": [*range(0, last, 2), *[last] * 8], "slow": [i // 2 for i in range(last + 1)]}
+    speeds = set()
+    for how in DISTORTIONS:
+        for made, true in zip(
+            with_distorted_thoughts(rows, tmp_path / "w", how), rows, strict=True
+        ):
+            assert made.thought_video and true.thought_video
+            made_frames, frames = (
+                read_video(video.path, 99).frames.astype(int)
+                for video in (made.thought_video, true.thought_video)
+            )
+            assert made_frames.shape == frames.shape == (last + 1, 128, 128, 3)
+            if how in shown:
+                apart = abs(made_frames - frames[shown[how]]).mean((1, 2, 3))
+                assert apart.max() < 2, how
+            elif how == "blurred":
+                assert 1 < abs(made_frames - frames).mean() < 20
+                file = Path(made.thought_video.path)
+                assert file.stat().st_size < Path(true.thought_video.path).stat().st_size / 2
+            else:
+                held = 2 * true.thought_video.provenance["hidden_steps"]
+                apart = [abs(frames - frame).mean((1, 2, 3)) for frame in made_frames]
+                nearest = [min(int(row.argmin()), held) for row in apart]
+                assert nearest == sorted(nearest)
+                speeds.add(tuple(nearest))
+    assert len(speeds) == 2

@@ -95,7 +95,7 @@ def reproduce(
         folder: For data, checkpoints and page; runs/reproduce, or -fast.
         out: For results.md, results/*.json and outcomes, which it goes on with; by default FOLDER.
         table: main, stages, targets, slot_inputs, sizes, latent_sizes or rows; repeat; by default all. Or studies
-            beside them: few_rows, answers, wrong_thoughts, own_slots, harder_split, second_world.
+            beside them: few_rows, answers, wrong_thoughts, distorted_thoughts, own_slots, harder_split, second_world.
         fast: A rehearsal: all of it, too short to learn.
         seeds: By default 3.
         steps: Of every run; by default 1200.

@@ -24,6 +24,10 @@ Split = Literal[
     "train_wrong_10",
     "train_wrong_25",
     "train_wrong_50",
+    "train_blurred",
+    "train_fast",
+    "train_slow",
+    "train_uneven",
 ]
 Start = Literal["backbone", "deep", "storm"]
 
@@ -163,6 +167,11 @@ ARMS: dict[str, Arm] = {
     ),
     "dropped_25": _stage1("25% wrong, left out with their rows", _FED, data="train_dropped_25"),
     "dropped_50": _stage1("50% wrong, left out with their rows", _FED, data="train_dropped_50"),
+    # Thought videos that show what is right badly
+    "blurred": _stage1("blurred, and compressed much", _FED, data="train_blurred"),
+    "fast": _stage1("twice as fast, then still", _FED, data="train_fast"),
+    "slow": _stage1("half as fast, cut off", _FED, data="train_slow"),
+    "uneven": _stage1("each at half to twice the speed", _FED, data="train_uneven"),
     # Chains of three to seven steps
     "chains_sft": _rival("chains", "SFT"),
     "chains_all_slots": replace(
@@ -332,6 +341,16 @@ STUDIES: dict[str, Comparison] = {
         ),
         "fed_targets",
         names={"fed_targets": "all of them right"},
+    ),
+    "distorted_thoughts": Comparison(
+        "Thought videos that show the right steps badly (Stage I alone, targets to the end)",
+        "not in the paper",
+        "All thought videos are changed, answers are right. Blurred: by a Gaussian of 4 pixels, where a cell has 32, "
+        "and written at a rate factor of 40. Twice as fast: two steps a slot. Half as fast: two slots a step, and of "
+        "more than three hidden steps the last are not shown. A speed of its own cannot be told from the clip.",
+        ("fed_targets", "blurred", "fast", "slow", "uneven"),
+        "fed_targets",
+        names={"fed_targets": "as they were made"},
     ),
     "own_slots": Comparison(
         "As many slots as the question needs (Stage I alone, targets to the end)",
