@@ -137,6 +137,7 @@ def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> tuple[int,
         raise error
 
     monkeypatch.setattr(command, "app", fail)
+    monkeypatch.setattr(os, "_exit", sys.exit)  # other tests may have left threads
     result = run_storm()
     return result.exit_code, result.stderr
 
