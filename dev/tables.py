@@ -91,7 +91,7 @@ def serving(found: dict[str, Any]) -> str:
     soak = found["soak"]
     told, memory = soak["outcomes"], soak["memory_mib"]
     lines = [
-        f"On two cores that others used, too ([figures](results/serving.json)), the micro model: of {sum(soak['clients'].values()):,} clients in {soak['seconds']:.0f} s, "
+        f"On two cores, which the clients used, too ([figures](results/serving.json)), the micro model: of {sum(soak['clients'].values()):,} clients in {soak['seconds']:.0f} s, "
         f"{told['200']:,} were answered, {told['429']:,} were told to come later, {told['refused']:,} had brought a broken video, {told['left']:,} left, and {soak['lost'] or 'none'} was lost. "
         f"{soak['readers_killed']} readers were killed; the server held {memory[0]:.0f} MiB in the first quarter of the time and {memory[-1]:.0f} in the last.",
         "",
