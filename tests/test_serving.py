@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -494,6 +496,30 @@ def test_a_reader_that_is_killed_is_replaced(storm: StormPipeline, reasoning_row
             os.kill(reader.process.pid or 0, signal.SIGKILL)  # amid its work: done once more
             assert np.array_equal(reading.result(20).frames, expected.frames)
     assert not reader.process.is_alive()
+
+
+IMPORTS_MUCH = """
+import mmap, sys
+from storm_vlm.serving.config import ServeConfig
+from storm_vlm.serving.reader import MEMORY, ClipReaders
+held = mmap.mmap(-1, MEMORY + 2**30)  # in a reader, too, which imports its server's script
+if __name__ == "__main__":
+    readers = ClipReaders(2, ServeConfig(readers=1))
+    print(len(readers._read(sys.stdin.read()).frames))
+    readers.close()
+"""
+
+
+def test_a_reader_has_memory_beside_what_it_imports(tmp_path: Path, reasoning_rows) -> None:
+    (script := tmp_path / "script.py").write_text(IMPORTS_MUCH)
+    done = subprocess.run(
+        [sys.executable, script],
+        input=data_url(reasoning_rows[0].video),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr
 
 
 def test_one_bad_question_does_not_harm_its_neighbours(
