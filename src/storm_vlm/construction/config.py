@@ -51,6 +51,7 @@ class FilterConfig(Settings):
     flicker: float | None = Field(0.05, description="At most.")
     mismatch: float | None = Field(0.15, description="At most.")
     off_topic: float | None = Field(0.9, description="At most; needs `off_topic_model`.")
+    visual_gain: float | None = Field(0.0, description="At least; needs `visual_gain_model`.")
     duplicate: float | None = Field(0.05, description="At least; what encoding does is below 0.03.")
 
 
@@ -74,6 +75,9 @@ class BuildConfig(Settings):
     show_answer: bool = Field(True, description="Tell the teacher the correct answer (appendix B).")
     seed: int = Field(0, description="Of the generator, for every row.")
     off_topic_model: str | None = Field(None, description="Folder or hub name, CLIP or SigLIP.")
+    visual_gain_model: str | None = Field(
+        None, description="Folder or hub name of a video model that is to find the answer likelier."
+    )
     teacher: TeacherConfig = Field(default_factory=lambda: TeacherConfig.model_validate({}))
     filters: FilterConfig = Field(default_factory=lambda: FilterConfig.model_validate({}))
     workers: int = Field(8, ge=1, description="Rows in work at a time.")
@@ -110,4 +114,6 @@ class BuildConfig(Settings):
         unused["teacher"] = free
         if not self.teacher.model:
             unused["teacher"] = True
+        if not self.visual_gain_model:  # as before there was one
+            unused["visual_gain_model"] = True
         return self.model_dump(mode="json", exclude=unused)

@@ -1,7 +1,8 @@
 """Is a thought video fit to be learned from? Each filter is a function from frames to a score.
 
-Frames are uint8 (T, H, W, 3). Scores lie between 0 and 1, or little above. `LOW_IS_BAD` names those that a row
-must reach; the others must not be exceeded. Thresholds are in `FilterConfig`.
+Frames are uint8 (T, H, W, 3). Scores lie between 0 and 1, or little above; the one of `visual_gain.py` between -1
+and 1. `LOW_IS_BAD` names those that a row must reach; the others must not be exceeded. Thresholds are in
+`FilterConfig`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from storm_vlm.data.frame_hash import BITS, distances, frame_hashes
 if TYPE_CHECKING:
     import torch
 
-LOW_IS_BAD = frozenset({"blank", "frozen", "duplicate"})
+LOW_IS_BAD = frozenset({"blank", "frozen", "duplicate", "visual_gain"})
 PRINTED = 5  # frames of a video that its fingerprint looks at
 HASHED = BITS // 8  # bytes of a frame's hash
 BLOCKS = 32  # of a picture's side

@@ -70,6 +70,7 @@ class Resources:
         self.generator = GENERATORS[config.generator](config.generator_config, config.seed)
         self._lock = threading.Lock()
         self._off_topic: Callable[[np.ndarray, str], float] | None = None
+        self._visual_gain: Callable[[Row], float] | None = None
 
     def keeps_thought_video(self, row: Row) -> bool:
         return row.thought_video is not None and not self.config.replace
@@ -79,6 +80,14 @@ class Resources:
             model = str(self.config.off_topic_model)
             self._off_topic = self._off_topic or filters.off_topic(model)
             return self._off_topic(frames, text)
+
+    def visual_gain(self, row: Row) -> float:
+        with self._lock:
+            if self._visual_gain is None:
+                from storm_vlm.construction.visual_gain import VisualGain  # brings torch
+
+                self._visual_gain = VisualGain(str(self.config.visual_gain_model))
+            return self._visual_gain(row)
 
 
 def select_keyframes(resources: Resources, draft: Draft) -> Draft:
@@ -191,6 +200,8 @@ def judge(resources: Resources, draft: Draft) -> Draft:
     if imagined and resources.config.off_topic_model:
         text = str(thought.provenance.get("prompt") or row.question)
         scores["off_topic"] = resources.off_topic(frames, text)
+    if imagined and resources.config.visual_gain_model:
+        scores["visual_gain"] = resources.visual_gain(row)
     rounded = {name: round(score, 6) for name, score in scores.items()}
     print_ = filters.fingerprint(frames) if imagined else ""
     return draft.model_copy(update={"scores": rounded, "fingerprint": print_})

@@ -21,6 +21,7 @@ Split = Literal[
     "train_dropped_25",
     "train_dropped_50",
     "train_filtered_25",
+    "train_gained_25",
     "train_wrong_10",
     "train_wrong_25",
     "train_wrong_50",
@@ -165,6 +166,7 @@ ARMS: dict[str, Arm] = {
     "filtered_25": _stage1(
         "25% wrong and left out, their rows kept for the answer", _FED, data="train_filtered_25"
     ),
+    "gained_25": _stage1("25% wrong, left out by visual gain", _FED, data="train_gained_25"),
     "dropped_25": _stage1("25% wrong, left out with their rows", _FED, data="train_dropped_25"),
     "dropped_50": _stage1("50% wrong, left out with their rows", _FED, data="train_dropped_50"),
     # Thought videos that show what is right badly
@@ -329,12 +331,14 @@ STUDIES: dict[str, Comparison] = {
         "the paper's first limitation",
         "Of the training rows' thought videos a share is wrong, answers are right: a third of the wrong ones turn "
         "the other way at one mirror and go on from there, a third leave out a step, a third are of another scene. "
-        "What is left out is left out by a filter without fault.",
+        "What is left out is left out by a filter without fault, but for visual gain: rows whose answer the thought "
+        "video makes less likely, for a model that has learned on other scenes to read thought videos.",
         (
             "fed_targets",
             "wrong_10",
             "wrong_25",
             "filtered_25",
+            "gained_25",
             "dropped_25",
             "wrong_50",
             "dropped_50",

@@ -33,6 +33,7 @@ from storm_vlm.inference.reasoners.latent import Latent
 from storm_vlm.lab.arms import ARMS, Stage
 from storm_vlm.lab.checkpoints import shipped
 from storm_vlm.lab.micro_config import micro_config
+from storm_vlm.lab.thought_judge import with_visual_gain
 from storm_vlm.lab.world.backbone import deepen
 from storm_vlm.lab.world.clips import WORLDS, WorldName, build_world
 from storm_vlm.lab.world.distorted import DISTORTIONS, with_distorted_thoughts
@@ -220,6 +221,9 @@ DERIVED: dict[str, Callable[[list[Row], Path], list[Row]]] = {
     "train_dropped_25": partial(_without_wrong_rows, share=0.25),
     "train_dropped_50": partial(_without_wrong_rows, share=0.5),
     "train_filtered_25": partial(_without_wrong_thoughts, share=0.25),
+    "train_gained_25": lambda rows, folder: with_visual_gain(
+        with_wrong_thoughts(rows, folder, 0.25), folder
+    ),
     **{f"train_{how}": partial(with_distorted_thoughts, how=how) for how in DISTORTIONS},
     "train_wrong_10": partial(with_wrong_thoughts, share=0.1),
     "train_wrong_25": partial(with_wrong_thoughts, share=0.25),
