@@ -498,6 +498,16 @@ def test_a_reader_that_is_killed_is_replaced(storm: StormPipeline, reasoning_row
     assert not reader.process.is_alive()
 
 
+def test_a_reader_that_gets_not_ready_is_not_waited_for(monkeypatch, reasoning_rows) -> None:
+    monkeypatch.setattr("storm_vlm.serving.reader.START", 0)
+    readers = ClipReaders(6, ServeConfig(readers=1))
+    with pytest.raises(SourceError, match="ask again later"):
+        readers._read(data_url(reasoning_rows[0].video))
+    monkeypatch.undo()
+    assert len(readers._read(data_url(reasoning_rows[0].video)).frames) == 6
+    readers.close()
+
+
 IMPORTS_MUCH = """
 import mmap, sys
 from storm_vlm.serving.config import ServeConfig

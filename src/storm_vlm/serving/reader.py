@@ -86,6 +86,8 @@ class _Reader:
                 if self.connection.poll(self.config.read_seconds):
                     return self._receive()
                 fault = f"the video took more than {self.config.read_seconds:g} s to read"
+            except TimeoutError:
+                fault = f"no reader of videos got ready within {START} s; ask again later"
             except (EOFError, OSError):
                 fault = "the decoder gave up on the video; convert it to MP4 (H.264)"
             log.warning("a reader of videos is started anew: %s", fault)
