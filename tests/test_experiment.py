@@ -20,6 +20,7 @@ from storm_vlm.lab.experiment import (
     build_data,
     read_results,
     run_arm,
+    run_arms,
 )
 from storm_vlm.lab.micro_config import MICRO_CONFIGS
 from storm_vlm.lab.world.backbone import deepen
@@ -142,3 +143,12 @@ def test_an_interrupted_stage_goes_on_from_its_checkpoint(
     weights = Path("sft-0", "0-sft", "model.safetensors")
     assert (stopped / weights).read_bytes() == (whole / weights).read_bytes()
     assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_arms_that_start_from_one_and_the_same_run_side_by_side(tmp_path: Path) -> None:
+    """Each would train, or look at, what the other is at work on."""
+    arms, alone, both = ("answers", "answers_anchored_fast"), tmp_path / "alone", tmp_path / "both"
+    one_by_one = run_arms(alone, alone, arms, [0], TINY, 1)
+    side_by_side = run_arms(both, both, arms, [0], TINY, 2)
+    made = {result["arm"]: result["test"] for result in side_by_side}
+    assert made == {result["arm"]: result["test"] for result in one_by_one}

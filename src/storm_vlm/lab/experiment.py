@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from storm_vlm.analysis.controls import chain
@@ -121,7 +122,9 @@ def train_arm(folder: Path, data: dict[str, Path], arm: str, seed: int, size: Si
     """The checkpoint after the arm's last stage; what is trained already is left as it is."""
     design = ARMS[arm]
     if design.after:
-        checkpoint = train_arm(folder, data, design.after, seed, size)
+        # Arms that start from one and the same wait for each other.
+        with FileLock(folder / f".{design.after}-{seed}.lock"):
+            checkpoint = train_arm(folder, data, design.after, seed, size)
     else:
         checkpoint = data["deep"] if design.start == "deep" else shipped(design.start)
     for number, stage in enumerate(design.stages):
