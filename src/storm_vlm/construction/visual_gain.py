@@ -24,18 +24,17 @@ class VisualGain:
     def __init__(self, model: str) -> None:
         pipeline = StormPipeline.from_pretrained(model, latent_mode="off")
         self._model, videos = pipeline.model, pipeline.collator.videos
-        self._frames = max(
-            1, videos.num_frames // 2
-        )  # of either; of the clip the same ones both times
+        # Half of them for either; of the clip the same ones both times.
+        self._frames = max(1, videos.num_frames // 2)
         self._collator = StormCollator(pipeline.processor, self._frames, 0, videos)
 
     def __call__(self, row: Row) -> float:
-        """Between -1 and 1. Raises VideoError."""
-        clip = read_video(row.video, self._frames, row.start, row.end)
-        without = self._probability(row, clip)
+        """Between -1 and 1; 0 without a thought video. Raises VideoError."""
         if (thought := row.thought_video) is None:
             return 0.0
-        return self._probability(row, followed_by(clip, thought, self._frames)) - without
+        clip = read_video(row.video, self._frames, row.start, row.end)
+        both = followed_by(clip, thought, self._frames)
+        return self._probability(row, both) - self._probability(row, clip)
 
     @torch.inference_mode()
     def _probability(self, row: Row, clip: Clip) -> float:
