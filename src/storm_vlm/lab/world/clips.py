@@ -176,3 +176,11 @@ def _thought_video(
         generator=f"storm_vlm.lab.world {version('storm-vlm')}",
         provenance={"hidden_steps": question.steps, "steps": THOUGHT_STEPS},
     )
+
+
+def with_thought_video(row: Row, path: Path, **noted: str) -> Row:
+    """The row with another file for its thought video, and a note of what is different in the provenance."""
+    assert row.thought_video is not None
+    provenance = {**row.thought_video.provenance, **noted}
+    thought = row.thought_video.model_copy(update={"path": str(path), "provenance": provenance})
+    return row.model_copy(update={"thought_video": thought})

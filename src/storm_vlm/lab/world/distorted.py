@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from storm_vlm.data.row import Row
 from storm_vlm.data.video import read_video, write_video
-from storm_vlm.lab.world.clips import CRF, THOUGHT_STEPS
+from storm_vlm.lab.world.clips import CRF, THOUGHT_STEPS, with_thought_video
 from storm_vlm.lab.world.render import FPS, FRAMES_PER_STEP
 
 Distortion = Literal["blurred", "fast", "slow", "uneven"]
@@ -47,7 +47,6 @@ def with_distorted_thoughts(rows: Sequence[Row], folder: Path, how: Distortion) 
             if not path.exists():
                 frames = distorted(read_video(thought.path, FRAMES).frames, how, row.id)
                 write_video(path, frames, FPS, crf=COARSE if how == "blurred" else CRF)
-            changes = {"path": str(path), "provenance": {**thought.provenance, "distorted": how}}
-            row = row.model_copy(update={"thought_video": thought.model_copy(update=changes)})
+            row = with_thought_video(row, path, distorted=how)
         found.append(row)
     return found

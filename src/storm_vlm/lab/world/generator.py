@@ -13,7 +13,7 @@ from storm_vlm.configs import Settings
 from storm_vlm.construction.types import Generator, Imagined, Rejected, Request
 from storm_vlm.data.row import Row, ThoughtSource
 from storm_vlm.data.video import write_video
-from storm_vlm.lab.world.clips import CRF, THOUGHT_STEPS
+from storm_vlm.lab.world.clips import CRF, THOUGHT_STEPS, with_thought_video
 from storm_vlm.lab.world.mirrors import draw_scenes
 from storm_vlm.lab.world.render import FPS, thought_frames
 from storm_vlm.lab.world.wrong import Asked, fault_of, spoiled
@@ -83,7 +83,6 @@ def with_wrong_thoughts(rows: Sequence[Row], folder: Path, share: float) -> list
             if not path.exists():
                 imagined = world.imagine(Request(row, (), ""))
                 write_video(path, imagined.frames, imagined.fps, crf=CRF)
-            changes = {"path": str(path), "provenance": {**thought.provenance, "wrong": fault}}
-            row = row.model_copy(update={"thought_video": thought.model_copy(update=changes)})
+            row = with_thought_video(row, path, wrong=fault)
         found.append(row)
     return found
